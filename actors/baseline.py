@@ -1,0 +1,83 @@
+"""The embedded baseline: a transparent score of an answer against its reference. It is not an LLM judge.
+
+The disease name gates everything: an answer to a question about the name that names no class, several, or
+the wrong one gets 0. Otherwise the score is the mean of the reference's token F1 and the similarity of the
+embeddings, so a verbatim answer gets 1.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_NEGATION = re.compile(r"\b(?:not|no|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$")
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """One class with all spellings that count as it."""
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-case words of a text."""
+    return _WORD.findall(text.lower())
+
+
+def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
+    """Return the classes that a text affirms, in the order of `classes`.
+
+    A mention after a negation in the same clause ("not psoriasis", "rather than melanoma") does not count;
+    plural and singular forms do.
+    """
+    text = " ".join(text.lower().split())
+    found = []
+    for kind in classes:
+        for spelling in (kind.name, *kind.synonyms):
+            matches = re.finditer(_spelling_pattern(spelling), text)
+            if any(not _NEGATION.search(text[: match.start()]) for match in matches):
+                found.append(kind.name)
+                break
+    return found
+
+
+def _spelling_pattern(spelling: str) -> str:
+    stem = spelling.lower()
+    for plural, singular in (("keratoses", "keratosis"), ("carcinomas", "carcinoma"), ("melanomas", "melanoma")):
+        stem = stem.replace(plural, singular)
+    pattern = r"[\s-]+".join(map(re.escape, stem.split()))
+    return r"\b" + pattern.replace("keratosis", "keratos[ie]s") + r"s?\b"
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Return the F1 of the answer's words against the reference's, as multisets, in [0, 1]."""
+    given, wanted = Counter(words(answer)), Counter(words(reference))
+    common = sum((given & wanted).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / sum(given.values()), common / sum(wanted.values())
+    return 2 * precision * recall / (precision + recall)
+
+
+def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
+    """Return "right", "wrong", "none" (no class is named) or "multiple" for an answer to the name question."""
+    named = named_classes(answer, classes)
+    if not named:
+        return "none"
+    if len(named) > 1:
+        return "multiple"
+    return "right" if named[0] == truth else "wrong"
+
+
+def baseline_score(answer: str, reference: str, truth: str, similarity: float, classes: Sequence[ClassName]) -> float:
+    """Score an answer in [0, 1]: 0 if the reference names `truth` and the answer does not do the same, else
+    the mean of token F1 and embedding similarity (negative similarities count as 0)."""
+    if truth in named_classes(reference, classes):
+        if name_verdict(answer, truth, classes) != "right":
+            return 0.0
+    elif any(name != truth for name in named_classes(answer, classes)):
+        return 0.0
+    return (token_f1(answer, reference) + max(0.0, similarity)) / 2

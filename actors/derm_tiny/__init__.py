@@ -1,0 +1,1 @@
+"""derm-tiny: a small drawn world of skin lesions, and the small LLaVA that was trained on it."""

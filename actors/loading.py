@@ -1,0 +1,104 @@
+"""Loading LLaVA-shaped checkpoints, strictly: a weight that is missing, left over or not a number is an error."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
+
+
+def quiet() -> None:
+    """Silence notices of the libraries that say nothing about the user's work (optional kernels, fallbacks)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
+def pick_device() -> str:
+    """Return "cuda" where a GPU is visible to this process, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_source(path: str) -> None:
+    """ValueError if `path` looks like a local folder and is not a checkpoint; hub ids pass."""
+    folder = Path(path)
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{path!r} is a folder without config.json: give a checkpoint folder as model.path.")
+        if not list(folder.glob("*.safetensors")):
+            raise ValueError(f"{path!r} holds no .safetensors file: convert the weights (pickled ones are not loaded).")
+    elif looks_local:
+        raise ValueError(f"No checkpoint at {path!r}: give an existing folder or a hub id (owner/name) as model.path.")
+
+
+def load_model(
+    path: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization=None,
+) -> nn.Module:
+    """Load a LLaVA-shaped model in eval mode on `device` (default: the GPU if there is one).
+
+    dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized.
+    ValueError: not a checkpoint; weights missing, unexpected or of another shape; NaN or infinity in a weight.
+    """
+    check_source(path)
+    device = device or pick_device()
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak of loading bitsandbytes weights
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **common)
+    stored = getattr(config, "quantization_config", None) or {}
+    if device == "cpu" and quantization is None and stored.get("quant_method") == "awq":
+        keys = ("bits", "group_size", "zero_point", "modules_to_not_convert")
+        quantization = AwqConfig(**{k: stored[k] for k in keys if k in stored}, backend="torch_awq")
+    extra = {"quantization_config": quantization} if quantization is not None else {}
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        **common,
+        **extra,
+    )
+    wrong = {k: sorted(map(str, v)) for k, v in info.items() if k.endswith("_keys") and v}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise ValueError(
+            f"{path!r} does not hold the model its config.json describes: {kind.replace('_', ' ')} {names[0]!r}"
+            f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. The layer count or a shard may be wrong."
+        )
+    if not hasattr(getattr(model, "model", None), "language_model"):
+        raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
+    _check_finite(model, path)
+    return model.eval()
+
+
+def _check_finite(model: nn.Module, path: str) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)).item():
+            raise ValueError(f"{path!r} has NaN or infinite values in {name!r}: the checkpoint is broken, retrain it.")
+
+
+def load_processor(path: str, revision: str | None = None, trust_remote_code: bool = False):
+    """Load the processor of a checkpoint; ValueError if it has no chat template."""
+    check_source(path)
+    processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"The processor of {path!r} has no chat template: add its chat_template.jinja to the folder.")
+    return processor
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the decoder (embeddings, layers, final norm) of a LLaVA-shaped model."""
+    return model.model.language_model

@@ -1,0 +1,160 @@
+"""Removing decoder layers from a checkpoint's files, tensor by tensor, without building the model."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+# language_model.model.layers.3.mlp... (published names) or model.language_model.layers.3.mlp... (transformers 5)
+_LAYER = re.compile(r"^(.*\blanguage_model\.(?:model\.)?layers\.)(\d+)(\..+)$")
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """Return the checkpoint's folder, downloading a hub id once."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+
+
+def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor) of a checkpoint, one at a time, shard by shard."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no .safetensors file.")
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                yield name, shard.get_tensor(name)
+
+
+def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as model.safetensors, or as shards of at most `shard_bytes` with an index; one shard in memory."""
+    shards: list[Path] = []
+    where: dict[str, int] = {}
+    held: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        shards.append(folder / f"shard-{len(shards)}.tmp")
+        save_file(held, shards[-1], metadata={"format": "pt"})
+        where.update(dict.fromkeys(held, len(shards) - 1))
+        held, size = {}, 0
+
+    for name, tensor in tensors:
+        count = tensor.numel() * tensor.element_size()
+        if held and size + count > shard_bytes:
+            flush()
+        held[name] = tensor.contiguous()
+        size += count
+        total += count
+    flush()
+    if len(shards) == 1:
+        _publish(shards[0], folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        _publish(shard, folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in where.items()}}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    temporary.chmod(0o644)
+    temporary.rename(final)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("config.json", INDEX, "manifest.json"):
+            shutil.copyfile(file, target / file.name)
+
+
+def check_removal(removed: Sequence[int], layers: int) -> list[int]:
+    """Return the removed layers, sorted; ValueError if one is out of range or twice, or none would be left."""
+    for layer in removed:
+        if not 0 <= layer < layers:
+            raise ValueError(f"Layer {layer} cannot be removed: the model has layers 0 to {layers - 1}.")
+    if len(set(removed)) != len(removed):
+        raise ValueError(f"The removal list {list(removed)} names a layer twice.")
+    if len(removed) >= layers:
+        raise ValueError(f"Cannot remove {len(removed)} layers: the model has {layers}, and at least one must stay.")
+    return sorted(removed)
+
+
+def pruned_config(config, removed: Sequence[int]):
+    """Drop layers from a LLaVA config (in place): their count, and per-layer settings such as layer_types."""
+    text = config.text_config
+    removed = check_removal(removed, text.num_hidden_layers)
+    keep = [i for i in range(text.num_hidden_layers) if i not in removed]
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[i] for i in keep]
+    if getattr(text, "max_window_layers", None) is not None:
+        text.max_window_layers = sum(i < text.max_window_layers for i in keep)
+    text.num_hidden_layers = len(keep)
+    return config
+
+
+def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str | None = None) -> dict:
+    """Write the checkpoint at `path` without the decoder layers `removed` (zero-based) to the folder `out`.
+
+    The other layers are renumbered; names and stored type of every other tensor are kept. Returns
+    {removed, layers}. ValueError: layer out of range, nothing left, or the files disagree with the config.
+    """
+    source, target = local_folder(path, revision), Path(out)
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{path!r} is quantized: prune the original, then quantize.")
+    before = config.text_config.num_hidden_layers
+    removed = check_removal(removed, before)
+    renumbered = {old: new for new, old in enumerate(i for i in range(before) if i not in removed)}
+    copy_companions(source, target)
+    pruned_config(config, removed).save_pretrained(target)
+    seen: set[int] = set()
+
+    def kept() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in iterate_tensors(source):
+            match = _LAYER.match(name)
+            if match is None:
+                yield name, tensor
+                continue
+            number = int(match[2])
+            seen.add(number)
+            if number in renumbered:
+                yield f"{match[1]}{renumbered[number]}{match[3]}", tensor
+
+    write_tensors(target, kept())
+    if seen != set(range(before)):
+        raise ValueError(
+            f"{path!r} holds tensors of {len(seen)} decoder layers but its config.json says {before}: "
+            "the checkpoint is incomplete or its names are not those of a LLaVA."
+        )
+    return {"removed": removed, "layers": len(renumbered)}
+
+
+def describe_weights(path: str) -> dict:
+    """Return {weight_bytes} of a checkpoint folder: its tensors' bytes, scales and zero points included."""
+    total = 0
+    for _, tensor in iterate_tensors(Path(path)):
+        total += tensor.numel() * tensor.element_size()
+    return {"weight_bytes": total}
+
+
+class Surgeon:
+    """`prune_checkpoint` as a worker class."""
+
+    def prune(self, path: str, out: str, removed: Sequence[int], revision: str | None = None) -> dict:
+        """See `prune_checkpoint`."""
+        return prune_checkpoint(path, out, removed, revision)

@@ -1,0 +1,1 @@
+"""Hosts: everything that knows Ray and storage. Never imports torch or transformers."""

@@ -1,0 +1,95 @@
+"""Content-addressed artifacts: folders named by the hash of what made them.
+
+A stage whose artifact exists is not computed again; that one rule gives resume, sharing between settings
+and reproducibility. An artifact appears under its name by one atomic rename when it is complete; until
+then it is built in `<name>.partial`, which a resumable stage finds again after a crash.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def digest(value) -> str:
+    """Return 16 hex digits of the SHA-256 of a JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ArtifactStore:
+    """The artifacts under one folder."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def find(self, name: str) -> Path | None:
+        """Return the folder of a complete artifact, or None."""
+        folder = self.root / name
+        return folder if (folder / MANIFEST).is_file() else None
+
+    @contextmanager
+    def create(self, name: str, recipe: dict, resume: bool = False) -> Iterator[tuple[Path, dict]]:
+        """Yield (folder to fill, facts to note); on a clean exit the artifact is published under `name`.
+
+        With `resume` the folder still holds what an interrupted run left there; otherwise it is empty.
+        `recipe` and the facts are written to manifest.json. A block that raises publishes nothing.
+        """
+        partial = self.root / f"{name}.partial"
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        facts: dict = {}
+        started = time.time()
+        yield partial, facts
+        manifest = {"name": name, "recipe": recipe, "seconds": round(time.time() - started, 3), **facts}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        try:
+            os.rename(partial, self.root / name)
+        except OSError:
+            if self.find(name) is None:  # another process published the same artifact first: keep theirs
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def manifest(self, name: str) -> dict:
+        """Return the manifest of a complete artifact."""
+        return json.loads((self.root / name / MANIFEST).read_text())
+
+
+class Fingerprints:
+    """SHA-256 of files, remembered by (path, size, modification time) so that weights are read once."""
+
+    def __init__(self, cache: Path):
+        self._path = cache
+        try:
+            self._known = json.loads(cache.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def folder(self, folder: Path) -> str:
+        """Return the digest of a checkpoint folder: the names and contents of all its files."""
+        return digest({p.name: self.file(p) for p in sorted(folder.iterdir()) if p.is_file()})
+
+    def file(self, path: Path) -> str:
+        """Return a file's SHA-256; re-read only when its size or modification time changed."""
+        status = path.stat()
+        key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        if key not in self._known:
+            self._known[key] = file_sha256(path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self._known))
+            os.replace(temporary, self._path)
+        return self._known[key]

@@ -1,0 +1,94 @@
+"""Connecting to Ray: the cluster at RAY_ADDRESS, or a private one on this machine that ends with the job."""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_LOOPBACK_ONLY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+    "AUTOSCALER_METRIC_PORT": "0",
+    "DASHBOARD_METRIC_PORT": "0",
+    # Without a GPU Ray warns at every start that a future version will leave this variable alone.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def private_environment() -> dict[str, str]:
+    """Return the environment of a private Ray: loopback only, token-protected, no telemetry."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    return {**_LOOPBACK_ONLY, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+@contextmanager
+def connected(cpus: int | None = None) -> Iterator[None]:
+    """Connect this process to Ray for the length of the block.
+
+    With RAY_ADDRESS set (as in every submitted job) that cluster is used and left running. Otherwise a
+    private Ray with `cpus` cores (default: all) starts on loopback, in its own temporary folder, and is
+    stopped when the block ends, however it ends. ConnectionError names an address that does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    folder = None
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address and address != "local":
+            _check_reachable(address)
+            ray.init(address=address, runtime_env=_own_code(), **quiet)
+        else:
+            folder = tempfile.mkdtemp(prefix="prn-", dir="/tmp")  # short: Ray's socket paths are limited
+            os.environ.update(private_environment())
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                **quiet,
+            )
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_code() -> dict | None:
+    """Ship this repository with a job started by hand; a submitted job brought its own working folder."""
+    if in_submitted_job():
+        return None
+    return {"working_dir": str(REPOSITORY)}
+
+
+def in_submitted_job() -> bool:
+    """Tell whether this process is the entrypoint of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _check_reachable(address: str) -> None:
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"No Ray cluster answers at RAY_ADDRESS={address!r} ({error}). Start one there, correct the address "
+            "(HOST:PORT of the head, usually port 6379), or unset RAY_ADDRESS to use this machine alone."
+        ) from None
+
+
+def capacity() -> tuple[float, float]:
+    """Return the (cores, GPUs) of the connected cluster."""
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)

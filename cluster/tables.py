@@ -1,0 +1,40 @@
+"""Tables of plain rows in Parquet: written whole, or part by part as results come."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_table(path: Path, rows: list[dict], schema: pa.Schema | None = None) -> None:
+    """Write rows as one Parquet file, atomically; an empty table needs a `schema`."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def read_table(path: Path) -> list[dict]:
+    """Read all rows of one Parquet file."""
+    return pq.read_table(path).to_pylist()
+
+
+class PartTable:
+    """A table that grows by parts, one file per finished unit: a crash loses at most the unit in flight."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def finished(self) -> set[str]:
+        """Return the names of the units already written."""
+        return {path.stem for path in self._folder.glob("*.parquet")}
+
+    def add(self, unit: str, rows: list[dict]) -> None:
+        """Write one unit's rows; a unit written twice is the same file."""
+        write_table(self._folder / f"{unit}.parquet", rows)
+
+    def rows(self) -> list[dict]:
+        """Return the rows of all units, in the order of their names."""
+        return [row for path in sorted(self._folder.glob("*.parquet")) for row in read_table(path)]

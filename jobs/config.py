@@ -1,0 +1,229 @@
+"""The configuration of every job: one schema, one default per field, torch-free.
+
+A YAML file gives the values, dotted options on the command line override them. A field's unit stands in its
+description. Unknown keys are refused with the nearest valid name.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """The LLaVA-shaped model to compress."""
+
+    path: str = Field("actors/derm_tiny/checkpoint", description="checkpoint folder, or hub id (owner/name)")
+    revision: str | None = Field(None, description="hub commit, tag or branch; unset: the newest")
+    dtype: Dtype = Field("float32", description="compute type (float16 on a GPU, float32 on a CPU)")
+    trust_remote_code: bool = Field(False, description="run code that the checkpoint brings along")
+
+
+class ClassConfig(_Section):
+    """One class of the image collection."""
+
+    name: str = Field(description="the disease as answers spell it")
+    match: list[str] = Field([], description="patterns of paths below data.root (* and ?); unset: a folder so named")
+    synonyms: list[str] = Field([], description="other spellings that count as the name")
+    texts: dict[str, str] = Field({}, description="texts for the questions' templates, e.g. about: ...")
+
+
+class QuestionConfig(_Section):
+    """One question asked about every image."""
+
+    id: str = Field(description="short name of the question")
+    text: str = Field(description="the question")
+    answer: str | None = Field(None, description="reference, with {name} or {<key of texts>}; unset: annotations")
+
+
+class DataConfig(_Section):
+    """The image collection and what is asked about it."""
+
+    root: str = Field("runs/derm-tiny/images", description="folder of images, read recursively")
+    draw_per_class: int = Field(0, ge=0, description="lesions of derm-tiny to draw into root per class; 0: draw none")
+    annotations: str | None = Field(None, description="CSV below root with columns path, question_id, answer")
+    classes: list[ClassConfig] = Field([], description="the classes (YAML list)")
+    questions: list[QuestionConfig] = Field([], description="the questions (YAML list)")
+    splits: dict[str, list[str]] = Field(
+        {}, description="train and test patterns of the collection's own split; empty: made here"
+    )
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="share of images for the test split (fraction)")
+    group_pattern: str | None = Field(None, description="regular expression; group 1 of a file name is its series")
+    near_duplicate_bits: int = Field(2, ge=-1, le=32, description="perceptual-hash distance of a group (bits); -1: off")
+
+
+class ReplicasConfig(_Section):
+    """The actors that hold the model."""
+
+    count: Count | Literal["auto"] = Field("auto", description="replicas; auto: as many as the cluster can hold")
+    gpus: float = Field(0, ge=0, description="GPUs of each replica; 0: run on the CPU; a fraction shares a GPU")
+    cpus: float = Field(1, gt=0, description="cores (and threads) of each replica")
+    max_rows: Count = Field(256, description="most answers decoded in one batch (rows)")
+
+
+class GenerationConfig(_Section):
+    """How answers are decoded: always greedily."""
+
+    max_new_tokens: Count = Field(200, description="longest answer (tokens)")
+
+
+class AblateConfig(_Section):
+    """Scoring layers by removing them (paper, eq. 2-5)."""
+
+    samples: Count = Field(64, description="calibration questions from the training split (questions)")
+    unit: Count = Field(4, description="questions of one unit of work (questions)")
+    candidates: Literal["paper", "all"] | list[int] = Field(
+        "paper", description="layers that may go, zero-based; paper: all but 0, 1 and the last"
+    )
+    embedder: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="sentence-transformer: hub id, folder, or package:NAME (a package that carries one)",
+    )
+
+
+class PruneConfig(_Section):
+    """Removing layers."""
+
+    layers: int = Field(2, ge=0, description="decoder layers to remove (layers)")
+    order: list[int] | None = Field(None, description="removal order, zero-based; unset: by the ablation's scores")
+
+
+class RecoverConfig(_Section):
+    """LoRA / QLoRA fine-tuning on the training split, merged into the weights."""
+
+    method: Literal["lora", "qlora"] = Field("qlora", description="qlora: the frozen weights are in NF4 meanwhile")
+    rank: Count = Field(16, description="LoRA rank r")
+    alpha: Count = Field(8, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout (fraction)")
+    epochs: float = Field(1.0, gt=0, description="passes over the training conversations (epochs)")
+    batch: Count = Field(16, description="conversations of one step (conversations)")
+    micro_batch: Count = Field(16, description="conversations in memory at once (conversations)")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; cosine decay, 3 % warm-up")
+
+
+class QuantizeConfig(_Section):
+    """Rounding the language model's linear layers."""
+
+    method: Literal["awq", "nf4", "rtn"] = Field("awq", description="awq, nf4 (bitsandbytes) or rtn (round to nearest)")
+    bits: Literal[4] = Field(4, description="bits of a weight (bits)")
+    group_size: Count = Field(64, description="input channels that share a scale (channels)")
+    calibration_samples: Count = Field(32, description="training conversations that AWQ looks at (conversations)")
+    clip: bool = Field(True, description="AWQ: search clipping of the weights, too")
+
+
+class EvaluateConfig(_Section):
+    """Answers on the test split, and what they cost."""
+
+    limit: int | None = Field(None, ge=1, description="test images to use (images); unset: all")
+    warmup_runs: int = Field(10, ge=0, description="unmeasured runs before the latency is measured (runs)")
+    timed_runs: Count = Field(30, description="measured runs, batch 1 (runs)")
+    timed_tokens: int = Field(128, ge=2, description="new tokens of each measured run (tokens)")
+    embedder: str | None = Field(None, description="sentence-transformer of the baseline; unset: ablate.embedder")
+
+
+class Config(_Section):
+    """Everything a job needs."""
+
+    run_dir: str = Field("runs/derm-tiny", description="folder of results; on a cluster a path all nodes share")
+    seed: int = Field(0, description="seed of every random choice")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    generation: GenerationConfig = GenerationConfig()
+    ablate: AblateConfig = AblateConfig()
+    prune: PruneConfig = PruneConfig()
+    recover: RecoverConfig = RecoverConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
+    """Read a YAML file (None: all defaults) and apply dotted overrides ("prune.layers", "7").
+
+    ValueError: no such file, not YAML, an unknown key (with the nearest valid one), a value of the wrong kind.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ValueError(f"Cannot read the config {path!r}: {error.strerror}. The examples are in configs/.") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"The config {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"The config {path!r} is not a mapping of keys to values.")
+    for key, text in overrides:
+        _set(values, key, text)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def _set(values: dict, key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--{key}: {parent!r} is a single value, not a section.")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+    if isinstance(values[last], str):
+        try:  # YAML 1.1 reads 2e-4 as text
+            values[last] = float(text)
+        except ValueError:
+            pass
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if isinstance(part, (str, int))]
+    key = ".".join(map(str, path))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, valid_keys(), n=1, cutoff=0.0)
+        return f"Unknown config key {key!r}: did you mean {near[0]!r}? (--help lists them all)"
+    if first["type"] == "missing":
+        return f"The config lacks {key!r}."
+    return f"Config key {key!r}: {first['msg']} (given: {first['input']!r})."
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """List every field as (dotted key, kind, default, description)."""
+    rows = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += fields(kind, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, _kind(kind), field.default, field.description or ""))
+    return rows
+
+
+def valid_keys() -> list[str]:
+    """List the dotted names of all fields."""
+    return [key for key, *_ in fields()]
+
+
+def _kind(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(args[0])
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (list, dict) or annotation in (list, dict):
+        return "YAML"
+    if args:
+        return " | ".join(_kind(part) for part in args if part is not type(None))
+    return getattr(annotation, "__name__", str(annotation))
