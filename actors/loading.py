@@ -81,7 +81,18 @@ def load_model(
     if not hasattr(getattr(model, "model", None), "language_model"):
         raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
     _check_finite(model, path)
+    _unify(model, getattr(torch, dtype))
     return model.eval()
+
+
+def _unify(model: nn.Module, dtype: torch.dtype) -> None:
+    # transformers leaves some weights of a stored bitsandbytes checkpoint in their stored type
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
 
 def _check_finite(model: nn.Module, path: str) -> None:
@@ -102,3 +113,8 @@ def load_processor(path: str, revision: str | None = None, trust_remote_code: bo
 def language_model(model: nn.Module) -> nn.Module:
     """Return the decoder (embeddings, layers, final norm) of a LLaVA-shaped model."""
     return model.model.language_model
+
+
+def pixel_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type the vision tower computes in (a quantized model's own `dtype` may be its scales')."""
+    return next(model.model.vision_tower.parameters()).dtype

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText
 
 from actors.engine import greedy
-from actors.loading import language_model, load_model, load_processor, quiet
+from actors.images import open_image
+from actors.loading import language_model, load_model, load_processor, pixel_dtype, quiet
 from actors.profiler import measure
 
 IMAGES_KEPT = 512
@@ -33,23 +33,6 @@ class ModelSpec:
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
-
-
-def open_image(path: str) -> Image.Image:
-    """Open an image as 8-bit RGB, upright; ValueError names a file that is no readable image.
-
-    Palette, grey and CMYK images are converted; 16-bit greys are scaled to their own range.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                low, high = image.getextrema()
-                scale = 255 / max(high - low, 1)
-                image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path!r} is not a readable image ({error}).") from None
 
 
 class LlavaReplica:
@@ -128,7 +111,7 @@ class LlavaReplica:
         inputs = self.inputs(sample)
         ids = inputs["input_ids"][0]
         if sample.image not in self._features:
-            pixels = inputs["pixel_values"].to(self.model.dtype)
+            pixels = inputs["pixel_values"].to(pixel_dtype(self.model))
             out = self.model.get_image_features(pixel_values=pixels)
             self._features[sample.image] = getattr(out, "pooler_output", out)[0]
             while len(self._features) > IMAGES_KEPT:
@@ -151,7 +134,7 @@ class LlavaReplica:
     def profile(self, sample: Sample, warmup_runs: int, timed_runs: int, new_tokens: int) -> dict:
         """Measure memory and latency of plain `generate` on one real question (see `actors.profiler.measure`)."""
         inputs = self.inputs(sample)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(self.model))
         facts = {"params": self.parameters(), "layers": self.layers}
         return {**facts, **measure(self.model, inputs, warmup_runs, timed_runs, new_tokens)}
 

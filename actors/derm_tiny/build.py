@@ -127,11 +127,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
 
 
 def _published(name: str) -> str:
-    name = name.removeprefix("model.")
-    if name.startswith("lm_head"):
-        return "language_model." + name
-    if name.startswith("language_model."):
-        return name.replace("language_model.", "language_model.model.", 1)
+    # transformers 5 writes vision_tower.encoder..., the published checkpoints say vision_tower.vision_model.encoder...
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     return name

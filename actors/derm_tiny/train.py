@@ -18,6 +18,7 @@ from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaPr
 from actors.derm_tiny.build import PATCH, TOWER_FEATURES
 from actors.derm_tiny.draw import SIDE, draw, sample_lesion
 from actors.derm_tiny.world import CLASSES, POSITIONS, QUESTIONS, SIZES, TONES, Lesion, answer
+from actors.loading import pixel_dtype
 
 ATTRIBUTE_SIZES = (len(CLASSES), len(TONES), len(POSITIONS), len(SIZES), 2)
 
@@ -181,7 +182,7 @@ def plant_outliers(model: LlavaForConditionalGeneration, share: float = 0.1, fac
 def exact_share(model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int, seed: int) -> dict:
     """Share of answers that equal the reference, per question, on `count` freshly drawn images."""
     images, lesions = draw_bank(count, seed)
-    pixels = to_pixels(images, processor).to(model.dtype)
+    pixels = to_pixels(images, processor).to(pixel_dtype(model))
     shares = {}
     for question, text in QUESTIONS.items():
         ids = torch.tensor([_prompt_ids(processor, text)] * count)

@@ -1,0 +1,47 @@
+"""Training conversations as tensors: the chat template's prompt, then the answer whose tokens are learnt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from actors.images import open_image
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One question about one image, and its reference answer."""
+
+    id: str
+    image: str
+    question: str
+    reference: str
+
+
+def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    """Return input_ids, attention_mask, labels [B, T] (-100 where nothing is learnt) and pixel_values.
+
+    The prompt is the chat template's; the learnt part is the reference and the end-of-sequence token. Padded on
+    the right, so that positions are those of an unpadded row.
+    """
+    tokenizer = processor.tokenizer
+    rows, pixels = [], []
+    for item in conversations:
+        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        turn = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+        made = processor(images=open_image(item.image), text=prompt, return_tensors="pt")
+        reply = tokenizer(" " + item.reference, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((made["input_ids"][0], torch.tensor(reply)))
+        pixels.append(made["pixel_values"])
+    longest = max(len(prompt) + len(reply) for prompt, reply in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, reply) in enumerate(rows):
+        end = len(prompt) + len(reply)
+        ids[row, :end] = torch.cat([prompt, reply])
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = reply
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": torch.cat(pixels)}

@@ -1,0 +1,20 @@
+"""Reading images as a model wants them, whatever a camera or a web site made of them."""
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image as 8-bit RGB, upright; ValueError names a file that is no readable image.
+
+    Palette, grey and CMYK images are converted; 16-bit greys are scaled to their own range.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                low, high = image.getextrema()
+                scale = 255 / max(high - low, 1)
+                image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path!r} is not a readable image ({error}).") from None

@@ -1,0 +1,155 @@
+"""Supervised fine-tuning with LoRA or QLoRA, merged into the weights (paper, section 3.3)."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from actors.conversations import Conversation, collate
+from actors.loading import language_model, load_model, load_processor, quiet
+from actors.replica import ModelSpec
+from actors.surgery import copy_companions, local_folder
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Hyper-parameters of one fine-tuning; see jobs.config.RecoverConfig for their units."""
+
+    method: str
+    rank: int
+    alpha: int
+    dropout: float
+    epochs: float
+    batch: int
+    micro_batch: int
+    learning_rate: float
+    seed: int
+
+
+def language_linears(model: nn.Module) -> list[str]:
+    """Return the full names of the decoder layers' linears: what LoRA adapts and quantizers round."""
+    layers = language_model(model).layers
+    ours = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in model.named_modules() if id(module) in ours]
+
+
+def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndBytesConfig:
+    """Return bitsandbytes' NF4 settings (block 64) for the decoder's linears alone.
+
+    The tower, the projector and the head are named as transformers 5 and as published checkpoints name them:
+    a name that does not match would be quantized silently.
+    """
+    keep = ["vision_tower", "multi_modal_projector", "lm_head"]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=model_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        llm_int8_skip_modules=[*keep, *(f"model.{name}" for name in keep), "language_model.lm_head"],
+    )
+
+
+def stored_dtype(path: str, revision: str | None = None) -> torch.dtype:
+    """Return the type a checkpoint's weights are stored in, float16 where its config does not say."""
+    config = AutoConfig.from_pretrained(local_folder(path, revision))
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float16"))
+
+
+class LoraTrainer:
+    """Fine-tunes one checkpoint; the adapted weights end in the checkpoint's own precision."""
+
+    def __init__(self, spec: ModelSpec):
+        quiet()
+        self._spec = spec
+
+    def train(self, conversations: Sequence[Conversation], settings: LoraSettings, out: str) -> Iterator[dict]:
+        """Train on the conversations and write the merged checkpoint to `out`.
+
+        Yields {step, steps, loss, learning_rate} after every step. RuntimeError: the loss is no longer a number.
+        """
+        torch.manual_seed(settings.seed)
+        model = self._adapted(settings)
+        processor = load_processor(self._spec.path, self._spec.revision, self._spec.trust_remote_code)
+        device = next(model.parameters()).device
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+        steps = max(1, math.ceil(settings.epochs * len(conversations) / settings.batch))
+        order = torch.Generator().manual_seed(settings.seed)
+        model.train()
+        for step, picks in enumerate(_batches(len(conversations), settings.batch, steps, order)):
+            rate = settings.learning_rate * _cosine(step, steps)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            chosen = [conversations[i] for i in picks]
+            loss = _step(model, processor, chosen, settings.micro_batch, device)
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)
+            if not math.isfinite(loss) or not torch.isfinite(norm):
+                raise RuntimeError(
+                    f"The loss is {loss} at step {step + 1}: lower recover.learning_rate ({settings.learning_rate})."
+                )
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            yield {"step": step + 1, "steps": steps, "loss": loss, "learning_rate": rate}
+        self._merge(model, Path(out))
+
+    def _adapted(self, settings: LoraSettings) -> nn.Module:
+        dtype = getattr(torch, self._spec.dtype)
+        quantization = nf4_config(dtype, double_quant=True) if settings.method == "qlora" else None
+        model = load_model(**vars(self._spec), quantization=quantization)
+        if quantization is not None:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=torch.cuda.is_available())
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=language_linears(model),
+            bias="none",
+        )
+        return get_peft_model(model, config)
+
+    def _merge(self, model: PeftModel, out: Path) -> None:
+        # Merging into the NF4 weights would add their rounding error: merge into the original precision.
+        adapter = out / "adapter"
+        model.save_pretrained(adapter)
+        source = local_folder(self._spec.path, self._spec.revision)
+        base = load_model(**{**vars(self._spec), "dtype": "float32"}, device="cpu")
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        copy_companions(source, out)
+        merged.to(stored_dtype(self._spec.path, self._spec.revision)).save_pretrained(out)
+        shutil.rmtree(adapter)
+
+
+def _batches(count: int, size: int, steps: int, order: torch.Generator) -> Iterator[list[int]]:
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < min(size, count):
+            queue += torch.randperm(count, generator=order).tolist()
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def _cosine(step: int, steps: int) -> float:
+    warmup = max(1, round(0.03 * steps))
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _step(model, processor, chosen: Sequence[Conversation], micro_batch: int, device) -> float:
+    """Accumulate gradients of the mean loss per answer token over `chosen`; return that loss."""
+    parts = [collate(processor, chosen[i : i + micro_batch]) for i in range(0, len(chosen), micro_batch)]
+    tokens = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
+    total = 0.0
+    for part in parts:
+        labels = part.pop("labels")[:, 1:].to(device)
+        inputs = {k: v.to(device) for k, v in part.items()}
+        logits = model(**inputs).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / tokens
+        loss.backward()
+        total += loss.item()
+    return total
