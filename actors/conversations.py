@@ -1,21 +1,11 @@
 """Training conversations as tensors: the chat template's prompt, then the answer whose tokens are learnt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from actors.images import open_image
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One question about one image, and its reference answer."""
-
-    id: str
-    image: str
-    question: str
-    reference: str
+from actors.specs import Conversation
 
 
 def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:

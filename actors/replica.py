@@ -3,7 +3,6 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForImageTextToText
@@ -12,27 +11,10 @@ from actors.engine import greedy
 from actors.images import open_image
 from actors.loading import language_model, load_model, load_processor, pixel_dtype, quiet
 from actors.profiler import measure
+from actors.specs import ModelSpec, Sample
+from actors.surgery import stored_bytes, stored_dtype
 
 IMAGES_KEPT = 512
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about one image (a path that this machine can read)."""
-
-    id: str
-    image: str
-    question: str
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which checkpoint to load, and how: see `actors.loading.load_model`."""
-
-    path: str
-    dtype: str = "float32"
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class LlavaReplica:
@@ -43,6 +25,7 @@ class LlavaReplica:
 
     def __init__(self, spec: ModelSpec, max_rows: int = 256):
         quiet()
+        self._spec = spec
         self.model = load_model(**vars(spec))
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         self.device = self.model.lm_head.weight.device
@@ -51,9 +34,8 @@ class LlavaReplica:
         stop = self.model.generation_config.eos_token_id
         self._stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
-    @property
-    def layers(self) -> int:
-        """The number of decoder layers."""
+    def layer_count(self) -> int:
+        """Return the number of decoder layers."""
         return self.model.config.text_config.num_hidden_layers
 
     def answers(self, samples: Sequence[Sample], removed_sets: Sequence[Sequence[int]], max_new_tokens: int):
@@ -62,12 +44,13 @@ class LlavaReplica:
         Returns rows {sample_id, removed, answer, tokens, stopped}: `tokens` counts the new tokens without the
         stop token, `stopped` tells whether it came. ValueError: a layer out of range, an unreadable image.
         """
+        layers = self.layer_count()
         for removed in removed_sets:
             for layer in removed:
-                if not 0 <= layer < self.layers:
-                    raise ValueError(f"Layer {layer} is out of range: the model has layers 0 to {self.layers - 1}.")
+                if not 0 <= layer < layers:
+                    raise ValueError(f"Layer {layer} is out of range: the model has layers 0 to {layers - 1}.")
         prompts = [self._prompt(sample) for sample in samples]
-        keep_VL = torch.ones(len(removed_sets), self.layers, dtype=torch.bool)
+        keep_VL = torch.ones(len(removed_sets), layers, dtype=torch.bool)
         for variant, removed in enumerate(removed_sets):
             keep_VL[variant, list(removed)] = False
         pairs = [(s, v) for s in range(len(samples)) for v in range(len(removed_sets))]
@@ -135,7 +118,12 @@ class LlavaReplica:
         """Measure memory and latency of plain `generate` on one real question (see `actors.profiler.measure`)."""
         inputs = self.inputs(sample)
         inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(self.model))
-        facts = {"params": self.parameters(), "layers": self.layers}
+        facts = {
+            "params": self.parameters(),
+            "layers": self.layer_count(),
+            "stored_bits": 8 * stored_dtype(self._spec.path, self._spec.revision).itemsize,
+            "weight_bytes": stored_bytes(self._spec.path, self._spec.revision),
+        }
         return {**facts, **measure(self.model, inputs, warmup_runs, timed_runs, new_tokens)}
 
 

@@ -144,12 +144,21 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
     return {"removed": removed, "layers": len(renumbered)}
 
 
-def describe_weights(path: str) -> dict:
-    """Return {weight_bytes} of a checkpoint folder: its tensors' bytes, scales and zero points included."""
+def stored_bytes(path: str, revision: str | None = None) -> int:
+    """Return the bytes of a checkpoint's tensors, scales and zero points included, from the files' headers."""
     total = 0
-    for _, tensor in iterate_tensors(Path(path)):
-        total += tensor.numel() * tensor.element_size()
-    return {"weight_bytes": total}
+    for file in local_folder(path, revision).glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(e["data_offsets"][1] - e["data_offsets"][0] for n, e in header.items() if n != "__metadata__")
+    return total
+
+
+def stored_dtype(path: str, revision: str | None = None) -> torch.dtype:
+    """Return the type a checkpoint's weights are stored in, float16 where its config does not say."""
+    config = AutoConfig.from_pretrained(local_folder(path, revision))
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float16"))
 
 
 class Surgeon:

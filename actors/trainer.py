@@ -3,33 +3,17 @@
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
-from actors.conversations import Conversation, collate
+from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, quiet
-from actors.replica import ModelSpec
-from actors.surgery import copy_companions, local_folder
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Hyper-parameters of one fine-tuning; see jobs.config.RecoverConfig for their units."""
-
-    method: str
-    rank: int
-    alpha: int
-    dropout: float
-    epochs: float
-    batch: int
-    micro_batch: int
-    learning_rate: float
-    seed: int
+from actors.specs import Conversation, LoraSettings, ModelSpec
+from actors.surgery import copy_companions, local_folder, stored_dtype
 
 
 def language_linears(model: nn.Module) -> list[str]:
@@ -53,13 +37,6 @@ def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndB
         bnb_4bit_use_double_quant=double_quant,
         llm_int8_skip_modules=[*keep, *(f"model.{name}" for name in keep), "language_model.lm_head"],
     )
-
-
-def stored_dtype(path: str, revision: str | None = None) -> torch.dtype:
-    """Return the type a checkpoint's weights are stored in, float16 where its config does not say."""
-    config = AutoConfig.from_pretrained(local_folder(path, revision))
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float16"))
 
 
 class LoraTrainer:

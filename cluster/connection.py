@@ -5,12 +5,11 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import ray
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK_ONLY = {
@@ -39,15 +38,19 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     stopped when the block ends, however it ends. ConnectionError names an address that does not answer.
     """
     address = os.environ.get("RAY_ADDRESS", "").strip()
+    private = address in ("", "local")
+    if private and "ray" not in sys.modules:  # Ray reads its security settings once, when it is imported
+        os.environ.update(private_environment())
+    import ray
+
     folder = None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
-        if address and address != "local":
+        if not private:
             _check_reachable(address)
             ray.init(address=address, runtime_env=_own_code(), **quiet)
         else:
             folder = tempfile.mkdtemp(prefix="prn-", dir="/tmp")  # short: Ray's socket paths are limited
-            os.environ.update(private_environment())
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -90,5 +93,7 @@ def _check_reachable(address: str) -> None:
 
 def capacity() -> tuple[float, float]:
     """Return the (cores, GPUs) of the connected cluster."""
+    import ray
+
     resources = ray.cluster_resources()
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)

@@ -19,7 +19,7 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor holds while it lives: cores, GPUs (a fraction shares one), and its count."""
+    """What one actor holds while it lives: cores, GPUs (a fraction shares one); and how many actors."""
 
     cpus: float = 1
     gpus: float = 0
@@ -34,6 +34,13 @@ class Outcome:
     value: Any = None
     error: str | None = None
     attempts: int = 1
+
+
+@dataclass(frozen=True)
+class _Work:
+    key: Any
+    args: tuple
+    attempt: int = 1
 
 
 class _Host:
@@ -56,88 +63,105 @@ class _Host:
 class Pool:
     """`resources.count` actors of the class `target` ("package.module:Class"), each built with `kwargs`.
 
-    An exception in the class's constructor is raised to the caller; actors that die (out of memory, killed)
-    are replaced, at most `respawns` times over the pool's life.
+    Actors start when there is work for them. An exception in the class's constructor is raised to the caller;
+    actors that die (out of memory, killed) are replaced, at most `respawns` times over the pool's life.
     """
 
     def __init__(self, target: str, kwargs: dict, resources: Resources, respawns: int = 16):
         self._target, self._kwargs, self._resources = target, kwargs, resources
         self._respawns_left = respawns
-        self._actors = []
+        self._idle: list = []
+        self._flights: dict[Any, tuple] = {}  # object ref -> (actor, its work, or None while it sets up)
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *exception) -> None:
-        for actor in self._actors:
+        for actor in [*self._idle, *(actor for actor, _ in self._flights.values())]:
             ray.kill(actor)
-        self._actors.clear()
+        self._idle.clear()
+        self._flights.clear()
 
     def map(self, method: str, items: Iterable[tuple[Any, tuple]]) -> Iterator[Outcome]:
         """Call `method(*args)` for every (key, args) on whichever actor is free; yield outcomes as they come."""
-        waiting = deque((key, args, 1) for key, args in items)
-        flights: dict[Any, tuple] = {}  # object ref -> (actor, work item or None while it sets up)
-        while waiting or any(work for _, work in flights.values()):
-            wanted = min(self._resources.count, len(waiting) + sum(1 for _, w in flights.values() if w))
-            while len(self._actors) < wanted:
-                actor, ready = self._spawn()
-                flights[ready] = (actor, None)
-            (done,), _ = ray.wait(list(flights), num_returns=1)
-            actor, work = flights.pop(done)
-            try:
-                value = ray.get(done)
-            except RayActorError as error:
-                self._replace(actor, error)
-                if work:
-                    yield from self._retry(waiting, work, f"its worker died ({_one_line(error)})")
+        waiting = deque(_Work(key, args) for key, args in items)
+        working = 0
+        while waiting or working:
+            while self._idle and waiting:
+                actor, work = self._idle.pop(), waiting.popleft()
+                self._flights[actor.call.remote(method, work.args)] = (actor, work)
+                working += 1
+            starting = len(self._flights) - working
+            for _ in range(min(self._resources.count - len(self._flights), len(waiting) - starting)):
+                self._spawn()
+            actor, work, value, error = self._next()
+            if work is None:
                 continue
-            except RayTaskError as error:
-                if work is None:
-                    raise unwrapped(error) from None
-                yield from self._retry(waiting, work, _one_line(unwrapped(error)))
+            working -= 1
+            if error is None:
+                yield Outcome(work.key, value=value, attempts=work.attempt)
+            elif work.attempt < ATTEMPTS:
+                waiting.append(_Work(work.key, work.args, work.attempt + 1))
             else:
-                if work:
-                    yield Outcome(work[0], value=value, attempts=work[2])
-            if waiting:
-                work = waiting.popleft()
-                flights[actor.call.remote(method, work[1])] = (actor, work)
+                yield Outcome(work.key, error=error, attempts=work.attempt)
+
+    def call(self, method: str, *args) -> Any:
+        """Call `method(*args)` on one actor; what it raises is raised here."""
+        (result,) = self.stream_of("call", method, args)
+        return result
 
     def stream(self, method: str, *args) -> Iterator:
         """Call the generator `method(*args)` on one actor and yield its items as they come."""
-        actor, ready = self._spawn()
+        return self.stream_of("stream", method, args)
+
+    def stream_of(self, edge: str, method: str, args: tuple) -> Iterator:
+        """Yield the results of one call ("call": exactly one; "stream": a generator's) on a ready actor."""
+        while not self._idle:
+            if not self._flights:
+                self._spawn()
+            self._next()
+        actor = self._idle.pop()
         try:
-            ray.get(ready)
-            for ref in actor.stream.options(num_returns="streaming").remote(method, args):
-                yield ray.get(ref)
+            if edge == "call":
+                yield ray.get(actor.call.remote(method, args))
+            else:
+                for ref in actor.stream.options(num_returns="streaming").remote(method, args):
+                    yield ray.get(ref)
         except RayTaskError as error:
             raise unwrapped(error) from None
         except RayActorError as error:
-            raise RuntimeError(f"The worker running {self._target}.{method} died: {_one_line(error)}") from None
+            actor = None
+            raise RuntimeError(f"The worker running {self._target}.{method} died ({_one_line(error)}).") from None
+        finally:
+            if actor is not None:
+                self._idle.append(actor)
 
-    def _spawn(self) -> tuple:
-        remote = ray.remote(
-            num_cpus=self._resources.cpus, num_gpus=self._resources.gpus, max_restarts=0, max_task_retries=0
-        )(_Host)
-        actor = remote.remote(self._target, self._kwargs)
-        self._actors.append(actor)
-        return actor, actor.setup.remote()
+    def _spawn(self) -> None:
+        options = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
+        actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Host).remote(self._target, self._kwargs)
+        self._flights[actor.setup.remote()] = (actor, None)
 
-    def _replace(self, actor, error: Exception) -> None:
-        self._actors.remove(actor)
-        if self._respawns_left <= 0:
-            raise RuntimeError(
-                f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "
-                "If it ran out of memory, lower replicas.count or the batch."
-            ) from None
-        self._respawns_left -= 1
-
-    @staticmethod
-    def _retry(waiting: deque, work: tuple, reason: str) -> Iterator[Outcome]:
-        key, args, attempt = work
-        if attempt >= ATTEMPTS:
-            yield Outcome(key, error=reason, attempts=attempt)
-        else:
-            waiting.append((key, args, attempt + 1))
+    def _next(self) -> tuple:
+        """Wait for one flight to end; return (actor, work, value, reason of failure)."""
+        (done,), _ = ray.wait(list(self._flights), num_returns=1)
+        actor, work = self._flights.pop(done)
+        try:
+            value = ray.get(done)
+        except RayTaskError as error:
+            if work is None:
+                raise unwrapped(error) from None
+            self._idle.append(actor)
+            return actor, work, None, _one_line(unwrapped(error))
+        except RayActorError as error:
+            if self._respawns_left <= 0:
+                raise RuntimeError(
+                    f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "
+                    "If they run out of memory, lower replicas.count or replicas.max_rows."
+                ) from None
+            self._respawns_left -= 1
+            return actor, work, None, f"its worker died ({_one_line(error)})"
+        self._idle.append(actor)
+        return actor, work, value, None
 
 
 def unwrapped(error: RayTaskError) -> BaseException:

@@ -48,7 +48,7 @@ class QuestionConfig(_Section):
 class DataConfig(_Section):
     """The image collection and what is asked about it."""
 
-    root: str = Field("runs/derm-tiny/images", description="folder of images, read recursively")
+    root: str | None = Field(None, description="folder of images, read recursively; unset: images/ in run_dir")
     draw_per_class: int = Field(0, ge=0, description="lesions of derm-tiny to draw into root per class; 0: draw none")
     annotations: str | None = Field(None, description="CSV below root with columns path, question_id, answer")
     classes: list[ClassConfig] = Field([], description="the classes (YAML list)")
@@ -189,14 +189,24 @@ def _set(values: dict, key: str, text: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = [part for part in first["loc"] if isinstance(part, (str, int))]
+    path = list(first["loc"])
+    known = set(valid_keys())
+    while len(path) > 1 and ".".join(map(str, path[:-1])) in known and not isinstance(path[-1], int):
+        path.pop()  # pydantic names the member of a union that did not fit
     key = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, valid_keys(), n=1, cutoff=0.0)
-        return f"Unknown config key {key!r}: did you mean {near[0]!r}? (--help lists them all)"
+        return f"Unknown config key {key!r}: did you mean {_nearest(path)!r}? (--help lists them all)"
     if first["type"] == "missing":
         return f"The config lacks {key!r}."
     return f"Config key {key!r}: {first['msg']} (given: {first['input']!r})."
+
+
+def _nearest(path: list) -> str:
+    item = {("data", "classes"): ClassConfig, ("data", "questions"): QuestionConfig}.get(tuple(path[:2]))
+    prefix = ".".join(map(str, path[:3])) + "."
+    candidates = [prefix + name for name in item.model_fields] if item and len(path) > 3 else valid_keys()
+    sections = {key.rpartition(".")[0] for key in candidates} - {""}
+    return difflib.get_close_matches(".".join(map(str, path)), [*candidates, *sections], n=1, cutoff=0.0)[0]
 
 
 def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:

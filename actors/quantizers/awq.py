@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from actors.conversations import Conversation, collate
+from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, pixel_dtype
-from actors.quantizers.quantizer import QuantizeSettings
 from actors.quantizers.rtn import quantize_rtn
-from actors.replica import ModelSpec
+from actors.specs import Conversation, ModelSpec, QuantizeSettings
 from actors.surgery import copy_companions, local_folder
 
 MISSING = (

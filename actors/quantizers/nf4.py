@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from actors.loading import load_model
-from actors.quantizers.quantizer import QuantizeSettings
-from actors.replica import ModelSpec
-from actors.surgery import copy_companions, local_folder
-from actors.trainer import nf4_config, stored_dtype
+from actors.specs import ModelSpec, QuantizeSettings
+from actors.surgery import copy_companions, local_folder, stored_dtype
+from actors.trainer import nf4_config
 
 BLOCK = 64
 

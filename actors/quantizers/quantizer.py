@@ -1,23 +1,10 @@
 """One interface for all quantization methods."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from actors.conversations import Conversation
 from actors.loading import quiet
-from actors.replica import ModelSpec
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """How to round; see jobs.config.QuantizeConfig for the fields' units."""
-
-    method: str
-    bits: int
-    group_size: int
-    clip: bool
-    seed: int
+from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
 
 class Quantizer:

@@ -1,0 +1,203 @@
+"""From a folder of images to labelled, grouped and split files. Pillow and numpy only.
+
+Near-duplicates (the same bytes, a close perceptual hash, one file-name series) form a group, and a group never
+crosses the split. What cannot be used is listed with the reason, and skipped.
+"""
+
+import fnmatch
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from actors.images import open_image
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+HASH_SIDE = 8
+
+
+@dataclass(frozen=True)
+class ClassPatterns:
+    """A class and the patterns of relative paths (* and ?, upper and lower case alike) that belong to it."""
+
+    name: str
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A readable image: path below the root, class, SHA-256 of its bytes, 64-bit difference hash."""
+
+    path: str
+    label: str
+    sha256: str
+    dhash: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not used, and why."""
+
+    path: str
+    reason: str
+
+
+def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile], list[Skipped]]:
+    """Read every file below `root`; return the usable images, sorted by path, and the skipped files.
+
+    ValueError: no such folder, or a class without a single readable image.
+    """
+    if not root.is_dir():
+        raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
+    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda path: _inspect(root, path, classes), paths))
+    files = [r for r in results if isinstance(r, ImageFile)]
+    skipped = [r for r in results if isinstance(r, Skipped)]
+    for kind in classes:
+        if not any(file.label == kind.name for file in files):
+            raise ValueError(
+                f"Class {kind.name!r} has no readable image below {str(root)!r} (patterns: {', '.join(kind.patterns)}): "
+                "correct its `match` in data.classes, or remove the class."
+            )
+    return files, skipped
+
+
+def _inspect(root: Path, path: str, classes: Sequence[ClassPatterns]) -> ImageFile | Skipped:
+    if Path(path).suffix.lower() not in SUFFIXES:
+        return Skipped(path, "not an image type")
+    labels = [kind.name for kind in classes if any(_matches(path, pattern) for pattern in kind.patterns)]
+    if len(labels) != 1:
+        return Skipped(path, f"matches several classes: {', '.join(labels)}" if labels else "no class matches")
+    try:
+        data = (root / path).read_bytes()
+        if not data:
+            return Skipped(path, "empty file")
+        dhash = difference_hash(open_image(str(root / path)))
+    except (ValueError, OSError) as error:
+        return Skipped(path, str(error).replace(str(root / path), path))
+    return ImageFile(path, labels[0], hashlib.sha256(data).hexdigest(), dhash)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path.lower(), pattern.lower())
+
+
+def difference_hash(image: Image.Image) -> int:
+    """Return 64 bits: whether each pixel of a 9 x 8 grey thumbnail is brighter than its right neighbour."""
+    grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
+    bits = (grey[:, 1:] < grey[:, :-1]).flatten()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
+
+
+def group_files(files: Sequence[ImageFile], bits: int, series_pattern: str | None) -> list[int]:
+    """Return each file's group number: files share one if any chain of near-duplicates joins them.
+
+    bits: largest Hamming distance of difference hashes; -1 leaves hashes out. series_pattern: a regular
+    expression whose first group, in the folder and file name, names a series; ValueError if it is not valid.
+    """
+    parent = list(range(len(files)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def join_equal(keys) -> None:
+        first: dict = {}
+        for i, key in enumerate(keys):
+            if key is not None:
+                parent[find(i)] = find(first.setdefault(key, i))
+
+    join_equal(file.sha256 for file in files)
+    if series_pattern:
+        try:
+            series = re.compile(series_pattern)
+        except re.error as error:
+            raise ValueError(f"data.group_pattern {series_pattern!r} is not a regular expression: {error}.") from None
+        if series.groups < 1:
+            raise ValueError(f"data.group_pattern {series_pattern!r} has no group: mark the series with (...).")
+        matches = [series.search(file.path) for file in files]
+        join_equal((file.label, m.group(1)) if m else None for file, m in zip(files, matches, strict=True))
+    if bits >= 0:
+        hashes = np.array([file.dhash for file in files], dtype=np.uint64)
+        for i in range(len(files) - 1):
+            for j in np.nonzero(np.bitwise_count(hashes[i + 1 :] ^ hashes[i]) <= bits)[0]:
+                parent[find(i + 1 + int(j))] = find(i)
+    return [find(i) for i in range(len(files))]
+
+
+def drop_contradictions(files: Sequence[ImageFile]) -> tuple[list[ImageFile], list[Skipped]]:
+    """Take out images whose very bytes stand in more than one class: at least one label is wrong."""
+    labels = defaultdict(set)
+    for file in files:
+        labels[file.sha256].add(file.label)
+    good = [file for file in files if len(labels[file.sha256]) == 1]
+    bad = [
+        Skipped(file.path, f"the same image is in several classes: {', '.join(sorted(labels[file.sha256]))}")
+        for file in files
+        if len(labels[file.sha256]) > 1
+    ]
+    return good, bad
+
+
+def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fraction: float, seed: int) -> list[str]:
+    """Return "train" or "test" per file: whole groups, each class at about `test_fraction` (grouped, stratified).
+
+    ValueError: a class whose images form fewer than two groups.
+    """
+    rng = np.random.default_rng(seed)
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    by_class = defaultdict(list)
+    for group, indices in sorted(members.items()):
+        by_class[files[indices[0]].label].append(group)
+    test: set[int] = set()
+    for label, own in sorted(by_class.items()):
+        if len(own) < 2:
+            raise ValueError(
+                f"Class {label!r} has images of one near-duplicate group only: a train and a test split need two. "
+                "Add images, or lower data.near_duplicate_bits."
+            )
+        wanted = max(1, round(test_fraction * sum(len(members[g]) for g in own)))
+        taken = 0
+        for group in [own[i] for i in rng.permutation(len(own))[:-1]]:  # one group always stays in training
+            if taken >= wanted:
+                break
+            test.add(group)
+            taken += len(members[group])
+    return ["test" if group in test else "train" for group in groups]
+
+
+def own_split(
+    files: Sequence[ImageFile], groups: Sequence[int], patterns: dict[str, list[str]]
+) -> tuple[list[str | None], list[Skipped]]:
+    """Return the collection's own split per file (None: not used), and the files taken out.
+
+    A training image in one group with a test image is a leak: it is taken out, the test split stays as given.
+    ValueError: the patterns do not name exactly train and test, or one of them has no image.
+    """
+    if set(patterns) != {"train", "test"}:
+        raise ValueError(f"data.splits names {sorted(patterns)}: it must name patterns for train and for test.")
+    found: list[str | None] = []
+    for file in files:
+        sides = [side for side in ("train", "test") if any(_matches(file.path, p) for p in patterns[side])]
+        found.append(sides[0] if len(sides) == 1 else None)
+    skipped = [Skipped(f.path, "in neither split, or in both") for f, s in zip(files, found, strict=True) if s is None]
+    test_groups = {group for group, side in zip(groups, found, strict=True) if side == "test"}
+    for i, (file, group) in enumerate(zip(files, groups, strict=True)):
+        if found[i] == "train" and group in test_groups:
+            found[i] = None
+            skipped.append(Skipped(file.path, "near-duplicate of a test image"))
+    for side in ("train", "test"):
+        if side not in found:
+            raise ValueError(f"No image is in the {side} split (data.splits.{side}: {patterns[side]}).")
+    return found, skipped

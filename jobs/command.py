@@ -1,0 +1,99 @@
+"""The command line of every job: --config, dotted overrides, --help; one sentence for a user's mistake."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from jobs.config import Config, fields, load_config
+from jobs.run import Run
+
+USAGE = """{doc}
+
+Options:
+  --config FILE        YAML file with any of the fields below (default: the defaults)
+  --<field> VALUE      override one field, e.g. --prune.layers 7
+  --help               this text
+
+Fields (unit in brackets; defaults are derm-tiny's or the paper's):
+{fields}
+
+Set PRUNELLA_DEBUG=1 for tracebacks."""
+
+
+def main(doc: str, job: Callable[[Run], None]) -> None:
+    """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    name = (job.__module__ if job.__module__ != "__main__" else sys.modules["__main__"].__spec__.name).split(".")[-1]
+    signal.signal(signal.SIGTERM, _terminated)
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE.format(doc=doc.strip(), fields=_field_help()))
+        return
+    debug = os.environ.get("PRUNELLA_DEBUG") == "1"
+    try:
+        with Run(parse(arguments)) as run:
+            run.record_config(name)
+            job(run)
+    except KeyboardInterrupt:
+        _stop(name, "interrupted; what was finished is kept, the same command continues", 130)
+    except (ValueError, ConnectionError) as error:
+        if debug:
+            raise
+        _stop(name, str(error), 2)
+    except OSError as error:
+        if debug or error.errno not in _REMEDIES:
+            raise
+        _stop(name, f"{error.strerror}: {error.filename or 'the run folder'}. {_REMEDIES[error.errno]}", 2)
+    except RuntimeError as error:
+        if debug:
+            raise
+        _stop(name, str(error), 1)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free space there, or give another --run_dir; what was finished is kept.",
+    errno.EDQUOT: "Free space there, or give another --run_dir; what was finished is kept.",
+    errno.EROFS: "Give a --run_dir that you can write to.",
+    errno.EACCES: "Give a --run_dir that you can write to, and data that you can read.",
+    errno.EPERM: "Give a --run_dir that you can write to.",
+    errno.ENOTDIR: "A part of this path is a file: give another --run_dir.",
+    errno.EEXIST: "A file is in the way: give another --run_dir.",
+}
+
+
+def parse(arguments: list[str]) -> Config:
+    """Turn command-line arguments into a config; ValueError names the argument that is wrong."""
+    path, overrides, rest = None, [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"Unexpected argument {word!r}: options look like --prune.layers 7 (see --help).")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} lacks a value.")
+            value = rest.pop(0)
+        if key == "config":
+            path = value
+        else:
+            overrides.append((key.replace("-", "_"), value))
+    return load_config(path, overrides)
+
+
+def _field_help() -> str:
+    lines = []
+    for key, kind, default, text in fields():
+        shown = "unset" if default is None else default
+        lines.append(f"  --{key} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
+        lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {shown})")
+    return "\n".join(lines)
+
+
+def _terminated(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(job: str, message: str, code: int) -> None:
+    print(f"{job}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

@@ -1,0 +1,127 @@
+"""The paper's pipeline for one setting: score layers, prune, recover, quantize; evaluate each combination.
+
+    python -m jobs.compress --config configs/derm-tiny.yaml
+    ray job submit --working-dir . -- python -m jobs.compress --config configs/llava-1.5-7b-dermnet.yaml \\
+        --data.root /shared/dermnet --run_dir /shared/runs/dermnet --prune.layers 7
+
+Every stage that exists already in run_dir is reused. The rows of the paper's Table 4 go to run_dir/summary.json.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from jobs import ablate, evaluate, prepare, prune, quantize, recover
+from jobs.command import main
+from jobs.run import Run, Source, Stage
+
+SUMMARY = "summary.json"
+
+
+def plan(run: Run) -> dict[str, tuple[Stage | Source, Stage]]:
+    """Return method -> (checkpoint, its evaluation), the six rows of the paper's Table 4."""
+    if run.config.prune.layers == 0:
+        raise ValueError("prune.layers is 0: jobs.compress compares pruned models; use jobs.quantize alone instead.")
+    data, base = prepare.stage(run), run.base_model()
+    pruned = prune.stage(run, base)
+    healed = recover.stage(run, pruned, data)
+    models = {
+        "original": base,
+        "prune": pruned,
+        "prune+sft": healed,
+        "quant": quantize.stage(run, base, data),
+        "prune+quant": quantize.stage(run, pruned, data),
+        "prune+sft+quant": quantize.stage(run, healed, data),
+    }
+    return {method: (model, evaluate.stage(run, model, data)) for method, model in models.items()}
+
+
+def scores_stage(run: Run) -> Stage | None:
+    """Return the ablation that chose the layers, None if the config lists them."""
+    if run.config.prune.order is not None:
+        return None
+    return ablate.stage(run, run.base_model(), prepare.stage(run))
+
+
+def summary(run: Run, planned: dict[str, tuple[Stage | Source, Stage]]) -> list[dict]:
+    """Return one row per method, from artifacts that exist."""
+    removed = run.facts(planned["prune"][0])["removed"]
+    rows = []
+    for method, (model, evaluated) in planned.items():
+        facts = run.facts(evaluated)
+        found, profile = facts["metrics"], facts["profile"]
+        quantized = "quant" in method
+        rows.append(
+            {
+                "method": method,
+                "removed_layers": removed if "prune" in method else [],
+                "bits": run.config.quantize.bits if quantized else profile["stored_bits"],
+                "quantizer": run.config.quantize.method if quantized else "none",
+                "params": profile["params"],
+                "weight_bytes": profile["weight_bytes"],
+                "peak_memory_bytes": profile["peak_memory_bytes"],
+                "peak_memory_kind": profile["peak_memory_kind"],
+                "is_llm_judge": False,
+                "judge_pct": None,
+                **{key: found[key] for key in ("baseline_pct", "baseline_interval_pct", "name_accuracy")},
+                "name_accuracy_interval": found["name_accuracy_interval"],
+                "without_stop_pct": found["without_stop_pct"],
+                "images": found["images"],
+                "answers": found["answers"],
+                "ms_per_token": profile["ms_per_token"],
+                "ms_per_token_p5_p95": profile["ms_per_token_p5_p95"],
+                "first_token_ms": profile["first_token_ms"],
+                "device": profile["device"],
+                "threads": profile["threads"],
+                "checkpoint": run.make(model) if isinstance(model, Source) else str(run.store.find(model.name)),
+                "evaluation": evaluated.name,
+            }
+        )
+    return rows
+
+
+def write_summary(run: Run, rows: list[dict]) -> Path:
+    """Write the rows to run_dir/summary.json, atomically."""
+    path = run.folder / SUMMARY
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(rows, indent=1))
+    os.replace(temporary, path)
+    return path
+
+
+def table(rows: list[dict]) -> str:
+    """Lay the rows out for a terminal."""
+    lines = [f"{'method':<16} {'params':>10} {'bits':>4} {'weights':>10} {'name acc. %':>18} {'baseline %':>18} {'ms/token':>8}"]
+    for row in rows:
+        name = "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
+        baseline = _with_interval(row["baseline_pct"], row["baseline_interval_pct"])
+        size = f"{row['weight_bytes'] / 2**20:.2f} MiB"
+        lines.append(
+            f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>18} {baseline:>18} "
+            f"{row['ms_per_token']:>8.2f}"
+        )
+    first = rows[0]
+    lines.append(
+        f"{first['images']} test images, {first['answers']} answers; 95 % intervals; {first['device']}, "
+        f"{first['threads']} thread(s); LLM judge: not run"
+    )
+    return "\n".join(lines)
+
+
+def _with_interval(value: float, interval: list[float]) -> str:
+    return f"{value:.1f} [{interval[0]:.0f}, {interval[1]:.0f}]"
+
+
+def job(run: Run) -> None:
+    """Make everything and write the summary."""
+    planned = plan(run)
+    for _, evaluated in planned.values():
+        run.make(evaluated)
+    rows = summary(run, planned)
+    path = write_summary(run, rows)
+    print(table(rows))
+    print(f"compress: rows are in {path}; python -m jobs.report with the same options writes the report", flush=True)
+
+
+if __name__ == "__main__":
+    main(__doc__, job)

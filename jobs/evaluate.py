@@ -1,0 +1,125 @@
+"""Answer the test split with a model, score the answers by the embedded baseline, measure memory and latency.
+
+    python -m jobs.evaluate --config configs/derm-tiny.yaml
+    python -m jobs.evaluate --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/quantize-...
+
+The baseline (disease name, word overlap, embedding similarity) is not an LLM judge and is never called one.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from actors.baseline import ClassName, baseline_score, name_verdict
+from actors.maths.statistics import cluster_bootstrap_interval, wilson_interval
+from actors.specs import Sample
+from cluster.tables import PartTable, write_table
+from jobs import prepare
+from jobs.command import main
+from jobs.progress import Progress
+from jobs.run import Run, Source, Stage
+
+ANSWERS = "answers.parquet"
+NAME_QUESTION = "name"
+UNIT = 16
+
+
+def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
+    """Return the stage that evaluates `model` on the test split."""
+    config = run.config
+    settings = {
+        **config.evaluate.model_dump(mode="json"),
+        "embedder": _embedder(run),
+        "dtype": config.model.dtype,
+        "on_gpu": config.replicas.gpus > 0,
+        "threads": config.replicas.cpus,
+        "max_new_tokens": config.generation.max_new_tokens,
+    }
+    return Stage(
+        "evaluate", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts), resume=True
+    )
+
+
+def _embedder(run: Run) -> str:
+    return run.config.evaluate.embedder or run.config.ablate.embedder
+
+
+def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
+    """Measure in a fresh process first, then answer with all replicas, then score."""
+    evaluate = run.config.evaluate
+    rows = prepare.conversations(run.make(data), "test")
+    images = sorted({row["image"] for row in rows})[: evaluate.limit]
+    rows = [row for row in rows if row["image"] in set(images)]
+    samples = [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
+    table = PartTable(folder / "units")
+    units = {f"{i:06d}": samples[i : i + UNIT] for i in range(0, len(samples), UNIT)}
+    open_units = {name: part for name, part in units.items() if name not in table.finished()}
+    reasons = []
+    with run.replicas(model) as pool:
+        profile = pool.call("profile", samples[0], evaluate.warmup_runs, evaluate.timed_runs, evaluate.timed_tokens)
+        work = [(n, (part, [()], run.config.generation.max_new_tokens)) for n, part in open_units.items()]
+        with Progress("evaluate", len(units), done=len(units) - len(open_units)) as progress:
+            for outcome in pool.map("answers", work):
+                if outcome.error:
+                    reasons.append(outcome.error)
+                else:
+                    table.add(outcome.key, outcome.value)
+                progress.step(note="units")
+    given = {row["sample_id"]: row for row in table.rows()}
+    if not given:
+        raise RuntimeError(f"No question could be answered; the first unit said: {reasons[0]}")
+    for reason in reasons:
+        print(f"evaluate: {UNIT} questions failed three times and are left out: {reason}", flush=True)
+    scored = _score(run, [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given])
+    write_table(folder / ANSWERS, scored)
+    facts["metrics"] = {**metrics(scored), "unanswered": len(samples) - len(given)}
+    facts["profile"] = profile
+
+
+def _score(run: Run, rows: list[dict]) -> list[dict]:
+    classes = [ClassName(kind.name, tuple(kind.synonyms)) for kind in run.config.data.classes]
+    cosines = run.embedder(_embedder(run)).call("similarities", [(row["answer"], row["reference"]) for row in rows])
+    return [
+        {
+            **{key: value for key, value in row.items() if key != "removed"},
+            "similarity": cosine,
+            "baseline": baseline_score(row["answer"], row["reference"], row["class"], cosine, classes),
+            "verdict": name_verdict(row["answer"], row["class"], classes) if row["question_id"] == NAME_QUESTION else None,
+        }
+        for row, cosine in zip(rows, cosines, strict=True)
+    ]
+
+
+def metrics(rows: list[dict]) -> dict:
+    """Summarise scored answers; shares and scores in percent, intervals at 95 % with the image as the unit."""
+    groups = np.array([row["group"] for row in rows])
+    scores = np.array([row["baseline"] for row in rows])
+    names = Counter(row["verdict"] for row in rows if row["verdict"] is not None)
+    asked = sum(names.values())
+    low, high = cluster_bootstrap_interval(scores, groups)
+    accuracy = wilson_interval(names["right"], asked) if asked else None
+    return {
+        "images": len({row["image"] for row in rows}),
+        "answers": len(rows),
+        "baseline_pct": 100 * float(scores.mean()),
+        "baseline_interval_pct": [100 * low, 100 * high],
+        "name_accuracy": 100 * names["right"] / asked if asked else None,
+        "name_accuracy_interval": [100 * bound for bound in accuracy] if accuracy else None,
+        "name_verdicts": dict(names),
+        "without_stop_pct": 100 * sum(not row["stopped"] for row in rows) / len(rows),
+    }
+
+
+def job(run: Run) -> None:
+    """Evaluate the config's model and print what was found."""
+    made = stage(run, run.base_model(), prepare.stage(run))
+    folder = run.make(made)
+    facts = run.facts(made)
+    print(json.dumps({"metrics": facts["metrics"], "profile": facts["profile"]}, indent=1))
+    print(f"evaluate: answers are in {folder}/{ANSWERS}", flush=True)
+
+
+if __name__ == "__main__":
+    main(__doc__, job)

@@ -1,0 +1,74 @@
+"""Figures as SVG text, readable on white and in print."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams.update(
+    {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "prunella"}
+)
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+BLUE, GREY, RED = "#2b6cb0", "#a0aec0", "#c05621"
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def importance_figure(scores: list[dict], removed: tuple[int, ...] = ()) -> str:
+    """Bar chart of the answers' similarity without each layer (paper, figure 3), with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7, 2.8))
+    layers = [row["layer"] for row in scores]
+    values = [row["score"] for row in scores]
+    spread = [
+        [row["score"] - row["low"] for row in scores],
+        [row["high"] - row["score"] for row in scores],
+    ]
+    colours = [RED if layer in removed else BLUE for layer in layers]
+    axes.bar(layers, values, color=colours, yerr=spread, ecolor="#4a5568", capsize=2)
+    axes.set_xticks(layers)
+    axes.set_xlabel("decoder layer removed (zero-based)")
+    axes.set_ylabel("mean cosine similarity")
+    axes.set_ylim(min(0, *(row["low"] for row in scores)), 1.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def loss_figure(losses: list[dict]) -> str:
+    """Line of the training loss per step."""
+    figure, axes = plt.subplots(figsize=(7, 2.4))
+    axes.plot([row["step"] for row in losses], [row["loss"] for row in losses], color=BLUE, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def tradeoff_figure(rows: list[dict]) -> str:
+    """Score of every method against the bytes of its weights, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for row in rows:
+        low, high = row["baseline_interval_pct"]
+        size = row["weight_bytes"] / 2**20
+        colour = RED if row["bits"] <= 4 else BLUE
+        axes.errorbar(
+            size,
+            row["baseline_pct"],
+            yerr=[[row["baseline_pct"] - low], [high - row["baseline_pct"]]],
+            fmt="o",
+            color=colour,
+            capsize=3,
+        )
+        axes.annotate(row["method"], (size, row["baseline_pct"]), textcoords="offset points", xytext=(7, 4), fontsize=9)
+    axes.set_xlabel("weights (MiB)")
+    axes.set_ylabel("baseline score (%)")
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)

@@ -1,0 +1,163 @@
+"""Turn a folder of images into conversations: labelled, checked, grouped and split without leakage.
+
+    python -m jobs.prepare --config configs/derm-tiny.yaml
+    python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /data/dermnet
+"""
+
+import csv
+import string
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from actors.dataset import (
+    ClassPatterns,
+    ImageFile,
+    Skipped,
+    drop_contradictions,
+    group_files,
+    own_split,
+    scan,
+    split_groups,
+)
+from cluster.artifacts import digest
+from cluster.tables import read_table, write_table
+from jobs.command import main
+from jobs.config import ClassConfig, DataConfig, QuestionConfig
+from jobs.run import Run, Stage
+
+CONVERSATIONS, SKIPPED = "conversations.parquet", "skipped.parquet"
+_SKIPPED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
+
+
+def stage(run: Run) -> Stage:
+    """Return the data stage; it is named by the content of every file, so changed images are a new artifact."""
+    data = run.config.data
+    root = image_root(run)
+    if data.draw_per_class and not root.is_dir():
+        from actors.derm_tiny.draw import write_tree
+
+        root.parent.mkdir(parents=True, exist_ok=True)
+        count = write_tree(root, data.draw_per_class, run.config.seed)
+        print(f"prepare: drew {count} images of derm-tiny into {root}", flush=True)
+    if not root.is_dir():
+        raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
+    if not data.classes or not data.questions:
+        raise ValueError("data.classes and data.questions are empty: see configs/derm-tiny.yaml for how they look.")
+    files = {p.relative_to(root).as_posix(): run.fingerprints.file(p) for p in sorted(root.rglob("*")) if p.is_file()}
+    settings = data.model_dump(mode="json", exclude={"root", "draw_per_class"})
+    recipe = {**settings, "seed": run.config.seed, "root": str(root), "files": files}
+    return Stage("data", 1, {"sha256": digest(recipe)}, (), build)
+
+
+def image_root(run: Run) -> Path:
+    """Return the absolute folder of images."""
+    root = run.config.data.root
+    return Path(root).expanduser().resolve() if root else run.folder / "images"
+
+
+def build(run: Run, folder: Path, facts: dict) -> None:
+    """Scan, group, split, and write conversations and skipped files."""
+    data, root = run.config.data, image_root(run)
+    files, skipped = scan(root, [ClassPatterns(c.name, tuple(_patterns(c))) for c in data.classes])
+    skipped = [s for s in skipped if s.path != data.annotations]
+    files, contradictions = drop_contradictions(files)
+    skipped += contradictions
+    groups = group_files(files, data.near_duplicate_bits, data.group_pattern)
+    if data.splits:
+        splits, leaks = own_split(files, groups, data.splits)
+        skipped += leaks
+    else:
+        splits = split_groups(files, groups, data.test_fraction, run.config.seed)
+    rows, unanswered = _conversations(data, root, files, groups, splits)
+    skipped += unanswered
+    write_table(folder / CONVERSATIONS, rows)
+    write_table(folder / SKIPPED, [asdict(s) for s in skipped], _SKIPPED_SCHEMA)
+    images = Counter((row["split"], row["image"]) for row in rows)
+    facts["images"] = {side: sum(split == side for split, _ in images) for side in ("train", "test")}
+    facts["conversations"] = len(rows)
+    facts["skipped"] = len(skipped)
+    print(
+        f"prepare: {facts['images']['train']} training and {facts['images']['test']} test images, "
+        f"{len(rows)} conversations, {len(skipped)} files skipped",
+        flush=True,
+    )
+    for reason, count in Counter(s.reason for s in skipped).most_common(5):
+        print(f"prepare:   skipped {count}: {reason}", flush=True)
+
+
+def _patterns(kind: ClassConfig) -> list[str]:
+    return kind.match or [f"{kind.name}/*", f"*/{kind.name}/*"]
+
+
+def _conversations(
+    data: DataConfig, root: Path, files: list[ImageFile], groups: list[int], splits: list[str | None]
+) -> tuple[list[dict], list[Skipped]]:
+    annotations = _annotations(data, root)
+    classes = {kind.name: kind for kind in data.classes}
+    rows, skipped = [], []
+    for file, group, split in zip(files, groups, splits, strict=True):
+        if split is None:
+            continue
+        for question in data.questions:
+            reference = _reference(question, classes[file.label], annotations.get((file.path, question.id)))
+            if reference is None:
+                skipped.append(Skipped(file.path, f"no annotation for the question {question.id!r}"))
+                continue
+            rows.append(
+                {
+                    "sample_id": f"{file.path}#{question.id}",
+                    "image": str(root / file.path),
+                    "sha256": file.sha256,
+                    "class": file.label,
+                    "question_id": question.id,
+                    "question": question.text,
+                    "reference": reference,
+                    "split": split,
+                    "group": group,
+                }
+            )
+    if not rows:
+        raise ValueError("No image has an answer to any question: check data.questions and data.annotations.")
+    return rows, skipped
+
+
+def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
+    if data.annotations is None:
+        return {}
+    path = root / data.annotations
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {(row["path"], row["question_id"]): row["answer"] for row in rows}
+    except OSError as error:
+        raise ValueError(f"Cannot read data.annotations {str(path)!r}: {error.strerror}.") from None
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"data.annotations {str(path)!r} needs the columns path, question_id, answer ({error}).") from None
+
+
+def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | None) -> str | None:
+    if annotation is not None or question.answer is None:
+        return annotation
+    texts = {"name": kind.name, **kind.texts}
+    lacking = {key for _, key, _, _ in string.Formatter().parse(question.answer) if key} - set(texts)
+    if lacking:
+        raise ValueError(f"Class {kind.name!r} lacks texts.{min(lacking)}, which question {question.id!r} asks for.")
+    return question.answer.format(**texts)
+
+
+def conversations(folder: str, split: str) -> list[dict]:
+    """Read one split of a data artifact."""
+    return [row for row in read_table(Path(folder) / CONVERSATIONS) if row["split"] == split]
+
+
+def job(run: Run) -> None:
+    """Make the data artifact."""
+    folder = run.make(stage(run))
+    print(f"prepare: conversations are in {folder}/{CONVERSATIONS}", flush=True)
+
+
+if __name__ == "__main__":
+    main(__doc__, job)

@@ -1,0 +1,56 @@
+"""Remove decoder layers: the least important by the ablation's scores, or an explicit list.
+
+    python -m jobs.prune --config configs/derm-tiny.yaml --prune.layers 2
+    python -m jobs.prune --config configs/llava-1.5-7b-dermnet.yaml --prune.layers 7 \\
+        --prune.order '[23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5]'     # the authors' published order
+
+The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
+"""
+
+from pathlib import Path
+
+from jobs import ablate, prepare
+from jobs.command import main
+from jobs.run import Run, Source, Stage
+
+
+def stage(run: Run, model: Stage | Source) -> Stage | Source:
+    """Return the stage that prunes `model`; with 0 layers to remove, `model` itself."""
+    prune = run.config.prune
+    if prune.layers == 0:
+        return model
+    if prune.order is not None:
+        if len(prune.order) < prune.layers:
+            raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")
+        removed = prune.order[: prune.layers]
+        return Stage("prune", 1, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts))
+    scores = ablate.stage(run, model, prepare.stage(run))
+
+    def build(run: Run, folder: Path, facts: dict) -> None:
+        order = run.facts(scores)["order"]
+        if prune.layers > len(order):
+            raise ValueError(
+                f"prune.layers is {prune.layers}, but only {len(order)} layers may be removed "
+                f"(ablate.candidates: {run.config.ablate.candidates})."
+            )
+        _write(run, model, order[: prune.layers], folder, facts)
+
+    return Stage("prune", 1, {"layers": prune.layers}, (model, scores), build)
+
+
+def _write(run: Run, model: Stage | Source, removed: list[int], folder: Path, facts: dict) -> None:
+    spec = run.model_spec(model)
+    with run.worker("actors.surgery:Surgeon") as worker:
+        facts.update(worker.call("prune", spec.path, str(folder), removed, spec.revision))
+    print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
+
+
+def job(run: Run) -> None:
+    """Prune the config's model."""
+    if run.config.prune.layers == 0:
+        raise ValueError("prune.layers is 0: nothing to remove.")
+    print(f"prune: the checkpoint is {run.make(stage(run, run.base_model()))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(__doc__, job)

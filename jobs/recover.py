@@ -1,0 +1,66 @@
+"""Fine-tune a model with LoRA or QLoRA on the training split, and merge the update into its weights.
+
+    python -m jobs.recover --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-...
+
+heals a pruned checkpoint (paper, section 3.3). Run on a general LLaVA, the same job is the paper's first step,
+fine-tuning to the domain:
+
+    ray job submit --working-dir . -- python -m jobs.recover --config configs/llava-1.5-7b-dermnet.yaml \\
+        --data.root /shared/dermnet --run_dir /shared/runs/dermnet
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from actors.specs import Conversation, LoraSettings
+from cluster.tables import write_table
+from jobs import prepare
+from jobs.command import main
+from jobs.progress import Progress
+from jobs.run import Run, Source, Stage
+
+LOSSES = "losses.parquet"
+
+
+def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
+    """Return the stage that fine-tunes `model` on the training split."""
+    settings = {
+        **run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+    }
+    return Stage("recover", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+
+
+def training_conversations(folder: str) -> list[Conversation]:
+    """Return the training split of a data artifact."""
+    names = [field.name for field in fields(Conversation) if field.name != "id"]
+    rows = prepare.conversations(folder, "train")
+    return [Conversation(id=row["sample_id"], **{name: row[name] for name in names}) for row in rows]
+
+
+def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
+    """Train, note the loss of every step, write the merged checkpoint."""
+    settings = LoraSettings(**run.config.recover.model_dump(), seed=run.config.seed)
+    conversations = training_conversations(run.make(data))
+    spec = run.model_spec(model)
+    losses = []
+    with run.worker("actors.trainer:LoraTrainer", spec=spec) as worker:
+        progress = None
+        for row in worker.stream("train", conversations, settings, str(folder)):
+            progress = progress or Progress("recover", row["steps"])
+            losses.append(row)
+            progress.at(row["step"], f"loss {row['loss']:.4f}")
+        progress.__exit__(None)
+    write_table(folder / LOSSES, losses)
+    facts["conversations"] = len(conversations)
+    facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
+
+
+def job(run: Run) -> None:
+    """Fine-tune the config's model."""
+    print(f"recover: the checkpoint is {run.make(stage(run, run.base_model(), prepare.stage(run)))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(__doc__, job)

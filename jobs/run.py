@@ -1,0 +1,200 @@
+"""A job's run: its config, its artifacts, its workers; and the stages that make artifacts from artifacts."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from cluster.artifacts import MANIFEST, ArtifactStore, Fingerprints, digest
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
+
+from jobs.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One artifact to make: what it is made from, with which settings, by which version of the code.
+
+    `build(run, folder, facts)` fills `folder` and notes `facts` in its manifest. Two stages of one name are the
+    same artifact.
+    """
+
+    kind: str
+    version: int
+    settings: dict
+    parents: tuple["Stage | Source", ...]
+    build: Callable[["Run", Path, dict], None] = field(compare=False)
+    resume: bool = False
+
+    @property
+    def recipe(self) -> dict:
+        """Everything that decides the artifact's content."""
+        parents = [parent.name for parent in self.parents]
+        return {"kind": self.kind, "version": self.version, "settings": self.settings, "parents": parents}
+
+    @property
+    def name(self) -> str:
+        """The artifact's folder name."""
+        return f"{self.kind}-{digest(self.recipe)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that exists already: a folder, or a hub id at a commit."""
+
+    name: str
+    path: str
+    revision: str | None = None
+
+
+class Run:
+    """What the stages of one job share. Ray starts when the first worker is needed, and not before."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = checked_run_dir(config.run_dir)
+        self.store = ArtifactStore(self.folder / "artifacts")
+        self.fingerprints = Fingerprints(self.folder / "artifacts" / "fingerprints.json")
+        self._cleanup = ExitStack()
+        self._connected = False
+        self._seen: set[str] = set()
+        self._embedders: dict[str, Pool] = {}
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._cleanup.close()
+
+    def record_config(self, job: str) -> None:
+        """Write the resolved config into the run folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (self.folder / f"config.{job}.yaml").write_text(text)
+
+    def make(self, stage: "Stage | Source") -> str:
+        """Return the stage's folder (a source's path), computing what does not exist yet."""
+        if isinstance(stage, Source):
+            return stage.path
+        found = self.store.find(stage.name)
+        if found is None:
+            for parent in stage.parents:
+                self.make(parent)
+            print(f"{stage.kind}: computing {stage.name}", flush=True)
+            with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
+                stage.build(self, folder, facts)
+            found = self.store.find(stage.name)
+        elif stage.name not in self._seen:
+            print(f"{stage.kind}: {stage.name} exists, reused", flush=True)
+        self._seen.add(stage.name)
+        return str(found)
+
+    def missing(self, stages: Iterable["Stage | Source"]) -> list[Stage]:
+        """Return the stages that would have to be computed."""
+        return [s for s in stages if isinstance(s, Stage) and self.store.find(s.name) is None]
+
+    def facts(self, stage: Stage) -> dict:
+        """Return the manifest of a stage that exists."""
+        return self.store.manifest(stage.name)
+
+    def base_model(self) -> Source:
+        """Return the model of the config, named by its content."""
+        model = self.config.model
+        folder = Path(model.path).expanduser()
+        if folder.is_dir():
+            manifest = folder / MANIFEST
+            if manifest.is_file():
+                return Source(json.loads(manifest.read_text())["name"], str(folder.resolve()))
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"model.path {model.path!r} is a folder without config.json: not a checkpoint.")
+            return Source(f"model-{self.fingerprints.folder(folder)}", str(folder.resolve()))
+        if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
+            raise ValueError(f"No checkpoint at model.path {model.path!r}: give a folder or a hub id (owner/name).")
+        commit = _hub_commit(model.path, model.revision)
+        return Source(f"model-{digest([model.path, commit])}", model.path, commit)
+
+    def model_spec(self, stage: "Stage | Source"):
+        """Return how workers load the checkpoint of a stage."""
+        from actors.specs import ModelSpec
+
+        model = self.config.model
+        revision = stage.revision if isinstance(stage, Source) else None
+        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code)
+
+    def replicas(self, stage: "Stage | Source") -> "Pool":
+        """Return a pool of model replicas, spread over what the cluster has."""
+        from cluster.connection import capacity
+        from cluster.pool import Pool, Resources
+
+        self._connect()
+        wanted = self.config.replicas
+        cpus, gpus = capacity()
+        fit = int(min(cpus // wanted.cpus, gpus // wanted.gpus if wanted.gpus else float("inf")))
+        if fit < 1:
+            raise ValueError(
+                f"A replica needs {wanted.cpus:g} cores and {wanted.gpus:g} GPUs; the cluster has {cpus:g} and {gpus:g}: "
+                "lower replicas.cpus / replicas.gpus, or add nodes."
+            )
+        count = fit if wanted.count == "auto" else min(wanted.count, fit)
+        kwargs = {"spec": self.model_spec(stage), "max_rows": wanted.max_rows}
+        return Pool("actors.replica:LlavaReplica", kwargs, Resources(wanted.cpus, wanted.gpus, count))
+
+    def worker(self, target: str, **kwargs) -> "Pool":
+        """Return one worker with the replica's GPU, or, without GPUs, with all cores."""
+        from cluster.connection import capacity
+        from cluster.pool import Pool, Resources
+
+        self._connect()
+        wanted = self.config.replicas
+        cpus = wanted.cpus if wanted.gpus else max(wanted.cpus, capacity()[0])
+        return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0))
+
+    def embedder(self, name: str) -> "Pool":
+        """Return the worker that holds a sentence-transformer; it lives as long as the run."""
+        from cluster.pool import Pool, Resources
+
+        self._connect()
+        if name not in self._embedders:
+            pool = Pool("actors.embedder:Embedder", {"name": name}, Resources(cpus=0))
+            self._embedders[name] = self._cleanup.enter_context(pool)
+        return self._embedders[name]
+
+    def _connect(self) -> None:
+        if not self._connected:
+            from cluster.connection import connected
+
+            self._cleanup.enter_context(connected())
+            self._connected = True
+
+
+def checked_run_dir(text: str) -> Path:
+    """Return the run folder; ValueError if it is a URI, or relative inside a submitted job."""
+    if "://" in text:
+        raise ValueError(f"run_dir {text!r} is a URI: give a folder that all nodes see, e.g. a network mount.")
+    path = Path(text).expanduser()
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ValueError(
+            f"run_dir {text!r} is relative, but a submitted job runs in a temporary folder that Ray deletes: "
+            f"give an absolute path that all nodes see (--run_dir /shared/{path.name})."
+        )
+    return path.resolve()
+
+
+def _hub_commit(repository: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().model_info(repository, revision=revision).sha
+    except (HfHubHTTPError, OSError, ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"model.path {repository!r} is no folder here, and the hub did not answer for it "
+            f"({type(error).__name__}): check the spelling and the network, or give a local folder."
+        ) from None
