@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_NEGATION = re.compile(r"\b(?:not|no|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$")
+_NEGATION = re.compile(
+    r"\b(?:not|no|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$"
+)
 _WORD = re.compile(r"[a-z0-9]+")
 
 

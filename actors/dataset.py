@@ -55,7 +55,9 @@ def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile],
     """
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
-    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    paths = sorted(
+        p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")
+    )
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(lambda path: _inspect(root, path, classes), paths))
     files = [r for r in results if isinstance(r, ImageFile)]
@@ -63,8 +65,8 @@ def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile],
     for kind in classes:
         if not any(file.label == kind.name for file in files):
             raise ValueError(
-                f"Class {kind.name!r} has no readable image below {str(root)!r} (patterns: {', '.join(kind.patterns)}): "
-                "correct its `match` in data.classes, or remove the class."
+                f"Class {kind.name!r} has no readable image below {str(root)!r} "
+                f"(patterns: {', '.join(kind.patterns)}): correct its `match` in data.classes, or remove the class."
             )
     return files, skipped
 

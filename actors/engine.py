@@ -117,6 +117,7 @@ class RowSwitch(nn.Module):
         self.layer, self.index, self.state = layer, index, state
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Run the layer on the rows [R, Q, D] that keep it, with their part of every argument."""
         rows = self.state.rows[self.index]
         mask = self.state.mask(self.index)
         if rows is None:

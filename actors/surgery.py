@@ -23,7 +23,9 @@ def local_folder(path: str, revision: str | None = None) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+    return Path(
+        snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
+    )
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -33,7 +35,7 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError(f"{str(folder)!r} holds no .safetensors file.")
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():
+            for name in shard:
                 yield name, shard.get_tensor(name)
 
 
@@ -78,7 +80,11 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("config.json", INDEX, "manifest.json"):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in (
+            "config.json",
+            INDEX,
+            "manifest.json",
+        ):
             shutil.copyfile(file, target / file.name)
 
 

@@ -63,7 +63,7 @@ def summary(run: Run, planned: dict[str, tuple[Stage | Source, Stage]]) -> list[
                 "peak_memory_kind": profile["peak_memory_kind"],
                 "is_llm_judge": False,
                 "judge_pct": None,
-                **{key: found[key] for key in ("baseline_pct", "baseline_interval_pct", "name_accuracy")},
+                **{key: found[key] for key in ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy")},
                 "name_accuracy_interval": found["name_accuracy_interval"],
                 "without_stop_pct": found["without_stop_pct"],
                 "images": found["images"],
@@ -91,14 +91,18 @@ def write_summary(run: Run, rows: list[dict]) -> Path:
 
 def table(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
-    lines = [f"{'method':<16} {'params':>10} {'bits':>4} {'weights':>10} {'name acc. %':>18} {'baseline %':>18} {'ms/token':>8}"]
+    lines = [
+        f"{'method':<16} {'params':>10} {'bits':>4} {'weights':>10} {'disease named %':>16} {'baseline %':>16} {'verbatim %':>10} {'ms/token':>8}"
+    ]
     for row in rows:
-        name = "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
+        name = (
+            "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
+        )
         baseline = _with_interval(row["baseline_pct"], row["baseline_interval_pct"])
         size = f"{row['weight_bytes'] / 2**20:.2f} MiB"
         lines.append(
-            f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>18} {baseline:>18} "
-            f"{row['ms_per_token']:>8.2f}"
+            f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>16} {baseline:>16} "
+            f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}"
         )
     first = rows[0]
     lines.append(

@@ -156,7 +156,9 @@ def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
         try:
             values = yaml.safe_load(Path(path).read_text()) or {}
         except OSError as error:
-            raise ValueError(f"Cannot read the config {path!r}: {error.strerror}. The examples are in configs/.") from None
+            raise ValueError(
+                f"Cannot read the config {path!r}: {error.strerror}. The examples are in configs/."
+            ) from None
         except yaml.YAMLError as error:
             raise ValueError(f"The config {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

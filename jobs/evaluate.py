@@ -38,7 +38,12 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         "max_new_tokens": config.generation.max_new_tokens,
     }
     return Stage(
-        "evaluate", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts), resume=True
+        "evaluate",
+        2,
+        settings,
+        (model, data),
+        lambda r, folder, facts: build(r, model, data, folder, facts),
+        resume=True,
     )
 
 
@@ -86,7 +91,9 @@ def _score(run: Run, rows: list[dict]) -> list[dict]:
             **{key: value for key, value in row.items() if key != "removed"},
             "similarity": cosine,
             "baseline": baseline_score(row["answer"], row["reference"], row["class"], cosine, classes),
-            "verdict": name_verdict(row["answer"], row["class"], classes) if row["question_id"] == NAME_QUESTION else None,
+            "verdict": name_verdict(row["answer"], row["class"], classes)
+            if row["question_id"] == NAME_QUESTION
+            else None,
         }
         for row, cosine in zip(rows, cosines, strict=True)
     ]
@@ -105,6 +112,7 @@ def metrics(rows: list[dict]) -> dict:
         "answers": len(rows),
         "baseline_pct": 100 * float(scores.mean()),
         "baseline_interval_pct": [100 * low, 100 * high],
+        "exact_pct": 100 * sum(row["answer"] == row["reference"] for row in rows) / len(rows),
         "name_accuracy": 100 * names["right"] / asked if asked else None,
         "name_accuracy_interval": [100 * bound for bound in accuracy] if accuracy else None,
         "name_verdicts": dict(names),

@@ -34,8 +34,10 @@ def importance_figure(scores: list[dict], removed: tuple[int, ...] = ()) -> str:
     axes.bar(layers, values, color=colours, yerr=spread, ecolor="#4a5568", capsize=2)
     axes.set_xticks(layers)
     axes.set_xlabel("decoder layer removed (zero-based)")
-    axes.set_ylabel("mean cosine similarity")
-    axes.set_ylim(min(0, *(row["low"] for row in scores)), 1.02)
+    lowest = min(row["low"] for row in scores)
+    floor = max(-1.0, lowest - 0.3 * (1 - lowest) - 0.005)  # differences among high scores must be visible
+    axes.set_ylabel(f"mean cosine similarity\n(axis starts at {floor:.2f})")
+    axes.set_ylim(floor, 1 + 0.05 * (1 - floor))
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
@@ -54,7 +56,7 @@ def loss_figure(losses: list[dict]) -> str:
 def tradeoff_figure(rows: list[dict]) -> str:
     """Score of every method against the bytes of its weights, with 95 % intervals."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    for row in rows:
+    for rank, row in enumerate(sorted(rows, key=lambda row: row["weight_bytes"])):
         low, high = row["baseline_interval_pct"]
         size = row["weight_bytes"] / 2**20
         colour = RED if row["bits"] <= 4 else BLUE
@@ -66,7 +68,8 @@ def tradeoff_figure(rows: list[dict]) -> str:
             color=colour,
             capsize=3,
         )
-        axes.annotate(row["method"], (size, row["baseline_pct"]), textcoords="offset points", xytext=(7, 4), fontsize=9)
+        beside = (7, 6) if rank % 2 else (7, -12)  # neighbours in size get labels on different heights
+        axes.annotate(row["method"], (size, row["baseline_pct"]), textcoords="offset points", xytext=beside, fontsize=9)
     axes.set_xlabel("weights (MiB)")
     axes.set_ylabel("baseline score (%)")
     axes.margins(x=0.2)

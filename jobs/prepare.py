@@ -1,7 +1,7 @@
 """Turn a folder of images into conversations: labelled, checked, grouped and split without leakage.
 
-    python -m jobs.prepare --config configs/derm-tiny.yaml
-    python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /data/dermnet
+python -m jobs.prepare --config configs/derm-tiny.yaml
+python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /data/dermnet
 """
 
 import csv
@@ -135,7 +135,9 @@ def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
     except OSError as error:
         raise ValueError(f"Cannot read data.annotations {str(path)!r}: {error.strerror}.") from None
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.annotations {str(path)!r} needs the columns path, question_id, answer ({error}).") from None
+        raise ValueError(
+            f"data.annotations {str(path)!r} needs the columns path, question_id, answer ({error})."
+        ) from None
 
 
 def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | None) -> str | None:

@@ -23,7 +23,9 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
         if len(prune.order) < prune.layers:
             raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")
         removed = prune.order[: prune.layers]
-        return Stage("prune", 1, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts))
+        return Stage(
+            "prune", 1, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
+        )
     scores = ablate.stage(run, model, prepare.stage(run))
 
     def build(run: Run, folder: Path, facts: dict) -> None:

@@ -139,8 +139,8 @@ class Run:
         fit = int(min(cpus // wanted.cpus, gpus // wanted.gpus if wanted.gpus else float("inf")))
         if fit < 1:
             raise ValueError(
-                f"A replica needs {wanted.cpus:g} cores and {wanted.gpus:g} GPUs; the cluster has {cpus:g} and {gpus:g}: "
-                "lower replicas.cpus / replicas.gpus, or add nodes."
+                f"A replica needs {wanted.cpus:g} cores and {wanted.gpus:g} GPUs; "
+                f"the cluster has {cpus:g} and {gpus:g}: lower replicas.cpus / replicas.gpus, or add nodes."
             )
         count = fit if wanted.count == "auto" else min(wanted.count, fit)
         kwargs = {"spec": self.model_spec(stage), "max_rows": wanted.max_rows}

@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 
 def build_processor() -> LlavaProcessor:
     """Train a byte-level BPE tokenizer on the world's sentences and wrap it with a CLIP image processor."""
-    corpus = list(QUESTIONS.values()) + ["USER: ASSISTANT:"]
+    corpus = [*list(QUESTIONS.values()), "USER: ASSISTANT:"]
     for label in range(len(CLASSES)):
         for index in range(len(TONES) * len(POSITIONS) * len(SIZES) * 2):
             rest, hairs = divmod(index, 2)

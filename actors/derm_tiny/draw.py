@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from actors.derm_tiny.world import CLASSES, POSITIONS, QUESTIONS, SIZES, TONES, Lesion, answer
+from actors.derm_tiny.world import CLASSES, POSITIONS, SIZES, TONES, Lesion, answer
 
 SIDE = 64
 _SKIN = np.array([[236, 204, 180], [198, 150, 116], [120, 82, 60]], dtype=np.float32)

@@ -5,6 +5,7 @@ layer earns its place (the answers are composed from the image), and a few chann
 the rest (as in large language models, paper figure 4), so that 4-bit rounding costs something.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ def draw_bank(count: int, seed: int, workers: int = 2) -> tuple[np.ndarray, list
     """Draw `count` images [count, SIDE, SIDE, 3] (uint8) and their lesions, in `workers` processes."""
     bounds = np.linspace(0, count, 8 * workers + 1).astype(int)
     with ProcessPoolExecutor(workers) as pool:
-        parts = list(pool.map(_draw_range, [(seed, int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]))
+        parts = list(pool.map(_draw_range, [(seed, int(a), int(b)) for a, b in itertools.pairwise(bounds)]))
     return np.concatenate([images for images, _ in parts]), [lesion for _, part in parts for lesion in part]
 
 
@@ -124,7 +125,7 @@ def _batch(processor, prompts, lesions, questions) -> tuple[torch.Tensor, torch.
     answers = tokenizer(
         [" " + answer(lesion, q) for lesion, q in zip(lesions, questions, strict=True)], add_special_tokens=False
     )["input_ids"]
-    sequences = [(prompts[q], ids + [tokenizer.eos_token_id]) for q, ids in zip(questions, answers, strict=True)]
+    sequences = [(prompts[q], [*ids, tokenizer.eos_token_id]) for q, ids in zip(questions, answers, strict=True)]
     longest = max(len(p) + len(a) for p, a in sequences)
     ids = torch.full((len(sequences), longest), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)

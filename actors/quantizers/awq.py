@@ -23,9 +23,7 @@ MISSING = (
 )
 
 
-def quantize_awq(
-    spec: ModelSpec, settings: QuantizeSettings, calibration: Sequence[Conversation], out: Path
-) -> dict:
+def quantize_awq(spec: ModelSpec, settings: QuantizeSettings, calibration: Sequence[Conversation], out: Path) -> dict:
     """Scale, clip and round the checkpoint `spec`; returns {linears, calibration_tokens}.
 
     ValueError: autoawq is missing, no calibration conversations, or a decoder layer of unknown structure.
@@ -119,7 +117,7 @@ class _Structure:
 
     @staticmethod
     def get_layers_for_scaling(layer, features: dict, kwargs: dict) -> list[dict]:
-        """List the scaling groups of one decoder layer (facts: input norm -> q, k, v; v -> o; norm -> gate, up; up -> down)."""
+        """List one decoder layer's scaling groups: input norm -> q, k, v; v -> o; norm -> gate, up; up -> down."""
         attention, mlp = layer.self_attn, layer.mlp
         if not (hasattr(mlp, "gate_proj") and hasattr(layer, "post_attention_layernorm")):
             raise ValueError(

@@ -1,0 +1,40 @@
+# Prunella: `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# With an NVIDIA driver autoawq brings its own dependencies; without one they would be 1 GB of no use.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+export OMP_WAIT_POLICY := passive
+
+.PHONY: help demo test test-slow lint clean
+
+help:
+	@echo "make demo       install, then the whole pipeline on the embedded model"
+	@echo "make test       install, then the default tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff, import rules, types"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m jobs.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs

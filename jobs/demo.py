@@ -1,0 +1,82 @@
+"""The whole pipeline on the embedded derm-tiny: a private Ray, then the very jobs that a cluster user submits.
+
+make demo
+python -m jobs.demo
+"""
+
+import signal
+import subprocess
+import sys
+import time
+
+from jobs import compress, report
+from jobs.config import load_config
+from jobs.run import Run
+
+CONFIG = "configs/derm-tiny.yaml"
+JOBS = ("prepare", "ablate", "compress", "report")
+NEXT = """
+What next? Describe your model and images in a copy of configs/llava-1.5-7b-dermnet.yaml, say configs/mine.yaml, then
+  here:          .venv/bin/python -m jobs.compress --config configs/mine.yaml
+  on a cluster:  .venv/bin/ray job submit --address http://HEAD:8265 --working-dir . -- \\
+                   python -m jobs.compress --config configs/mine.yaml --run_dir /shared/mine"""
+
+
+def main() -> None:
+    """Run the demo; a second run finds everything made already and takes seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started = time.monotonic()
+    run_dir = str(Run(load_config(CONFIG, [])).folder)
+    with Run(load_config(CONFIG, [("run_dir", run_dir)])) as run:
+        if _open_stages(run):
+            _submit_jobs(run_dir)
+        else:
+            print("demo: every artifact exists already; nothing to compute", flush=True)
+            report.job(run)
+        rows = compress.summary(run, compress.plan(run))
+    print(f"\n{compress.table(rows)}")
+    print(f"\nThe report: {run_dir}/{report.HTML}  (took {time.monotonic() - started:.0f} s)\n{NEXT}")
+
+
+def _open_stages(run: Run) -> bool:
+    planned = compress.plan(run)
+    return bool(run.missing([stage for pair in planned.values() for stage in pair]))
+
+
+def _submit_jobs(run_dir: str) -> None:
+    from cluster.head import RAY, private_head
+
+    print("demo: starting a private Ray on this machine (loopback only)", flush=True)
+    with private_head() as head:
+        for name in JOBS:
+            entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", CONFIG, "--run_dir", run_dir]
+            print(f"\ndemo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}", flush=True)
+            submit = [
+                str(RAY),
+                "job",
+                "submit",
+                "--address",
+                head.address,
+                "--working-dir",
+                ".",
+                "--log-style",
+                "record",
+            ]
+            process = subprocess.Popen(
+                [*submit, "--", *entrypoint],
+                env=head.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for line in process.stdout:
+                if line.startswith(tuple(f"{word}:" for word in _SHOWN)):
+                    print(f"  {line.rstrip()}", flush=True)
+            if process.wait() != 0:
+                sys.exit(f"demo: the job {name} failed; run it alone to see why: {' '.join(entrypoint)}")
+
+
+_SHOWN = ("prepare", "data", "ablate", "prune", "recover", "quantize", "evaluate", "compress", "report")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Write the report: tables, figures and sample answers from recorded rows, one HTML file and a Markdown twin.
+
+    python -m jobs.report --config configs/derm-tiny.yaml
+
+Reads what jobs.compress with the same options made; opens offline.
+"""
+
+import base64
+import io
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from cluster.tables import read_table
+from jobs import ablate, compress, evaluate, recover
+from jobs.command import main
+from jobs.figures import importance_figure, loss_figure, tradeoff_figure
+from jobs.run import Run
+
+HTML, MARKDOWN = "report.html", "report.md"
+THUMBNAIL = 112
+SAMPLES_SHOWN = 6
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def job(run: Run) -> None:
+    """Write report.html and report.md into the run folder."""
+    planned = compress.plan(run)
+    open_stages = run.missing([stage for pair in planned.values() for stage in pair])
+    if open_stages:
+        raise ValueError(
+            f"Nothing to report yet: {len(open_stages)} artifacts of this config do not exist in {run.folder} "
+            f"(first: {open_stages[0].kind}). Run jobs.compress with the same options."
+        )
+    rows = compress.summary(run, planned)
+    compress.write_summary(run, rows)
+    content = _content(run, planned, rows)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html.j2"]), trim_blocks=True
+    )
+    for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
+        path = run.folder / name
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(environment.get_template(template).render(content))
+        os.replace(temporary, path)
+    print(f"report: {run.folder / HTML}", flush=True)
+
+
+def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
+    removed = tuple(rows[1]["removed_layers"])
+    chosen = compress.scores_stage(run)
+    scores = read_table(run.store.root / chosen.name / ablate.SCORES) if chosen else []
+    losses = read_table(run.store.root / planned["prune+sft"][0].name / recover.LOSSES)
+    original = rows[0]
+    return {
+        "title": f"{run.folder.name}: what compression cost",
+        "model": run.config.model.path,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "rows": [_shown(row, original) for row in rows],
+        "first": original,
+        "removed": removed,
+        "quantizer": run.config.quantize.method,
+        "group_size": run.config.quantize.group_size,
+        "recovery": f"{run.config.recover.method}, r = {run.config.recover.rank}, alpha = {run.config.recover.alpha}",
+        "scores": sorted(scores, key=lambda row: (-row["score"], row["layer"])),
+        "embedder": run.config.ablate.embedder,
+        "calibration": run.config.ablate.samples,
+        "importance": importance_figure(scores, removed) if scores else None,
+        "loss": loss_figure(losses),
+        "tradeoff": tradeoff_figure(rows),
+        "samples": _samples(run, planned),
+        "methods": list(planned),
+        "profile": run.config.evaluate,
+        "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
+        "command": f"python -m jobs.compress --config {run.folder}/config.report.yaml",
+    }
+
+
+def _shown(row: dict, original: dict) -> dict:
+    """Format one row; a difference to the original inside both intervals is called unresolved."""
+    low, high = row["baseline_interval_pct"]
+    base_low, base_high = original["baseline_interval_pct"]
+    name = row["name_accuracy_interval"]
+    return {
+        **row,
+        "params_text": _count(row["params"]),
+        "weights_text": _size(row["weight_bytes"]),
+        "peak_text": _size(row["peak_memory_bytes"]),
+        "baseline_text": f"{row['baseline_pct']:.1f} [{low:.1f}, {high:.1f}]",
+        "name_text": "-" if name is None else f"{row['name_accuracy']:.1f} [{name[0]:.1f}, {name[1]:.1f}]",
+        "latency_text": "{:.2f} [{:.2f}, {:.2f}]".format(row["ms_per_token"], *row["ms_per_token_p5_p95"]),
+        "unresolved": row is not original and low <= base_high and base_low <= high,
+    }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.3f} M"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def _samples(run: Run, planned: dict) -> list[dict]:
+    """Pick answers side by side (paper, figure 5): first where the methods disagree most, one image each."""
+    by_method = {
+        method: {row["sample_id"]: row for row in read_table(run.store.root / made.name / evaluate.ANSWERS)}
+        for method, (_, made) in planned.items()
+    }
+    shared = set.intersection(*(set(rows) for rows in by_method.values()))
+    ranked = sorted(shared, key=lambda s: (-len({rows[s]["answer"] for rows in by_method.values()}), s))
+    picked, images = [], set()
+    for sample in ranked:
+        row = by_method["original"][sample]
+        if row["image"] in images:
+            continue
+        images.add(row["image"])
+        answers = [(method, rows[sample]["answer"], rows[sample]["baseline"]) for method, rows in by_method.items()]
+        picked.append({**row, "thumbnail": _thumbnail(row["image"]), "answers": answers})
+        if len(picked) == SAMPLES_SHOWN:
+            break
+    return picked
+
+
+def _thumbnail(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except OSError:
+        return None  # the images may have moved since; the answers still stand
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    main(__doc__, job)
