@@ -35,7 +35,7 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError(f"{str(folder)!r} holds no .safetensors file.")
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            for name in shard:
+            for name in shard.keys():  # noqa: SIM118 (a safe_open cannot be iterated)
                 yield name, shard.get_tensor(name)
 
 

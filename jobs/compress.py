@@ -91,9 +91,8 @@ def write_summary(run: Run, rows: list[dict]) -> Path:
 
 def table(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
-    lines = [
-        f"{'method':<16} {'params':>10} {'bits':>4} {'weights':>10} {'disease named %':>16} {'baseline %':>16} {'verbatim %':>10} {'ms/token':>8}"
-    ]
+    heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
+    lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads)]
     for row in rows:
         name = (
             "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 from jobs import compress, report
 from jobs.config import load_config
@@ -69,11 +70,13 @@ def _submit_jobs(run_dir: str) -> None:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+            tail: deque[str] = deque(maxlen=15)
             for line in process.stdout:
+                tail.append(line)
                 if line.startswith(tuple(f"{word}:" for word in _SHOWN)):
                     print(f"  {line.rstrip()}", flush=True)
             if process.wait() != 0:
-                sys.exit(f"demo: the job {name} failed; run it alone to see why: {' '.join(entrypoint)}")
+                sys.exit(f"{''.join(tail)}demo: the job {name} failed; what was finished is kept")
 
 
 _SHOWN = ("prepare", "data", "ablate", "prune", "recover", "quantize", "evaluate", "compress", "report")
