@@ -2,13 +2,15 @@
 
 A stage whose artifact exists is not computed again; that one rule gives resume, sharing between settings
 and reproducibility. An artifact appears under its name by one atomic rename when it is complete; until
-then it is built in `<name>.partial`, which a resumable stage finds again after a crash.
+then it is built in a folder `<name>...partial`: one of the process's own, or, if the stage can resume,
+`<name>.partial`, which it finds again after a crash.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,25 +49,47 @@ class ArtifactStore:
         With `resume` the folder still holds what an interrupted run left there; otherwise it is empty.
         `recipe` and the facts are written to manifest.json. A block that raises publishes nothing.
         """
-        partial = self.root / f"{name}.partial"
-        if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial = self.root / f"{name}.partial" if resume else self._own_partial(name)
         partial.mkdir(parents=True, exist_ok=True)
         facts: dict = {}
         started = time.time()
-        yield partial, facts
-        manifest = {"name": name, "recipe": recipe, "seconds": round(time.time() - started, 3), **facts}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
         try:
+            yield partial, facts
+        except BaseException:
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        manifest = {"name": name, "recipe": recipe, "seconds": round(time.time() - started, 3), **facts}
+        try:
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
             os.rename(partial, self.root / name)
         except OSError:
             if self.find(name) is None:  # another process published the same artifact first: keep theirs
                 raise
             shutil.rmtree(partial, ignore_errors=True)
 
+    def _own_partial(self, name: str) -> Path:
+        """Return this process's building place for `name`, after removing those of dead processes of this host."""
+        host = f"{name}.{socket.gethostname()}-"
+        for left in self.root.glob(f"{host}*.partial"):
+            pid = int(left.name.removeprefix(host).removesuffix(".partial"))
+            if pid == os.getpid() or not _runs(pid):
+                shutil.rmtree(left, ignore_errors=True)
+        return self.root / f"{host}{os.getpid()}.partial"
+
     def manifest(self, name: str) -> dict:
         """Return the manifest of a complete artifact."""
         return json.loads((self.root / name / MANIFEST).read_text())
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class Fingerprints:

@@ -29,6 +29,15 @@ def private_environment() -> dict[str, str]:
     return {**_LOOPBACK_ONLY, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
+def protect() -> None:
+    """Set a private Ray's environment in this process, unless RAY_ADDRESS names a cluster.
+
+    Ray reads its security settings once, when it is imported: whatever imports ray calls this before.
+    """
+    if _address() in ("", "local") and "ray" not in sys.modules:
+        os.environ.update(private_environment())
+
+
 @contextmanager
 def connected(cpus: int | None = None) -> Iterator[None]:
     """Connect this process to Ray for the length of the block.
@@ -37,10 +46,9 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     private Ray with `cpus` cores (default: all) starts on loopback, in its own temporary folder, and is
     stopped when the block ends, however it ends. ConnectionError names an address that does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS", "").strip()
+    address = _address()
     private = address in ("", "local")
-    if private and "ray" not in sys.modules:  # Ray reads its security settings once, when it is imported
-        os.environ.update(private_environment())
+    protect()
     import ray
 
     folder = None
@@ -64,6 +72,10 @@ def connected(cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS", "").strip()
 
 
 def _own_code() -> dict | None:

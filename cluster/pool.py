@@ -11,10 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from cluster.connection import protect
+
+protect()
+import ray  # noqa: E402
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError  # noqa: E402
 
 ATTEMPTS = 3
+# What a dead actor's call raises: Ray has a class of its own for an actor that its memory monitor killed, and one
+# for a large result that was lost with its node.
+DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,8 @@ class Pool:
                 for ref in actor.stream.options(num_returns="streaming").remote(method, args):
                     yield ray.get(ref)
         except RayTaskError as error:
-            raise unwrapped(error) from None
-        except RayActorError as error:
+            raise unwrapped(error) from error
+        except DEATHS as error:
             actor = None
             raise RuntimeError(f"The worker running {self._target}.{method} died ({_one_line(error)}).") from None
         finally:
@@ -149,10 +155,10 @@ class Pool:
             value = ray.get(done)
         except RayTaskError as error:
             if work is None:
-                raise unwrapped(error) from None
+                raise unwrapped(error) from error
             self._idle.append(actor)
             return actor, work, None, _one_line(unwrapped(error))
-        except RayActorError as error:
+        except DEATHS as error:
             if self._respawns_left <= 0:
                 raise RuntimeError(
                     f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "
@@ -165,12 +171,9 @@ class Pool:
 
 
 def unwrapped(error: RayTaskError) -> BaseException:
-    """Return the exception that the worker raised, with the worker's traceback as its cause."""
+    """Return the exception that the worker raised; raise it from `error`, which has the worker's traceback."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        cause.__cause__ = error
-        return cause
-    return error
+    return cause if isinstance(cause, BaseException) else error
 
 
 def _one_line(error: BaseException) -> str:

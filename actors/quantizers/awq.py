@@ -17,6 +17,7 @@ from actors.quantizers.rtn import quantize_rtn
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 from actors.surgery import copy_companions, local_folder
 
+CLIP_BLOCK = 64
 MISSING = (
     "The awq quantizer needs the autoawq package, which is not installed: pip install --no-deps autoawq==0.2.9 "
     "(or choose --quantize.method nf4 or rtn)."
@@ -35,6 +36,7 @@ def quantize_awq(spec: ModelSpec, settings: QuantizeSettings, calibration: Seque
     if not calibration:
         raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
     model = load_model(**vars(spec))
+    check_sizes(model, settings)
     processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
     rows = calibration_inputs(model, processor, calibration)
 
@@ -66,6 +68,21 @@ def quantize_awq(spec: ModelSpec, settings: QuantizeSettings, calibration: Seque
         model.save_pretrained(scaled)
         facts = quantize_rtn(scaled, out, settings.group_size)
     return {**facts, "calibration_tokens": int(rows["input_ids"].numel())}
+
+
+def check_sizes(model, settings: QuantizeSettings) -> None:
+    """ValueError if autoawq's search would stop at a linear's size; it walks outputs in blocks of 64 to clip."""
+    for name, module in language_model(model).layers.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % settings.group_size:
+            raise ValueError(
+                f"awq cannot round layer {name} of {module.in_features} inputs in groups of {settings.group_size}: "
+                "choose a quantize.group_size that divides it."
+            )
+        if isinstance(module, torch.nn.Linear) and settings.clip and module.out_features % CLIP_BLOCK:
+            raise ValueError(
+                f"awq cannot clip layer {name} of {module.out_features} outputs, which {CLIP_BLOCK} does not divide: "
+                "set quantize.clip to false."
+            )
 
 
 def calibration_inputs(model, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:

@@ -35,6 +35,8 @@ def quantize_rtn(path: str, out: Path, group_size: int, revision: str | None = N
         "version": "gemm",
         "modules_to_not_convert": NOT_CONVERTED,
     }
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.float16  # what the tensors below are stored in
     config.save_pretrained(out)
     count = 0
 
