@@ -37,29 +37,38 @@ def main(doc: str, job: Callable[[Run], None]) -> None:
             job(run)
     except KeyboardInterrupt:
         _stop(name, "interrupted; what was finished is kept, the same command continues", 130)
-    except (ValueError, ConnectionError) as error:
-        if debug:
+    except Exception as error:
+        message = None if debug else explain(error)
+        if message is None:
             raise
-        _stop(name, str(error), 2)
-    except OSError as error:
-        if debug or error.errno not in _REMEDIES:
-            raise
-        _stop(name, f"{error.strerror}: {error.filename or 'the run folder'}. {_REMEDIES[error.errno]}", 2)
-    except RuntimeError as error:
-        if debug:
-            raise
-        _stop(name, str(error), 1)
+        _stop(name, message, 1 if isinstance(error, RuntimeError) else 2)
 
 
+_WRITABLE = "Give a --run_dir that you can write to."
+_FULL = "Free space there, or give another --run_dir; what was finished is kept."
 _REMEDIES = {
-    errno.ENOSPC: "Free space there, or give another --run_dir; what was finished is kept.",
-    errno.EDQUOT: "Free space there, or give another --run_dir; what was finished is kept.",
-    errno.EROFS: "Give a --run_dir that you can write to.",
-    errno.EACCES: "Give a --run_dir that you can write to, and data that you can read.",
-    errno.EPERM: "Give a --run_dir that you can write to.",
-    errno.ENOTDIR: "A part of this path is a file: give another --run_dir.",
-    errno.EEXIST: "A file is in the way: give another --run_dir.",
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.ENOENT: _WRITABLE,
+    errno.ENOTDIR: _WRITABLE,
+    errno.EEXIST: _WRITABLE,
 }
+
+
+def explain(error: Exception) -> str | None:
+    """Put a user's mistake, or a failure that a user can mend, in one sentence; None for a fault of our own."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{error.strerror}: {error.filename or 'the run folder'}. {_REMEDIES[error.errno]}"
+    if "No space left on device" in str(error):  # libraries that write checkpoints wrap it in their own errors
+        return f"No space left on device: the run folder. {_FULL}"
+    if isinstance(error, ValueError | ConnectionError):
+        return str(error)
+    if isinstance(error, RuntimeError):
+        return f"{error} (PRUNELLA_DEBUG=1 shows where)"
+    return None
 
 
 def parse(arguments: list[str]) -> Config:

@@ -1,0 +1,96 @@
+"""The configuration: files, overrides, help, and what is said of a mistake."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import command
+from jobs.config import fields, load_config, valid_keys
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+def test_there_are_configs():
+    assert {"derm-tiny.yaml", "llava-1.5-7b-dermnet.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_parses_and_answers_every_question(path):
+    config = load_config(str(path), [])
+    assert len(config.data.classes) == 8
+    for question in config.data.questions:
+        for kind in config.data.classes:
+            if question.answer:
+                assert question.answer.format(name=kind.name, **kind.texts)
+
+
+def test_the_paper_config_is_the_papers():
+    config = load_config(str(CONFIGS[0].parent / "llava-1.5-7b-dermnet.yaml"), [])
+    assert config.model.path == "llava-hf/llava-1.5-7b-hf"
+    assert (config.model.dtype, config.replicas.gpus) == ("float16", 1)
+    assert (config.recover.method, config.recover.rank, config.recover.alpha) == ("qlora", 16, 8)
+    assert (config.quantize.bits, config.quantize.group_size) == (4, 64)
+
+
+def test_overrides_reach_nested_fields_and_keep_the_rest():
+    config = load_config(None, [("prune.layers", "7"), ("recover.learning_rate", "2e-4"), ("prune.order", "[23, 4]")])
+    assert config.prune.layers == 7
+    assert config.recover.learning_rate == 2e-4
+    assert config.prune.order == [23, 4]
+    assert config.generation.max_new_tokens == 200
+
+
+def test_command_line_forms():
+    config = command.parse(["--prune.layers=3", "--run-dir", "/tmp/x", "--replicas.count", "auto"])
+    assert (config.prune.layers, config.run_dir, config.replicas.count) == (3, "/tmp/x", "auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([("prune.layer", "7")], ["prune.layer", "did you mean 'prune.layers'"]),
+        ([("quantise.method", "awq")], ["quantise", "did you mean 'quantize"]),
+        ([("prune.layers", "many")], ["prune.layers", "many"]),
+        ([("replicas.count", "none")], ["replicas.count", "none"]),
+        ([("quantize.method", "gptq")], ["quantize.method", "awq", "gptq"]),
+        ([("data.classes", "[{nam: rosacea}]")], ["data.classes.0.nam", "data.classes.0.name"]),
+        ([("seed.value", "1")], ["seed"]),
+        ([("data.test_fraction", "1.5")], ["data.test_fraction", "1.5"]),
+    ],
+)
+def test_mistakes_are_named(overrides, words):
+    with pytest.raises(ValueError) as error:
+        load_config(None, overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("a: [", "not valid YAML"), ("- 1\n- 2", "not a mapping"), ("prune: {layrs: 2}", "prune.layers")]
+)
+def test_broken_files_are_named(tmp_path, text, word):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=word.replace(".", r"\.")):
+        load_config(str(path), [])
+
+
+def test_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml.*configs/"):
+        load_config("nowhere.yaml", [])
+
+
+@pytest.mark.parametrize(("arguments", "word"), [(["prune"], "prune"), (["--prune.layers"], "lacks a value")])
+def test_wrong_arguments_are_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        command.parse(arguments)
+
+
+def test_help_lists_every_field_with_default_and_unit(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job", "--help"])
+    command.main("What the job does.", test_help_lists_every_field_with_default_and_unit)
+    shown = capsys.readouterr().out
+    assert all(f"--{key} " in shown for key in valid_keys())
+    assert all(description for *_, description in fields())
+    assert "longest answer [tokens] (default: 200)" in shown

@@ -1,0 +1,40 @@
+"""`make demo` and the rebuild of the embedded model, in full."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.jobs.test_mistakes import ROOT
+
+
+@pytest.mark.slow
+def test_demo_twice(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
+    first = subprocess.run([sys.executable, "-m", "jobs.demo"], cwd=copy, capture_output=True, text=True, timeout=900)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count("ray job submit") >= 4 and f"{copy}/runs/derm-tiny/report.html" in first.stdout
+    rows = {row["method"]: row for row in json.loads((copy / "runs/derm-tiny/summary.json").read_text())}
+    # Removing half the layers costs something, recovery brings most of it back.
+    lost = rows["original"]["exact_pct"] - rows["prune"]["exact_pct"]
+    assert lost > 20 and rows["prune+sft"]["exact_pct"] > rows["prune"]["exact_pct"] + lost / 2
+    started = time.monotonic()
+    second = subprocess.run([sys.executable, "-m", "jobs.demo"], cwd=copy, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 0 and "nothing to compute" in second.stdout
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_rebuild_derm_tiny(tmp_path):
+    command = [sys.executable, "-m", "jobs.make_derm_tiny", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert result.returncode == 0, result.stderr
+    shares = dict(part.rsplit(" ", 1) for part in result.stdout.rsplit("exact answers ", 1)[1].strip().split(", "))
+    assert float(shares["name"].rstrip("%")) >= 95
+    assert float(shares["all three"].rstrip("%")) >= 85
+    assert (tmp_path / "model.safetensors").stat().st_size <= 8 * 2**20
+    assert "not a medical model" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,177 @@
+"""The pipeline as a user runs it, on a few drawn images, with a private Ray; then its report."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.tables import read_table
+from tests.jobs.test_mistakes import ROOT, assert_says, run
+
+SMALL = {
+    "data.draw_per_class": "5",
+    "ablate.samples": "8",
+    "prune.layers": "2",
+    "recover.epochs": "0.5",
+    "quantize.calibration_samples": "8",
+    "evaluate.warmup_runs": "0",
+    "evaluate.timed_runs": "2",
+    "evaluate.timed_tokens": "4",
+}
+REQUIRED = {
+    *("method", "removed_layers", "bits", "quantizer", "params", "weight_bytes", "baseline_pct", "name_accuracy"),
+    *("ms_per_token", "is_llm_judge", "judge_pct"),
+}
+
+
+def options(folder: Path, **changes: str) -> list[str]:
+    chosen = {"run_dir": str(folder), **SMALL, **changes}
+    return [part for key, value in chosen.items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = run("compress", *options(folder))
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_summary_has_the_six_rows(finished):
+    rows = json.loads((finished[0] / "summary.json").read_text())
+    methods = ["original", "prune", "prune+sft", "quant", "prune+quant", "prune+sft+quant"]
+    assert [row["method"] for row in rows] == methods
+    assert all(set(row) >= REQUIRED for row in rows)
+    assert all(row["is_llm_judge"] is False and row["judge_pct"] is None for row in rows)
+    by = {row["method"]: row for row in rows}
+    assert len(by["prune"]["removed_layers"]) == 2 and by["quant"]["removed_layers"] == []
+    assert by["prune"]["params"] < by["original"]["params"] == by["quant"]["params"]
+    assert by["quant"]["weight_bytes"] < by["original"]["weight_bytes"]
+    assert (by["quant"]["bits"], by["quant"]["quantizer"]) == (4, "awq")
+    assert (by["original"]["bits"], by["original"]["quantizer"]) == (16, "none")
+    assert by["original"]["name_accuracy"] >= 70
+    assert all(row["ms_per_token"] > 0 for row in rows)
+
+
+def test_the_resolved_config_is_kept(finished):
+    from jobs.config import load_config
+
+    kept = load_config(str(finished[0] / "config.compress.yaml"), [])
+    assert kept.prune.layers == 2 and kept.run_dir == str(finished[0])
+
+
+def test_ablation_rows_are_complete_and_explain_the_removal(finished):
+    (folder,) = (finished[0] / "artifacts").glob("ablate-*")
+    scores = read_table(folder / "scores.parquet")
+    assert [row["layer"] for row in scores] == list(range(2, 9))
+    assert all(-1 <= row["low"] <= row["score"] <= row["high"] <= 1 and row["samples"] == 8 for row in scores)
+    order = json.loads((folder / "manifest.json").read_text())["order"]
+    best = sorted(scores, key=lambda row: (-row["score"], row["layer"]))
+    assert order == [row["layer"] for row in best]
+    removed = json.loads((finished[0] / "summary.json").read_text())[1]["removed_layers"]
+    assert removed == sorted(order[:2])
+    assert (folder / "importance.svg").read_text().startswith("<svg")
+
+
+def test_the_result_loads_elsewhere(finished):
+    rows = json.loads((finished[0] / "summary.json").read_text())
+    code = (
+        "import sys; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
+        "model, info = M.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        "P.from_pretrained(sys.argv[1]); print('layers', model.config.text_config.num_hidden_layers)"
+    )
+    for row in rows:
+        if row["method"] in ("prune", "prune+sft"):
+            done = subprocess.run([sys.executable, "-c", code, row["checkpoint"]], capture_output=True, text=True, cwd="/")
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip().endswith("layers 8")
+
+
+def test_a_second_run_computes_nothing(finished):
+    again = run("compress", *options(finished[0]))
+    assert again.returncode == 0
+    assert "computing" in finished[1] and "computing" not in again.stdout
+
+
+@pytest.mark.slow
+def test_another_quantizer_reuses_the_rest(finished):
+    result = run("compress", *options(finished[0], **{"quantize.method": "rtn"}))
+    assert result.returncode == 0, result.stderr
+    computed = re.findall(r"^(\w+): computing", result.stdout, re.MULTILINE)
+    assert sorted(computed) == ["evaluate"] * 3 + ["quantize"] * 3
+
+
+def test_the_report_stands_alone(finished):
+    folder = finished[0]
+    assert run("report", *options(folder)).returncode == 0
+    page = (folder / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "LLM judge: not run" in page and "Not for clinical use" in page
+    rows = json.loads((folder / "summary.json").read_text())
+    twin = (folder / "report.md").read_text()
+    for row in rows:
+        assert f'<th scope="row">{row["method"]}</th>' in page
+        assert f"{row['baseline_pct']:.1f}" in page and f"{row['baseline_pct']:.1f}" in twin
+    assert page.count("<svg") == 3 and page.count('<article class="sample">') >= 3
+    assert "data:image/jpeg;base64," in page
+
+
+def test_single_jobs_take_a_path(finished):
+    folder = finished[0]
+    pruned = json.loads((folder / "summary.json").read_text())[1]
+    result = run("evaluate", *options(folder, **{"model.path": pruned["checkpoint"]}))
+    assert result.returncode == 0 and f"{pruned['evaluation']} exists, reused" in result.stdout
+
+
+def test_candidate_layer_out_of_range(finished):
+    result = run("ablate", *options(finished[0], **{"ablate.candidates": "[2, 42]"}))
+    assert_says(result, "layer 42", "0 to 9")
+
+
+def test_removing_more_layers_than_may_go(finished):
+    assert_says(run("prune", *options(finished[0], **{"prune.layers": "8"})), "prune.layers is 8", "only 7")
+
+
+def test_an_order_with_a_layer_that_is_not_there(finished):
+    result = run("prune", *options(finished[0], **{"prune.order": "[3, 10]"}))
+    assert_says(result, "Layer 10", "0 to 9")
+
+
+def test_a_checkpoint_with_nan(finished, tmp_path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(ROOT / "actors" / "derm_tiny" / "checkpoint", broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = "language_model.model.layers.4.mlp.up_proj.weight"
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    result = run("evaluate", *options(finished[0], **{"model.path": str(broken)}))
+    assert_says(result, str(broken), "NaN", "layers.4.mlp.up_proj")
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_without_repeating_units(finished, tmp_path):
+    arguments = options(tmp_path, **{"ablate.samples": "60", "ablate.unit": "2"})
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "jobs.ablate", "--config", "configs/derm-tiny.yaml", *arguments]
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while driver.poll() is None and len(list(tmp_path.glob("artifacts/ablate-*.partial/units/*.parquet"))) < 3:
+        pass
+    driver.kill()
+    driver.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("artifacts/ablate-*.partial/units/*.parquet")}
+    assert 3 <= len(done) < 30, "the driver was not killed in the middle"
+    result = run("ablate", *arguments)
+    assert result.returncode == 0, result.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("artifacts/ablate-*/units/*.parquet")}
+    assert len(after) == 30
+    assert all(after[name] == stamp for name, stamp in done.items())

@@ -1,0 +1,56 @@
+"""The import rules of the three rooms hold, and the contract can fail."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINT = Path(sys.executable).with_name("lint-imports")
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([LINT, "--no-cache"], cwd=folder, capture_output=True, text=True)
+
+
+def test_rooms_keep_their_rules():
+    result = lint(ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("actors", "import ray"),
+        ("actors", "from cluster import tables"),
+        ("cluster", "import torch"),
+        ("cluster", "import transformers"),
+        ("jobs", "import torch"),
+    ],
+)
+def test_a_planted_violation_is_caught(tmp_path, room, line):
+    for name in ("actors", "cluster", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("checkpoint", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / room / "planted.py").write_text(f"{line}\n")
+    result = lint(tmp_path)
+    assert result.returncode != 0
+    assert f"{room}.planted" in result.stdout
+
+
+def test_top_level_is_as_given():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    top = {Path(name).parts[0] for name in tracked if not name.startswith(".")}
+    assert top == {
+        *("pyproject.toml", "README.md", "configs", "jobs", "actors", "cluster", "tests"),
+        *("LICENSE", "Makefile", "constraints.txt", "docs"),
+    }
+
+
+def test_jobs_start_without_torch():
+    code = "import sys, jobs.compress, jobs.report, jobs.demo; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
