@@ -163,10 +163,11 @@ def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fractio
     for group, indices in sorted(members.items()):
         by_class[files[indices[0]].label].append(group)
     test: set[int] = set()
-    for label, own in sorted(by_class.items()):
+    for label in sorted({file.label for file in files}):
+        own = by_class[label]
         if len(own) < 2:
             raise ValueError(
-                f"Class {label!r} has images of one near-duplicate group only: a train and a test split need two. "
+                f"Class {label!r} has fewer than two near-duplicate groups of its own: train and test need one each. "
                 "Add images, or lower data.near_duplicate_bits."
             )
         wanted = max(1, round(test_fraction * sum(len(members[g]) for g in own)))

@@ -35,9 +35,10 @@ class Embedder:
         quiet()
         from sentence_transformers import SentenceTransformer
 
+        path = embedder_path(name)
         try:
-            self._model = SentenceTransformer(embedder_path(name), device=device)
-        except OSError as error:
+            self._model = SentenceTransformer(path, device=device)
+        except (OSError, ValueError) as error:
             raise ValueError(f"Cannot load the sentence-transformer {name!r}: {str(error).splitlines()[0]}") from None
         self._known: dict[str, np.ndarray] = {}
 

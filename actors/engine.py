@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from actors.loading import language_model
+from actors.specs import Llava
 
 
 def attention_windows(text_config) -> list[int | None]:
     """Return each layer's sliding window in tokens, None where it attends to everything."""
-    layers = text_config.num_hidden_layers
     window = getattr(text_config, "sliding_window", None)
-    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"] * layers
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"] * text_config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -35,7 +35,7 @@ class RowCache:
         self.capacity, self.used = capacity, 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__):
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object):
         """Store new keys and values [rows, H, Q, head] of one layer; return all of them so far."""
         if layer not in self._layers:
             rows, heads, _, size = keys.shape
@@ -49,14 +49,15 @@ class RowCache:
         all_values[:, :, self.used : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
 
-    def get_seq_length(self, *_) -> int:
+    def get_seq_length(self, *_: object) -> int:
         """Return the number of filled slots (stock models ask for it)."""
         return self.used
 
     def select(self, layer: int, rows: torch.Tensor) -> None:
         """Keep only `rows` (a mask over the layer's own rows) of one layer."""
         if layer in self._layers:
-            self._layers[layer] = tuple(part[rows] for part in self._layers[layer])
+            keys, values = self._layers[layer]
+            self._layers[layer] = (keys[rows], values[rows])
 
 
 class RowPass:
@@ -135,7 +136,7 @@ def _first(output):
 
 
 @contextmanager
-def switched(model: nn.Module, state: RowPass):
+def switched(model: Llava, state: RowPass):
     """Put RowSwitch around every decoder layer for the length of the block."""
     decoder = language_model(model)
     stock = decoder.layers
@@ -148,7 +149,7 @@ def switched(model: nn.Module, state: RowPass):
 
 @torch.inference_mode()
 def greedy(
-    model: nn.Module,
+    model: Llava,
     prompts: Sequence[torch.Tensor],
     keep_RL: torch.Tensor,
     max_new_tokens: int,

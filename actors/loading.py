@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
+
+from actors.specs import Llava
+from actors.surgery import weight_files
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
 def quiet() -> None:
@@ -32,8 +36,7 @@ def check_source(path: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{path!r} is a folder without config.json: give a checkpoint folder as model.path.")
-        if not list(folder.glob("*.safetensors")):
-            raise ValueError(f"{path!r} holds no .safetensors file: convert the weights (pickled ones are not loaded).")
+        weight_files(folder)
     elif looks_local:
         raise ValueError(f"No checkpoint at {path!r}: give an existing folder or a hub id (owner/name) as model.path.")
 
@@ -45,7 +48,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization=None,
-) -> nn.Module:
+) -> Llava:
     """Load a LLaVA-shaped model in eval mode on `device` (default: the GPU if there is one).
 
     dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized.
@@ -78,14 +81,14 @@ def load_model(
             f"{path!r} does not hold the model its config.json describes: {kind.replace('_', ' ')} {names[0]!r}"
             f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. The layer count or a shard may be wrong."
         )
-    if not hasattr(getattr(model, "model", None), "language_model"):
+    if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
         raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
     _check_finite(model, path)
     _unify(model, getattr(torch, dtype))
     return model.eval()
 
 
-def _unify(model: nn.Module, dtype: torch.dtype) -> None:
+def _unify(model: Llava, dtype: torch.dtype) -> None:
     # transformers leaves some weights of a stored bitsandbytes checkpoint in their stored type
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
@@ -95,7 +98,7 @@ def _unify(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _check_finite(model: nn.Module, path: str) -> None:
+def _check_finite(model: Llava, path: str) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)).item():
             raise ValueError(f"{path!r} has NaN or infinite values in {name!r}: the checkpoint is broken, retrain it.")
@@ -110,11 +113,11 @@ def load_processor(path: str, revision: str | None = None, trust_remote_code: bo
     return processor
 
 
-def language_model(model: nn.Module) -> nn.Module:
+def language_model(model: Llava) -> Llava:
     """Return the decoder (embeddings, layers, final norm) of a LLaVA-shaped model."""
     return model.model.language_model
 
 
-def pixel_dtype(model: nn.Module) -> torch.dtype:
+def pixel_dtype(model: Llava) -> torch.dtype:
     """Return the type the vision tower computes in (a quantized model's own `dtype` may be its scales')."""
     return next(model.model.vision_tower.parameters()).dtype

@@ -55,7 +55,7 @@ class LlavaReplica:
             keep_VL[variant, list(removed)] = False
         pairs = [(s, v) for s in range(len(samples)) for v in range(len(removed_sets))]
         pairs.sort(key=lambda pair: len(prompts[pair[0]]))
-        tokens = {}
+        tokens: dict[tuple[int, int], list[int]] = {}
         start = 0
         while start < len(pairs):
             part = pairs[start : start + self._max_rows]

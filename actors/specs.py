@@ -1,6 +1,12 @@
 """What crosses a process: frozen dataclasses of plain values and paths. Imports neither torch nor transformers."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+# A loaded LLaVA-shaped model: LlavaForConditionalGeneration and its likes, quantized or adapted or neither.
+# (torch types every attribute of a Module as Tensor | Module, which says less than nothing about such a model.)
+Llava = Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class LoraSettings:
     micro_batch: int
     learning_rate: float
     seed: int
+
+    def steps(self, conversations: int) -> int:
+        """Return how many optimiser steps `epochs` passes over the conversations take."""
+        return max(1, math.ceil(self.epochs * conversations / self.batch))
 
 
 @dataclass(frozen=True)

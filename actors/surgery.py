@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -28,12 +28,29 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the .safetensors files that transformers would read; ValueError: none, one is missing or damaged."""
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file():
+        index = folder / INDEX
+        named = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+        files = sorted({folder / name for name in named}) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{str(folder)!r} holds no .safetensors file: convert the weights (pickled ones are not loaded)."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{str(file)!r} is missing or damaged ({error}): copy or download it again.") from None
+    return files
+
+
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every (name, tensor) of a checkpoint, one at a time, shard by shard."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no .safetensors file.")
-    for file in files:
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (a safe_open cannot be iterated)
                 yield name, shard.get_tensor(name)
@@ -153,7 +170,7 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
 def stored_bytes(path: str, revision: str | None = None) -> int:
     """Return the bytes of a checkpoint's tensors, scales and zero points included, from the files' headers."""
     total = 0
-    for file in local_folder(path, revision).glob("*.safetensors"):
+    for file in weight_files(local_folder(path, revision)):
         with open(file, "rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         total += sum(e["data_offsets"][1] - e["data_offsets"][0] for n, e in header.items() if n != "__metadata__")

@@ -12,11 +12,11 @@ from transformers import BitsAndBytesConfig
 
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, quiet
-from actors.specs import Conversation, LoraSettings, ModelSpec
+from actors.specs import Conversation, Llava, LoraSettings, ModelSpec
 from actors.surgery import copy_companions, local_folder, stored_dtype
 
 
-def language_linears(model: nn.Module) -> list[str]:
+def language_linears(model: Llava) -> list[str]:
     """Return the full names of the decoder layers' linears: what LoRA adapts and quantizers round."""
     layers = language_model(model).layers
     ours = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
@@ -49,7 +49,7 @@ class LoraTrainer:
     def train(self, conversations: Sequence[Conversation], settings: LoraSettings, out: str) -> Iterator[dict]:
         """Train on the conversations and write the merged checkpoint to `out`.
 
-        Yields {step, steps, loss, learning_rate} after every step. RuntimeError: the loss is no longer a number.
+        Yields {step, loss, learning_rate} after every step. RuntimeError: the loss is no longer a number.
         """
         torch.manual_seed(settings.seed)
         model = self._adapted(settings)
@@ -57,7 +57,7 @@ class LoraTrainer:
         device = next(model.parameters()).device
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-        steps = max(1, math.ceil(settings.epochs * len(conversations) / settings.batch))
+        steps = settings.steps(len(conversations))
         order = torch.Generator().manual_seed(settings.seed)
         model.train()
         for step, picks in enumerate(_batches(len(conversations), settings.batch, steps, order)):
@@ -73,10 +73,10 @@ class LoraTrainer:
                 )
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            yield {"step": step + 1, "steps": steps, "loss": loss, "learning_rate": rate}
+            yield {"step": step + 1, "loss": loss, "learning_rate": rate}
         self._merge(model, Path(out))
 
-    def _adapted(self, settings: LoraSettings) -> nn.Module:
+    def _adapted(self, settings: LoraSettings) -> Llava:
         dtype = getattr(torch, self._spec.dtype)
         quantization = nf4_config(dtype, double_quant=True) if settings.method == "qlora" else None
         model = load_model(**vars(self._spec), quantization=quantization)
@@ -94,7 +94,7 @@ class LoraTrainer:
     def _merge(self, model: PeftModel, out: Path) -> None:
         # Merging into the NF4 weights would add their rounding error: merge into the original precision.
         adapter = out / "adapter"
-        model.save_pretrained(adapter)
+        model.save_pretrained(str(adapter))
         source = local_folder(self._spec.path, self._spec.revision)
         base = load_model(**{**vars(self._spec), "dtype": "float32"}, device="cpu")
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -63,7 +63,8 @@ class _Host:
         return getattr(self._object, method)(*args)
 
     def stream(self, method: str, args: tuple) -> Iterator:
-        yield from getattr(self._object, method)(*args)
+        for item in getattr(self._object, method)(*args):  # noqa: UP028 (Ray sends values into this generator)
+            yield item
 
 
 class Pool:

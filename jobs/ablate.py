@@ -43,10 +43,8 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
 
 def candidate_layers(candidates: str | list[int], layers: int) -> list[int]:
     """Return the zero-based layers that may go; ValueError names one that the model does not have."""
-    if candidates == "all":
-        return list(range(layers))
-    if candidates == "paper":  # blocks 1, 2 and the last, one-based, always stay
-        return list(range(2, layers - 1))
+    if isinstance(candidates, str):  # the paper's rule: blocks 1, 2 and the last, one-based, always stay
+        return list(range(layers)) if candidates == "all" else list(range(2, layers - 1))
     for layer in candidates:
         if not 0 <= layer < layers:
             raise ValueError(f"ablate.candidates names layer {layer}: the model has layers 0 to {layers - 1}.")

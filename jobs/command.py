@@ -24,7 +24,8 @@ Set PRUNELLA_DEBUG=1 for tracebacks."""
 
 def main(doc: str, job: Callable[[Run], None]) -> None:
     """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
-    name = (job.__module__ if job.__module__ != "__main__" else sys.modules["__main__"].__spec__.name).split(".")[-1]
+    spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
+    name = (spec.name if spec else job.__module__).split(".")[-1]
     signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):

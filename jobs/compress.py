@@ -10,6 +10,7 @@ Every stage that exists already in run_dir is reused. The rows of the paper's Ta
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from jobs import ablate, evaluate, prepare, prune, quantize, recover
 from jobs.command import main
@@ -18,7 +19,7 @@ from jobs.run import Run, Source, Stage
 SUMMARY = "summary.json"
 
 
-def plan(run: Run) -> dict[str, tuple[Stage | Source, Stage]]:
+def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
     """Return method -> (checkpoint, its evaluation), the six rows of the paper's Table 4."""
     if run.config.prune.layers == 0:
         raise ValueError("prune.layers is 0: jobs.compress compares pruned models; use jobs.quantize alone instead.")
@@ -43,7 +44,7 @@ def scores_stage(run: Run) -> Stage | None:
     return ablate.stage(run, run.base_model(), prepare.stage(run))
 
 
-def summary(run: Run, planned: dict[str, tuple[Stage | Source, Stage]]) -> list[dict]:
+def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
     """Return one row per method, from artifacts that exist."""
     removed = run.facts(planned["prune"][0])["removed"]
     rows = []

@@ -204,7 +204,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest(path: list) -> str:
-    item = {("data", "classes"): ClassConfig, ("data", "questions"): QuestionConfig}.get(tuple(path[:2]))
+    items: dict[tuple, type[BaseModel]] = {("data", "classes"): ClassConfig, ("data", "questions"): QuestionConfig}
+    item = items.get(tuple(path[:2]))
     prefix = ".".join(map(str, path[:3])) + "."
     candidates = [prefix + name for name in item.model_fields] if item and len(path) > 3 else valid_keys()
     sections = {key.rpartition(".")[0] for key in candidates} - {""}

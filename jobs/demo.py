@@ -71,7 +71,7 @@ def _submit_jobs(run_dir: str) -> None:
                 text=True,
             )
             tail: deque[str] = deque(maxlen=15)
-            for line in process.stdout:
+            for line in process.stdout or ():
                 tail.append(line)
                 if line.startswith(tuple(f"{word}:" for word in _SHOWN)):
                     print(f"  {line.rstrip()}", flush=True)

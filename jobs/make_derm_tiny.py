@@ -11,7 +11,7 @@ from jobs.progress import Progress
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "actors" / "derm_tiny" / "checkpoint"
 BANK, BANK_SEED, TEST, TEST_SEED = 12_000, 11, 600, 99
-OUTLIERS = {"share": 0.15, "factor": 50.0}
+OUTLIERS: dict = {"share": 0.15, "factor": 50.0}
 CARD = """---
 license: apache-2.0
 library_name: transformers

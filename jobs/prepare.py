@@ -70,7 +70,7 @@ def build(run: Run, folder: Path, facts: dict) -> None:
         splits, leaks = own_split(files, groups, data.splits)
         skipped += leaks
     else:
-        splits = split_groups(files, groups, data.test_fraction, run.config.seed)
+        splits = [*split_groups(files, groups, data.test_fraction, run.config.seed)]
     rows, unanswered = _conversations(data, root, files, groups, splits)
     skipped += unanswered
     write_table(folder / CONVERSATIONS, rows)

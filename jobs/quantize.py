@@ -20,7 +20,7 @@ from jobs.run import Run, Source, Stage
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     """Return the stage that quantizes `model`; only AWQ looks at the data (training split)."""
     quantize = run.config.quantize
-    settings = {"method": quantize.method, "bits": quantize.bits, "group_size": quantize.group_size}
+    settings: dict = {"method": quantize.method, "bits": quantize.bits, "group_size": quantize.group_size}
     parents: tuple = (model,)
     if quantize.method == "awq":
         parents = (model, data)

@@ -46,12 +46,11 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     spec = run.model_spec(model)
     losses = []
     with run.worker("actors.trainer:LoraTrainer", spec=spec) as worker:
-        progress = None
-        for row in worker.stream("train", conversations, settings, str(folder)):
-            progress = progress or Progress("recover", row["steps"])
-            losses.append(row)
-            progress.at(row["step"], f"loss {row['loss']:.4f}")
-        progress.__exit__(None)
+        steps = settings.steps(len(conversations))
+        with Progress("recover", steps) as progress:
+            for row in worker.stream("train", conversations, settings, str(folder)):
+                losses.append(row)
+                progress.at(row["step"], f"loss {row['loss']:.4f}")
     write_table(folder / LOSSES, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]

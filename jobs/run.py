@@ -192,7 +192,7 @@ def _hub_commit(repository: str, revision: str | None) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi().model_info(repository, revision=revision).sha
+        return str(HfApi().model_info(repository, revision=revision).sha)
     except (HfHubHTTPError, OSError, ConnectionError, RuntimeError) as error:
         raise ValueError(
             f"model.path {repository!r} is no folder here, and the hub did not answer for it "

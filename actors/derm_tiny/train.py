@@ -26,7 +26,7 @@ ATTRIBUTE_SIZES = (len(CLASSES), len(TONES), len(POSITIONS), len(SIZES), 2)
 
 def draw_bank(count: int, seed: int, workers: int = 2) -> tuple[np.ndarray, list[Lesion]]:
     """Draw `count` images [count, SIDE, SIDE, 3] (uint8) and their lesions, in `workers` processes."""
-    bounds = np.linspace(0, count, 8 * workers + 1).astype(int)
+    bounds = np.linspace(0, count, min(count, 8 * workers) + 1).astype(int)
     with ProcessPoolExecutor(workers) as pool:
         parts = list(pool.map(_draw_range, [(seed, int(a), int(b)) for a, b in itertools.pairwise(bounds)]))
     return np.concatenate([images for images, _ in parts]), [lesion for _, part in parts for lesion in part]

@@ -14,7 +14,7 @@ import torch
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, pixel_dtype
 from actors.quantizers.rtn import quantize_rtn
-from actors.specs import Conversation, ModelSpec, QuantizeSettings
+from actors.specs import Conversation, Llava, ModelSpec, QuantizeSettings
 from actors.surgery import copy_companions, local_folder
 
 CLIP_BLOCK = 64
@@ -85,7 +85,7 @@ def check_sizes(model, settings: QuantizeSettings) -> None:
             )
 
 
-def calibration_inputs(model, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
     """Return a batch without padding: the longer half of the conversations, cut to the shortest of them."""
     lengths = [int(collate(processor, [c])["attention_mask"].sum()) for c in conversations]
     order = sorted(range(len(conversations)), key=lambda i: -lengths[i])[: (len(conversations) + 1) // 2]
@@ -103,9 +103,9 @@ class _Stop(Exception):
 
 
 @torch.inference_mode()
-def first_layer_inputs(model, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+def first_layer_inputs(model: Llava, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
     """Return what the first decoder layer is given for a batch: hidden states [B, T, D] and its keyword arguments."""
-    caught = {}
+    caught: dict = {}
 
     def hook(module, args, kwargs):
         caught.update(kwargs, hidden_states=args[0] if args else kwargs["hidden_states"])

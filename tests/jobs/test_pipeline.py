@@ -87,7 +87,9 @@ def test_the_result_loads_elsewhere(finished):
     )
     for row in rows:
         if row["method"] in ("prune", "prune+sft"):
-            done = subprocess.run([sys.executable, "-c", code, row["checkpoint"]], capture_output=True, text=True, cwd="/")
+            done = subprocess.run(
+                [sys.executable, "-c", code, row["checkpoint"]], capture_output=True, text=True, cwd="/"
+            )
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip().endswith("layers 8")
 

@@ -1,0 +1,17 @@
+"""What all rooms' tests share: no test uses a cluster of yours, and Ray is loopback only whoever imports it first."""
+
+import os
+
+import pytest
+
+from cluster.connection import connected, protect
+
+os.environ.pop("RAY_ADDRESS", None)
+protect()
+
+
+@pytest.fixture(scope="session")
+def private_ray():
+    """A private local Ray with two cores, started by the first test that asks for it."""
+    with connected(cpus=2):
+        yield
