@@ -70,7 +70,7 @@ def quantize_awq(spec: ModelSpec, settings: QuantizeSettings, calibration: Seque
     return {**facts, "calibration_tokens": int(rows["input_ids"].numel())}
 
 
-def check_sizes(model, settings: QuantizeSettings) -> None:
+def check_sizes(model: Llava, settings: QuantizeSettings) -> None:
     """ValueError if autoawq's search would stop at a linear's size; it walks outputs in blocks of 64 to clip."""
     for name, module in language_model(model).layers.named_modules():
         if isinstance(module, torch.nn.Linear) and module.in_features % settings.group_size:
