@@ -6,13 +6,14 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint bench-ablation clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
 	@echo "make test       install, then the default tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff, import rules, types"
+	@echo "make bench-ablation  the ablation engine against plain generate"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
@@ -35,6 +36,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+bench-ablation: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.ablation
 
 clean:
 	rm -rf .venv runs

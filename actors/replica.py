@@ -1,13 +1,14 @@
 """LlavaReplica: one loaded model that answers questions about images with any set of layers switched off."""
 
 import copy
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import AutoModelForImageTextToText
 
-from actors.engine import greedy
+from actors.engine import Limits, greedy, verified
 from actors.images import open_image
 from actors.loading import language_model, load_model, load_processor, pixel_dtype, quiet
 from actors.profiler import measure
@@ -15,6 +16,7 @@ from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
 
 IMAGES_KEPT = 512
+_Found = list[tuple[tuple[int, int], list[int]]]  # ((sample, variant), token ids)
 
 
 class LlavaReplica:
@@ -30,6 +32,7 @@ class LlavaReplica:
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         self.device = self.model.lm_head.weight.device
         self._max_rows = max_rows
+        self.counts: Counter[str] = Counter()
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         stop = self.model.generation_config.eos_token_id
         self._stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
@@ -38,48 +41,92 @@ class LlavaReplica:
         """Return the number of decoder layers."""
         return self.model.config.text_config.num_hidden_layers
 
-    def answers(self, samples: Sequence[Sample], removed_sets: Sequence[Sequence[int]], max_new_tokens: int):
+    def answers(
+        self,
+        samples: Sequence[Sample],
+        removed_sets: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        base: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[dict]:
         """Greedy answers for every pair of a sample and a set of removed layers (zero-based).
 
-        Returns rows {sample_id, removed, answer, tokens, stopped}: `tokens` counts the new tokens without the
-        stop token, `stopped` tells whether it came. ValueError: a layer out of range, an unreadable image.
+        base: the removed set whose answers serve as drafts, and whose work the others share below the lowest
+        layer in which they differ. drafts: its token ids per sample, where they are known; wrong ones cost time
+        only. Returns rows {sample_id, removed, answer, token_ids, tokens, stopped}: `tokens` counts the new
+        tokens without the stop token, `stopped` tells whether it came. ValueError: a layer out of range, an
+        unreadable image.
         """
-        layers = self.layer_count()
-        for removed in removed_sets:
-            for layer in removed:
-                if not 0 <= layer < layers:
-                    raise ValueError(f"Layer {layer} is out of range: the model has layers 0 to {layers - 1}.")
+        limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
-        keep_VL = torch.ones(len(removed_sets), layers, dtype=torch.bool)
-        for variant, removed in enumerate(removed_sets):
-            keep_VL[variant, list(removed)] = False
-        pairs = [(s, v) for s in range(len(samples)) for v in range(len(removed_sets))]
-        pairs.sort(key=lambda pair: len(prompts[pair[0]]))
-        tokens: dict[tuple[int, int], list[int]] = {}
-        start = 0
-        while start < len(pairs):
-            part = pairs[start : start + self._max_rows]
-            try:
-                keep = keep_VL[[v for _, v in part]]
-                new = greedy(self.model, [prompts[s] for s, _ in part], keep, max_new_tokens, self._stops)
-            except torch.OutOfMemoryError:
-                if self._max_rows == 1:
-                    raise
-                self._max_rows = max(1, self._max_rows // 2)
-                torch.cuda.empty_cache()
-                continue
-            tokens.update(zip(part, new, strict=True))
-            start += len(part)
+        base_L, keep_VL = self._keep([base])[0], self._keep(removed_sets)
+        if not samples or not removed_sets:
+            return []
+        found: dict[tuple[int, int], list[int]] = {}
+        open_variants = list(range(len(keep_VL)))
+        if drafts is None:
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            own = dict(self._batches(order, [], partial(self._base_answers, prompts, base_L, limits)))
+            drafts = [own[i, -1] for i in range(len(prompts))]
+            for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
+                found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
+                open_variants.remove(v)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(drafts[i]))
+        check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
+        if open_variants:
+            found.update(self._batches(order, open_variants, check))
         return [
-            {"sample_id": sample.id, "removed": list(removed), **self._reply(tokens[s, v])}
+            {"sample_id": sample.id, "removed": list(removed), **self._reply(found[s, v])}
             for s, sample in enumerate(samples)
             for v, removed in enumerate(removed_sets)
         ]
 
+    def _keep(self, removed_sets: Sequence[Sequence[int]]) -> torch.Tensor:
+        layers = self.layer_count()
+        keep_VL = torch.ones(len(removed_sets), layers, dtype=torch.bool)
+        for variant, removed in enumerate(removed_sets):
+            for layer in removed:
+                if not 0 <= layer < layers:
+                    raise ValueError(f"Layer {layer} is out of range: the model has layers 0 to {layers - 1}.")
+            keep_VL[variant, list(removed)] = False
+        return keep_VL
+
+    def _base_answers(self, prompts, base_L, limits, part: list[int], _: list[int]) -> _Found:
+        keep_RL = base_L.repeat(len(part), 1)
+        answers = greedy(self.model, [prompts[i] for i in part], keep_RL, limits)
+        return [((i, -1), answer) for i, answer in zip(part, answers, strict=True)]
+
+    def _checked_answers(self, prompts, drafts, base_L, keep_VL, limits, part: list[int], chosen: list[int]) -> _Found:
+        given = [prompts[i] for i in part], [drafts[i] for i in part]
+        answers, counts = verified(self.model, *given, base_L, keep_VL[chosen], limits)
+        self.counts.update(counts)
+        return [((i, v), answers[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+
+    def _batches(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
+        """Run samples x (base and chosen variants) in batches of at most max_rows rows, halved on out of memory."""
+        rows = len(part) * (len(chosen) + 1)
+        if rows > self._max_rows and (len(part) > 1 or len(chosen) > 1):
+            return self._halves(part, chosen, run)
+        try:
+            return run(part, chosen)
+        except torch.OutOfMemoryError:
+            if len(part) <= 1 and len(chosen) <= 1:
+                raise
+        torch.cuda.empty_cache()
+        self._max_rows = max(1, rows // 2)
+        return self._halves(part, chosen, run)
+
+    def _halves(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
+        if len(part) > 1:
+            half = len(part) // 2
+            return self._batches(part[:half], chosen, run) + self._batches(part[half:], chosen, run)
+        half = len(chosen) // 2
+        return self._batches(part, chosen[:half], run) + self._batches(part, chosen[half:], run)
+
     def _reply(self, ids: list[int]) -> dict:
         stopped = bool(ids) and ids[-1] in self._stops
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return {"answer": text, "tokens": len(ids) - stopped, "stopped": stopped}
+        return {"answer": text, "token_ids": list(ids), "tokens": len(ids) - stopped, "stopped": stopped}
 
     def inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for one question, as a user of plain transformers would make them."""

@@ -137,6 +137,7 @@ class Pool:
         except RayTaskError as error:
             raise unwrapped(error) from error
         except DEATHS as error:
+            ray.kill(actor)
             actor = None
             raise RuntimeError(f"The worker running {self._target}.{method} died ({_one_line(error)}).") from None
         finally:
@@ -156,10 +157,12 @@ class Pool:
             value = ray.get(done)
         except RayTaskError as error:
             if work is None:
+                ray.kill(actor)  # alive without an object; it would hold its GPU as long as this exception is kept
                 raise unwrapped(error) from error
             self._idle.append(actor)
             return actor, work, None, _one_line(unwrapped(error))
         except DEATHS as error:
+            ray.kill(actor)  # perhaps it was only out of reach
             if self._respawns_left <= 0:
                 raise RuntimeError(
                     f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "

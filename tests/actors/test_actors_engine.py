@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import actors.replica
-from actors.engine import greedy
+from actors.engine import verified
 from actors.loading import language_model
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec, Sample
@@ -42,24 +42,19 @@ def set_stops(folder: Path, stops: list[int]) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": stops}))
 
 
-def spell_ids(replica: LlavaReplica, monkeypatch) -> None:
-    """Let answers be token ids: text could hide a difference."""
-    monkeypatch.setattr(replica.processor.tokenizer, "decode", lambda ids, **_: " ".join(map(str, ids)))
-
-
-def as_row(sample: Sample, removed, ids: list[int]) -> dict:
+def as_row(processor, sample: Sample, removed, ids: list[int]) -> dict:
     stopped = ids[-1] in STOPS
-    answer = " ".join(map(str, ids))
     return {
         "sample_id": sample.id,
         "removed": list(removed),
-        "answer": answer,
+        "answer": processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        "token_ids": ids,
         "tokens": len(ids) - stopped,
         "stopped": stopped,
     }
 
 
-def test_answers_equal_physically_pruned_models(checkpoint, lesions, tmp_path, monkeypatch):
+def test_answers_equal_physically_pruned_models(checkpoint, lesions, tmp_path):
     """Token for token, in one batch of six removed sets and prompts of three lengths, for every architecture."""
     samples = draw_samples(lesions)
     processor = processor_for(Path(checkpoint).name.split("-")[0])
@@ -70,9 +65,8 @@ def test_answers_equal_physically_pruned_models(checkpoint, lesions, tmp_path, m
         assert len(language_model(model).layers) == LAYERS - len(removed)
         for sample in samples:
             ids = plain_answer(model, processor, sample, TOKENS)
-            expected[sample.id, removed] = as_row(sample, removed, ids)
+            expected[sample.id, removed] = as_row(processor, sample, removed, ids)
     replica = LlavaReplica(ModelSpec(checkpoint))
-    spell_ids(replica, monkeypatch)
     rows = replica.answers(samples, REMOVED, TOKENS)
     assert rows == [expected[sample.id, removed] for sample in samples for removed in REMOVED]
     assert len({row["answer"] for row in rows}) > len(rows) // 2, "the answers must differ for this to prove anything"
@@ -112,31 +106,34 @@ def test_batch_size_does_not_change_rows(tiny_path, replica, lesions):
 
 
 def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch):
-    """With room for 5 rows, 36 rows are tried as 32, 16, 8, then 4 at a time: 9 batches; no answer is lost."""
+    """With room for 5 rows, six samples are halved, then one sample's variants are; no answer is lost."""
     samples = draw_samples(lesions)
     expected = replica.answers(samples, REMOVED, 4)
     tried = []
 
-    def crowded(model, prompts, *rest):
-        tried.append(len(prompts))
-        if len(prompts) > 5:
+    def crowded(model, prompts, drafts, base_L, keep_VL, limits):
+        tried.append(len(prompts) * (len(keep_VL) + 1))
+        if tried[-1] > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return greedy(model, prompts, *rest)
+        return verified(model, prompts, drafts, base_L, keep_VL, limits)
 
-    monkeypatch.setattr(actors.replica, "greedy", crowded)
-    assert LlavaReplica(ModelSpec(tiny_path), max_rows=32).answers(samples, REMOVED, 4) == expected
-    assert tried == [32, 16, 8] + [4] * 9
+    monkeypatch.setattr(actors.replica, "verified", crowded)
+    assert LlavaReplica(ModelSpec(tiny_path), max_rows=64).answers(samples, REMOVED, 4) == expected
+    assert tried[0] == len(samples) * 6 and tried[1] == len(samples) // 2 * 6
+    failures = [rows for rows in tried if rows > 5]
+    assert len(failures) <= 4 and all(rows <= 5 for rows in tried[len(failures) :])
 
 
-def test_out_of_memory_on_one_row_is_an_error(tiny_path, lesions, monkeypatch):
+@pytest.mark.parametrize("name", ["greedy", "verified"])
+def test_out_of_memory_on_one_row_is_an_error(tiny_path, lesions, monkeypatch, name):
     """One row that does not fit cannot be halved: the error is the user's to see, not an endless loop."""
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(actors.replica, "greedy", full)
+    monkeypatch.setattr(actors.replica, name, full)
     with pytest.raises(torch.OutOfMemoryError):
-        LlavaReplica(ModelSpec(tiny_path), max_rows=4).answers(draw_samples(lesions), [()], 4)
+        LlavaReplica(ModelSpec(tiny_path), max_rows=4).answers(draw_samples(lesions), [(), (1,)], 4)
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actors.engine import RowCache, RowPass, attention_windows
+from actors.rows import RowCache, RowPass, attention_windows
 from tests.tiny import tiny_config
 
 
@@ -24,7 +24,7 @@ def test_attention_windows(name, expected):
 
 def test_mask_by_hand():
     """A padded row of 2 tokens and a row of 3, with no window and with a window of 2 tokens."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], capacity=4)
+    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), torch.device("cpu"))
     valid = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
     positions = torch.tensor([[0, 0, 1], [0, 1, 2]])
     state.begin(positions, valid)
@@ -38,7 +38,7 @@ def test_mask_by_hand():
 
 def test_mask_of_the_next_token():
     """The second forward sees the first one's tokens, never its padding; a window forgets the oldest."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], capacity=4)
+    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), torch.device("cpu"))
     state.begin(torch.tensor([[0, 0, 1], [0, 1, 2]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
     state.end(3)
     state.begin(torch.tensor([[2], [3]]), torch.ones(2, 1).bool())
@@ -48,7 +48,7 @@ def test_mask_of_the_next_token():
 
 def test_rows_plan_and_drop():
     """Three rows, of which row 1 skips layer 0 and row 0 skips layer 1; then row 0 ends."""
-    state = RowPass(torch.tensor([[1, 0], [0, 1], [1, 1]]).bool(), [None, None], capacity=2)
+    state = RowPass(torch.tensor([[1, 0], [0, 1], [1, 1]]).bool(), [None, None], RowCache(2), torch.device("cpu"))
     assert [rows.tolist() for rows in state.rows] == [[0, 2], [1, 2]]
     values = torch.arange(2.0).reshape(2, 1, 1, 1)
     state.begin(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1).bool())
@@ -56,7 +56,7 @@ def test_rows_plan_and_drop():
     state.cache.update(30 + values, 40 + values, 1)  # of rows 1 and 2
     state.end(1)
     state.drop(torch.tensor([False, True, True]))
-    assert state.rows[0].tolist() == [1] and state.rows[1] is None
+    assert [rows.tolist() for rows in state.rows] == [[1], [0, 1]] and state.everyone == [False, True]
     new = torch.zeros(1, 1, 1, 1)
     assert [part.flatten().tolist() for part in state.cache.update(new, new, 0)] == [[11, 0], [21, 0]]
     new = torch.zeros(2, 1, 1, 1)

@@ -1,0 +1,120 @@
+"""Drafts and shared prefixes change the cost of an answer, never the answer."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from actors.engine import Limits, greedy, verified
+from actors.replica import LlavaReplica
+from actors.specs import ModelSpec
+from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_samples, save_tiny
+
+STOPS = tuple(range(2, 512, 16))
+LIMITS = Limits(12, STOPS)
+VARIANTS = [(), (0,), (1,), (3,), (LAYERS - 1,), (1, 3), (0, 2, 4), tuple(range(LAYERS - 1))]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(folder, request.param)
+    return LlavaReplica(ModelSpec(str(folder)))
+
+
+def keep(removed_sets) -> torch.Tensor:
+    rows = torch.ones(len(removed_sets), LAYERS, dtype=torch.bool)
+    for row, removed in enumerate(removed_sets):
+        rows[row, list(removed)] = False
+    return rows
+
+
+def plain(replica, prompts, keep_VL) -> list[list[list[int]]]:
+    flat = greedy(replica.model, [p for p in prompts for _ in keep_VL], keep_VL.repeat(len(prompts), 1), LIMITS)
+    return [flat[i * len(keep_VL) : (i + 1) * len(keep_VL)] for i in range(len(prompts))]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    kind=st.sampled_from(["right", "wrong", "empty", "short", "long", "mixed"]),
+    base=st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 3),
+    removed=st.lists(st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 3), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
+    """Random bases and removed sets, drafts right, wrong, empty, too short and too long; unequal prompts."""
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    picks = random.Random(seed)
+    base_L, keep_VL = keep([base])[0], keep(removed)
+    right = greedy(model.model, prompts, base_L.repeat(len(prompts), 1), LIMITS)
+    noise = [[picks.randrange(512) for _ in range(picks.randrange(30))] for _ in prompts]
+    drafts = {
+        "right": right,
+        "wrong": noise,
+        "empty": [[] for _ in prompts],
+        "short": [answer[: len(answer) // 2] for answer in right],
+        "long": [answer + [5] * 20 for answer in right],
+        "mixed": [answer if i % 2 else noise[i] for i, answer in enumerate(right)],
+    }[kind]
+    answers, counts = verified(model.model, prompts, drafts, base_L, keep_VL, LIMITS)
+    assert answers == plain(model, prompts, keep_VL)
+    assert counts["rows"] == len(prompts) * len(removed)
+
+
+def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
+    """The base as its own variant accepts every token and decodes nothing."""
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    full = torch.ones(LAYERS, dtype=torch.bool)
+    right = greedy(model.model, prompts, full.repeat(len(prompts), 1), LIMITS)
+    answers, counts = verified(model.model, prompts, right, full, full[None], LIMITS)
+    assert [variants[0] for variants in answers] == right
+    assert counts["rows_verified_whole"] == counts["rows"] == len(prompts)
+
+
+def test_prefix_sharing_runs_as_many_layers_as_the_formula_says(model, lesions):
+    """All L single removals: the base runs L layers; the variant without layer b runs the L-1-b layers above it.
+
+    Per prompt L + (0 + 1 + ... + L-1) = L (L + 1) / 2 layer rows, where plain decoding of the prompts runs
+    L + L (L - 1).
+    """
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    full = torch.ones(LAYERS, dtype=torch.bool)
+    singles = keep([(layer,) for layer in range(LAYERS)])
+    _, counts = verified(model.model, prompts, [[] for _ in prompts], full, singles, LIMITS)
+    assert counts["layer_rows_run"] == len(prompts) * LAYERS * (LAYERS + 1) // 2
+
+
+def test_a_later_round_shares_with_its_own_base(model, lesions):
+    """Base without layer 1: the variant without 1 and 3 shares layers 0 and 2 (1 is off in both)."""
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    base_L, keep_VL = keep([(1,)])[0], keep([(1, 3)])
+    answers, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
+    assert counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
+    assert answers == plain(model, prompts, keep_VL)
+
+
+def test_replica_drafts_and_base_do_not_change_rows(tmp_path, lesions):
+    """The trained model: with its own drafts, with given ones, with another base, with one row a batch."""
+    samples = draw_samples(lesions, 4)
+    sets = [(), (5,), (2, 8), (0,)]
+    replica = LlavaReplica(ModelSpec(str(DERM_TINY)))
+    rows = replica.answers(samples, sets, 48)
+    drafts = [row["token_ids"] for row in rows if not row["removed"]]
+    assert replica.answers(samples, sets, 48, (), drafts) == rows
+    assert replica.answers(samples, sets, 48, (5,)) == rows
+    assert LlavaReplica(ModelSpec(str(DERM_TINY)), max_rows=1).answers(samples, sets, 48, (), drafts) == rows
+
+
+@pytest.mark.parametrize(
+    ("answer", "ended"), [([], False), ([7], False), ([7, 2], True), ([7] * 12, True), ([7] * 11, False)]
+)
+def test_limits(answer, ended):
+    assert LIMITS.ended(answer) is ended
+
+
+def test_limits_cut_drafts():
+    assert LIMITS.cut([7, 2, 9]) == [7, 2]
+    assert LIMITS.cut([7] * 30) == [7] * 12
+    assert LIMITS.cut([7] * 12 + [2]) == [7] * 12

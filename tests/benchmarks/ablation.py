@@ -1,0 +1,195 @@
+"""The engine against its rivals: the same samples and removals in one run, interleaved, medians.
+
+    make bench-ablation        (python -m tests.benchmarks.ablation --help)
+
+(a) the authors' way: a physically pruned model per removal, one question at a time, plain `generate`;
+(b) the strongest simple loop: one removal at a time, all questions in one padded batch, plain `generate`;
+(c) the engine without drafts; (d) the engine with them. On two models: derm-tiny, in which layers matter, and
+derm-tiny with most layers' contributions shrunk, in which they do not. Loading is not timed. The floor is the
+engine's arithmetic at the measured matmul rate plus its decoded weights at the measured memory bandwidth.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from actors.derm_tiny.draw import write_tree
+from actors.derm_tiny.world import QUESTIONS
+from actors.images import open_image
+from actors.loading import load_model, load_processor, quiet
+from actors.replica import LlavaReplica
+from actors.specs import ModelSpec, Sample
+from actors.surgery import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
+
+DERM_TINY = Path(__file__).resolve().parents[2] / "actors" / "derm_tiny" / "checkpoint"
+TOKENS = 48
+
+
+def indifferent_copy(folder: Path) -> Path:
+    """Write derm-tiny with layers 1 to 8 adding a hundredth of what they add: removing one changes nothing."""
+    copy_companions(DERM_TINY, folder)
+    (folder / "config.json").write_text((DERM_TINY / "config.json").read_text())
+    shrunk = [
+        f"layers.{layer}.{part}.weight" for layer in range(1, 9) for part in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+
+    def tensors():
+        for name, tensor in iterate_tensors(DERM_TINY):
+            if "language_model" in name and any(name.endswith(end) for end in shrunk):
+                tensor = tensor * 0.01
+            yield name, tensor
+
+    write_tensors(folder, tensors())
+    return folder
+
+
+class Contest:
+    """One model, its physically pruned versions, and the four ways to answer the same questions."""
+
+    def __init__(self, checkpoint: Path, samples: list[Sample], scratch: Path, max_rows: int):
+        self.samples = samples
+        self.replica = LlavaReplica(ModelSpec(str(checkpoint)), max_rows)
+        self.processor = load_processor(str(checkpoint))
+        self.sets = [(layer,) for layer in range(self.replica.layer_count())]
+        self.pruned = {}
+        for removed in self.sets:
+            out = scratch / f"{checkpoint.name}-{removed[0]}"
+            prune_checkpoint(str(checkpoint), str(out), removed)
+            self.pruned[removed] = load_model(str(out))
+
+    def single(self) -> dict:
+        """(a) One removal and one question at a time."""
+        found = {}
+        for removed, model in self.pruned.items():
+            for sample in self.samples:
+                inputs = self.replica.inputs(sample)
+                out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+                found[sample.id, removed] = self._trim(out[0, inputs["input_ids"].shape[1] :].tolist())
+        return found
+
+    def batched(self) -> dict:
+        """(b) One removal at a time, all questions in one padded batch."""
+        found = {}
+        texts = []
+        for sample in self.samples:
+            content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+            turn = [{"role": "user", "content": content}]
+            texts.append(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+        for removed, model in self.pruned.items():
+            images = [open_image(sample.image) for sample in self.samples]
+            made = self.processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
+            inputs = {key: made[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+            out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+            for sample, row in zip(self.samples, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                found[sample.id, removed] = self._trim(row)
+        return found
+
+    def without_drafts(self) -> dict:
+        """(c) The engine with empty drafts."""
+        return self._engine([[] for _ in self.samples])
+
+    def with_drafts(self) -> dict:
+        """(d) The engine as it is used."""
+        return self._engine(None)
+
+    def _engine(self, drafts) -> dict:
+        self.replica._features.clear()  # the images count, as they do for the others
+        self.replica.counts.clear()
+        rows = self.replica.answers(self.samples, self.sets, TOKENS, (), drafts)
+        return {(row["sample_id"], tuple(row["removed"])): row["token_ids"] for row in rows}
+
+    def _trim(self, ids: list[int]) -> list[int]:
+        stop = self.processor.tokenizer.eos_token_id
+        return ids[: ids.index(stop) + 1] if stop in ids else ids
+
+    def floor_s(self) -> float:
+        """Seconds that the engine's own work takes at this machine's measured rates."""
+        layer = self.replica.model.model.language_model.layers[0]
+        weights = [p for p in layer.parameters() if p.dim() == 2]
+        rate, bandwidth = _matmul_rate(weights), _bandwidth()
+        prompt = statistics.mean(len(self.replica._prompt(sample)) for sample in self.samples)
+        drafts = self._engine(None)
+        answer = statistics.mean(len(ids) for ids in drafts.values())
+        layer_rows = self.replica.counts["layer_rows_run"] + len(self.samples) * self.replica.layer_count()
+        flops = 2 * sum(p.numel() for p in weights) * (prompt + answer) * layer_rows
+        read = answer * self.replica.layer_count() * sum(p.numel() * p.element_size() for p in weights)
+        return flops / rate + read / bandwidth
+
+
+def _matmul_rate(weights) -> float:
+    x = {p.shape[1]: torch.randn(4096, p.shape[1]) for p in weights}
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for p in weights:
+            x[p.shape[1]] @ p.T.detach()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 4096 * sum(p.numel() for p in weights) / best
+
+
+def _bandwidth() -> float:
+    block = torch.ones(2**26)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.numel() * block.element_size() / min(times)
+
+
+def run(name: str, contest: Contest, repeats: int) -> dict:
+    """Run the four ways interleaved; print and return the comparison."""
+    ways = {"single": contest.single, "batched": contest.batched, "c": contest.without_drafts, "d": contest.with_drafts}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    found = {}
+    for _ in range(repeats):
+        for way, answer in ways.items():
+            start = time.perf_counter()
+            found[way] = answer()
+            times[way].append(time.perf_counter() - start)
+    counts = dict(contest.replica.counts)
+    median = {way: statistics.median(values) for way, values in times.items()}
+    reference = found["single"]
+    same = {way: sum(found[way][key] == reference[key] for key in reference) / len(reference) for way in ways}
+    result = {
+        "speedup_vs_single": round(median["single"] / median["d"], 2),
+        "speedup_vs_batched": round(median["batched"] / median["d"], 2),
+        "identical_fraction": same["d"],
+        "rows_verified_whole": round(counts["rows_verified_whole"] / counts["rows"], 4),
+        "limit_ratio": round(median["d"] / contest.floor_s(), 2),
+    }
+    seconds = {way: round(value, 3) for way, value in median.items()}
+    print(f"{name}: seconds {seconds}, identical to single {same}, {result}", flush=True)
+    return result
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=24, help="questions (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--max-rows", type=int, default=256, help="rows of a batch (default: %(default)s)")
+    options = parser.parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as text:
+        scratch = Path(text)
+        write_tree(scratch / "images", 3, seed=8)
+        paths = sorted((scratch / "images").rglob("*-a.png"))
+        samples = [Sample(f"{p.stem}-{q}", str(p), words) for p in paths for q, words in QUESTIONS.items()]
+        samples = samples[:: max(1, len(samples) // options.samples)][: options.samples]
+        models = {"layers matter": DERM_TINY, "layers do not matter": indifferent_copy(scratch / "indifferent")}
+        results = {
+            name: run(name, Contest(path, samples, scratch / name, options.max_rows), options.repeats)
+            for name, path in models.items()
+        }
+    print(json.dumps({**results["layers matter"], "layers_do_not_matter": results["layers do not matter"]}))
+
+
+if __name__ == "__main__":
+    main()
