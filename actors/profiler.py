@@ -4,6 +4,7 @@ import resource
 import statistics
 import time
 
+import psutil
 import torch
 from transformers import StoppingCriteria
 
@@ -75,6 +76,14 @@ def _peak_memory() -> dict:
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_kind": "GPU, allocated"}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak_memory_bytes": resident, "peak_memory_kind": "process, resident"}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that this process could still take on `device` (bytes)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
 
 
 def device_facts() -> dict:

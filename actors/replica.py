@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
 from actors.loading import language_model, load_model, load_processor, pixel_dtype, quiet
-from actors.profiler import measure
+from actors.profiler import free_bytes, measure
 from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
 
@@ -22,10 +22,11 @@ _Found = list[tuple[tuple[int, int], list[int]]]  # ((sample, variant), token id
 class LlavaReplica:
     """A LLaVA-shaped model in memory.
 
-    max_rows: the most rows (sample x removed set) in one batch; out of memory halves it and goes on.
+    max_rows: the most rows (sample x removed set) in one batch. Fewer are planned where the free memory does
+    not hold their keys and values; out of memory halves the batch and goes on.
     """
 
-    def __init__(self, spec: ModelSpec, max_rows: int = 256):
+    def __init__(self, spec: ModelSpec, max_rows: int = 1024):
         quiet()
         self._spec = spec
         self.model = load_model(**vars(spec))
@@ -59,6 +60,7 @@ class LlavaReplica:
         """
         limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
+        self._rows = self._planned_rows(max(map(len, prompts), default=0) + max_new_tokens)
         base_L, keep_VL = self._keep([base])[0], self._keep(removed_sets)
         if not samples or not removed_sets:
             return []
@@ -91,6 +93,15 @@ class LlavaReplica:
             keep_VL[variant, list(removed)] = False
         return keep_VL
 
+    def _planned_rows(self, tokens: int) -> int:
+        """Return how many rows of `tokens` tokens the free memory holds: keys, values, activations, mask."""
+        text = self.model.config.text_config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size = self.model.lm_head.weight.element_size()
+        cached = text.num_hidden_layers * 2 * text.num_key_value_heads * head
+        per_row = tokens * (size * (cached + 8 * text.hidden_size) + tokens)
+        return max(1, min(self._max_rows, int(0.6 * free_bytes(self.device) / per_row)))
+
     def _base_answers(self, prompts, base_L, limits, part: list[int], _: list[int]) -> _Found:
         keep_RL = base_L.repeat(len(part), 1)
         answers = greedy(self.model, [prompts[i] for i in part], keep_RL, limits)
@@ -105,7 +116,7 @@ class LlavaReplica:
     def _batches(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
         """Run samples x (base and chosen variants) in batches of at most max_rows rows, halved on out of memory."""
         rows = len(part) * (len(chosen) + 1)
-        if rows > self._max_rows and (len(part) > 1 or len(chosen) > 1):
+        if rows > self._rows and (len(part) > 1 or len(chosen) > 1):
             return self._halves(part, chosen, run)
         try:
             return run(part, chosen)
@@ -113,7 +124,7 @@ class LlavaReplica:
             if len(part) <= 1 and len(chosen) <= 1:
                 raise
         torch.cuda.empty_cache()
-        self._max_rows = max(1, rows // 2)
+        self._rows = self._max_rows = max(1, rows // 2)
         return self._halves(part, chosen, run)
 
     def _halves(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:

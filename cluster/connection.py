@@ -103,6 +103,13 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
+def largest_node() -> float:
+    """Return the cores of the node that has most."""
+    import ray
+
+    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
 def capacity() -> tuple[float, float]:
     """Return the (cores, GPUs) of the connected cluster."""
     import ray

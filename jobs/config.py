@@ -67,7 +67,7 @@ class ReplicasConfig(_Section):
     count: Count | Literal["auto"] = Field("auto", description="replicas; auto: as many as the cluster can hold")
     gpus: float = Field(0, ge=0, description="GPUs of each replica; 0: run on the CPU; a fraction shares a GPU")
     cpus: float = Field(1, gt=0, description="cores (and threads) of each replica")
-    max_rows: Count = Field(256, description="most answers decoded in one batch (rows)")
+    max_rows: Count = Field(1024, description="most answers in one batch (rows); fewer where memory is short")
 
 
 class GenerationConfig(_Section):

@@ -137,23 +137,26 @@ class Run:
         wanted = self.config.replicas
         cpus, gpus = capacity()
         fit = int(min(cpus // wanted.cpus, gpus // wanted.gpus if wanted.gpus else float("inf")))
-        if fit < 1:
+        if wanted.count == "auto" and fit < 1:
             raise ValueError(
                 f"A replica needs {wanted.cpus:g} cores and {wanted.gpus:g} GPUs; "
-                f"the cluster has {cpus:g} and {gpus:g}: lower replicas.cpus / replicas.gpus, or add nodes."
+                f"the cluster has {cpus:g} and {gpus:g}: lower replicas.cpus / replicas.gpus, add nodes, or, "
+                "on a cluster that grows by itself, say how many replicas you want (replicas.count)."
             )
-        count = fit if wanted.count == "auto" else min(wanted.count, fit)
+        count = fit if wanted.count == "auto" else wanted.count
+        if count > fit:
+            print(f"replicas: {count} wanted, room for {fit} now; the others start when nodes join", flush=True)
         kwargs = {"spec": self.model_spec(stage), "max_rows": wanted.max_rows}
         return Pool("actors.replica:LlavaReplica", kwargs, Resources(wanted.cpus, wanted.gpus, count))
 
     def worker(self, target: str, **kwargs) -> "Pool":
-        """Return one worker with the replica's GPU, or, without GPUs, with all cores."""
-        from cluster.connection import capacity
+        """Return one worker with one GPU, or, without GPUs, with all cores of one node."""
+        from cluster.connection import largest_node
         from cluster.pool import Pool, Resources
 
         self._connect()
         wanted = self.config.replicas
-        cpus = wanted.cpus if wanted.gpus else max(wanted.cpus, capacity()[0])
+        cpus = wanted.cpus if wanted.gpus else max(wanted.cpus, largest_node())
         return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0))
 
     def embedder(self, name: str) -> "Pool":

@@ -136,6 +136,27 @@ def test_out_of_memory_on_one_row_is_an_error(tiny_path, lesions, monkeypatch, n
         LlavaReplica(ModelSpec(tiny_path), max_rows=4).answers(draw_samples(lesions), [(), (1,)], 4)
 
 
+def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch):
+    """With 60 % of the free memory holding three rows, no batch has more; the rows are the same."""
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    samples = draw_samples(lesions)
+    expected = replica.answers(samples, REMOVED, 4)
+    tokens = max(len(replica._prompt(sample)) for sample in samples) + 4
+    text = replica.model.config.text_config
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    per_row = tokens * (4 * (2 * LAYERS * width + 8 * text.hidden_size) + tokens)  # float32, and a boolean mask
+    monkeypatch.setattr(actors.replica, "free_bytes", lambda device: 3.5 * per_row / 0.6)
+    sizes = []
+
+    def watched(model, prompts, drafts, base_L, keep_VL, limits):
+        sizes.append(len(prompts) * (len(keep_VL) + 1))
+        return verified(model, prompts, drafts, base_L, keep_VL, limits)
+
+    monkeypatch.setattr(actors.replica, "verified", watched)
+    assert replica.answers(samples, REMOVED, 4) == expected
+    assert max(sizes) == 3
+
+
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 def test_layer_out_of_range_is_named(replica, lesions, layer):
     """-1 must not silently mean the last layer."""
