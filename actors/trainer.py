@@ -39,6 +39,16 @@ def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndB
     )
 
 
+def training_dtype(dtype: str) -> str:
+    """Return the compute type to train in: bfloat16 where float16 is asked for and the GPU has it.
+
+    float16 gradients underflow without loss scaling; the stored weights keep their own type either way.
+    """
+    if dtype == "float16" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    return dtype
+
+
 class LoraTrainer:
     """Fine-tunes one checkpoint; the adapted weights end in the checkpoint's own precision."""
 
@@ -77,9 +87,9 @@ class LoraTrainer:
         self._merge(model, Path(out))
 
     def _adapted(self, settings: LoraSettings) -> Llava:
-        dtype = getattr(torch, self._spec.dtype)
-        quantization = nf4_config(dtype, double_quant=True) if settings.method == "qlora" else None
-        model = load_model(**vars(self._spec), quantization=quantization)
+        dtype = training_dtype(self._spec.dtype)
+        quantization = nf4_config(getattr(torch, dtype), double_quant=True) if settings.method == "qlora" else None
+        model = load_model(**{**vars(self._spec), "dtype": dtype}, quantization=quantization)
         if quantization is not None:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=torch.cuda.is_available())
         config = LoraConfig(
@@ -96,10 +106,11 @@ class LoraTrainer:
         adapter = out / "adapter"
         model.save_pretrained(str(adapter))
         source = local_folder(self._spec.path, self._spec.revision)
-        base = load_model(**{**vars(self._spec), "dtype": "float32"}, device="cpu")
+        stored = stored_dtype(self._spec.path, self._spec.revision)
+        base = load_model(**{**vars(self._spec), "dtype": str(stored).removeprefix("torch.")}, device="cpu")
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         copy_companions(source, out)
-        merged.to(stored_dtype(self._spec.path, self._spec.revision)).save_pretrained(out)
+        merged.to(stored).save_pretrained(out)
         shutil.rmtree(adapter)
 
 
