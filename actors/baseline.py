@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NEGATION = re.compile(
-    r"\b(?:not|no|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$"
+    r"\b(?:not|no(?! doubt)|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$"
 )
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -36,14 +36,15 @@ def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
     plural and singular forms do.
     """
     text = " ".join(text.lower().split())
-    found = []
-    for kind in classes:
-        for spelling in (kind.name, *kind.synonyms):
-            matches = re.finditer(_spelling_pattern(spelling), text)
-            if any(not _NEGATION.search(text[: match.start()]) for match in matches):
-                found.append(kind.name)
-                break
-    return found
+    found = set()
+    spellings = [(spelling, kind.name) for kind in classes for spelling in (kind.name, *kind.synonyms)]
+    for spelling, name in sorted(spellings, key=lambda pair: -len(pair[0])):
+        for match in re.finditer(_spelling_pattern(spelling), text):
+            if not _NEGATION.search(text[: match.start()]):
+                found.add(name)
+            # "seborrheic dermatitis" does not name dermatitis, too
+            text = text[: match.start()] + "_" * len(match[0]) + text[match.end() :]
+    return [kind.name for kind in classes if kind.name in found]
 
 
 def _spelling_pattern(spelling: str) -> str:
@@ -77,6 +78,8 @@ def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
 def baseline_score(answer: str, reference: str, truth: str, similarity: float, classes: Sequence[ClassName]) -> float:
     """Score an answer in [0, 1]: 0 if the reference names `truth` and the answer does not do the same, else
     the mean of token F1 and embedding similarity (negative similarities count as 0)."""
+    if words(answer) == words(reference):
+        return 1.0
     if truth in named_classes(reference, classes):
         if name_verdict(answer, truth, classes) != "right":
             return 0.0

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.loading import quiet
-
 
 def embedder_path(name: str) -> str:
     """Resolve "package:NAME" to the model folder inside an installed package; other names pass.
@@ -32,6 +30,8 @@ class Embedder:
     """A sentence-transformer that compares texts; every distinct text is embedded once."""
 
     def __init__(self, name: str, device: str = "cpu"):
+        from actors.loading import quiet
+
         quiet()
         from sentence_transformers import SentenceTransformer
 

@@ -168,16 +168,12 @@ class LlavaReplica:
         embeds[places] = features.to(embeds.dtype)
         return embeds
 
-    def parameters(self) -> int:
-        """Return the number of parameters of the model as its config describes it, before any quantization."""
-        return count_parameters(self.model.config)
-
     def profile(self, sample: Sample, warmup_runs: int, timed_runs: int, new_tokens: int) -> dict:
         """Measure memory and latency of plain `generate` on one real question (see `actors.profiler.measure`)."""
         inputs = self.inputs(sample)
         inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(self.model))
         facts = {
-            "params": self.parameters(),
+            "params": count_parameters(self.model.config),
             "layers": self.layer_count(),
             "stored_bits": 8 * stored_dtype(self._spec.path, self._spec.revision).itemsize,
             "weight_bytes": stored_bytes(self._spec.path, self._spec.revision),

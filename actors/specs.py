@@ -8,6 +8,11 @@ from typing import Any
 # (torch types every attribute of a Module as Tensor | Module, which says less than nothing about such a model.)
 Llava = Any
 
+# What keeps 16 bits, under the names of published checkpoints and of transformers 5: a quantizer silently rounds a
+# part that it does not recognise, and a loader silently fills one with random weights.
+_PARTS = ("vision_tower", "multi_modal_projector", "lm_head")
+NOT_ROUNDED = [*_PARTS, *(f"model.{name}" for name in _PARTS), "language_model.lm_head"]
+
 
 @dataclass(frozen=True)
 class ModelSpec:

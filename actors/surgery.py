@@ -24,7 +24,9 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
-        snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
+        snapshot_download(
+            path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        )
     )
 
 

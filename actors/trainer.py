@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, quiet
-from actors.specs import Conversation, Llava, LoraSettings, ModelSpec
+from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSpec
 from actors.surgery import copy_companions, local_folder, stored_dtype
 
 
@@ -24,29 +24,27 @@ def language_linears(model: Llava) -> list[str]:
 
 
 def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndBytesConfig:
-    """Return bitsandbytes' NF4 settings (block 64) for the decoder's linears alone.
-
-    The tower, the projector and the head are named as transformers 5 and as published checkpoints name them:
-    a name that does not match would be quantized silently.
-    """
-    keep = ["vision_tower", "multi_modal_projector", "lm_head"]
+    """Return bitsandbytes' NF4 settings (block 64) for the decoder's linears alone."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=model_dtype,
         bnb_4bit_use_double_quant=double_quant,
-        llm_int8_skip_modules=[*keep, *(f"model.{name}" for name in keep), "language_model.lm_head"],
+        llm_int8_skip_modules=NOT_ROUNDED,
     )
 
 
-def training_dtype(dtype: str) -> str:
-    """Return the compute type to train in: bfloat16 where float16 is asked for and the GPU has it.
+def training_dtype(dtype: str, method: str) -> str:
+    """Return the compute type to train in where float16, whose gradients underflow, is asked for.
 
-    float16 gradients underflow without loss scaling; the stored weights keep their own type either way.
+    bfloat16 on a GPU that has it; else float32, but for QLoRA's NF4 layers, whose neighbours are float32 anyway.
+    The stored weights keep their own type either way.
     """
-    if dtype == "float16" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if dtype != "float16":
+        return dtype
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    return dtype
+    return "float16" if method == "qlora" else "float32"
 
 
 class LoraTrainer:
@@ -87,7 +85,7 @@ class LoraTrainer:
         self._merge(model, Path(out))
 
     def _adapted(self, settings: LoraSettings) -> Llava:
-        dtype = training_dtype(self._spec.dtype)
+        dtype = training_dtype(self._spec.dtype, settings.method)
         quantization = nf4_config(getattr(torch, dtype), double_quant=True) if settings.method == "qlora" else None
         model = load_model(**{**vars(self._spec), "dtype": dtype}, quantization=quantization)
         if quantization is not None:

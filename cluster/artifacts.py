@@ -72,8 +72,8 @@ class ArtifactStore:
         """Return this process's building place for `name`, after removing those of dead processes of this host."""
         host = f"{name}.{socket.gethostname()}-"
         for left in self.root.glob(f"{host}*.partial"):
-            pid = int(left.name.removeprefix(host).removesuffix(".partial"))
-            if pid == os.getpid() or not _runs(pid):
+            number = left.name.removeprefix(host).removesuffix(".partial")
+            if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
                 shutil.rmtree(left, ignore_errors=True)
         return self.root / f"{host}{os.getpid()}.partial"
 
@@ -96,7 +96,7 @@ class Fingerprints:
     """SHA-256 of files, remembered by (path, size, modification time) so that weights are read once."""
 
     def __init__(self, cache: Path):
-        self._path = cache
+        self._path, self._unsaved = cache, False
         try:
             self._known = json.loads(cache.read_text())
         except (OSError, ValueError):
@@ -112,8 +112,14 @@ class Fingerprints:
         key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         if key not in self._known:
             self._known[key] = file_sha256(path)
+            self._unsaved = True
+        return self._known[key]
+
+    def save(self) -> None:
+        """Write what was read since the last time."""
+        if self._unsaved:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(self._known))
             os.replace(temporary, self._path)
-        return self._known[key]
+            self._unsaved = False

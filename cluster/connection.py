@@ -85,6 +85,11 @@ def _own_code() -> dict | None:
     return {"working_dir": str(REPOSITORY)}
 
 
+def is_private() -> bool:
+    """Tell whether `connected` starts a private Ray here, which never grows."""
+    return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+
+
 def in_submitted_job() -> bool:
     """Tell whether this process is the entrypoint of `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

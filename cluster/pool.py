@@ -6,6 +6,7 @@ item that fails `ATTEMPTS` times is returned with its reason while the rest comp
 """
 
 import importlib
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class _Work:
 class _Host:
     """The Ray edge of a plain class: builds it inside the actor's process and forwards calls."""
 
-    def __init__(self, target: str, kwargs: dict):
+    def __init__(self, target: str, kwargs: dict, gpus: float):
         self._target, self._kwargs = target, kwargs
+        if not gpus:  # Ray leaves a machine's GPUs visible to actors that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def setup(self) -> None:
         module, _, name = self._target.partition(":")
@@ -114,14 +117,14 @@ class Pool:
 
     def call(self, method: str, *args) -> Any:
         """Call `method(*args)` on one actor; what it raises is raised here."""
-        (result,) = self.stream_of("call", method, args)
+        (result,) = self._results_of("call", method, args)
         return result
 
     def stream(self, method: str, *args) -> Iterator:
         """Call the generator `method(*args)` on one actor and yield its items as they come."""
-        return self.stream_of("stream", method, args)
+        return self._results_of("stream", method, args)
 
-    def stream_of(self, edge: str, method: str, args: tuple) -> Iterator:
+    def _results_of(self, edge: str, method: str, args: tuple) -> Iterator:
         """Yield the results of one call ("call": exactly one; "stream": a generator's) on a ready actor."""
         while not self._idle:
             if not self._flights:
@@ -146,7 +149,9 @@ class Pool:
 
     def _spawn(self) -> None:
         options = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
-        actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Host).remote(self._target, self._kwargs)
+        actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Host).remote(
+            self._target, self._kwargs, self._resources.gpus
+        )
         self._flights[actor.setup.remote()] = (actor, None)
 
     def _next(self) -> tuple:

@@ -1,6 +1,7 @@
 """Tables of plain rows in Parquet: written whole, or part by part as results come."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +36,10 @@ class PartTable:
         """Write one unit's rows; a unit written twice is the same file."""
         write_table(self._folder / f"{unit}.parquet", rows)
 
-    def rows(self) -> list[dict]:
-        """Return the rows of all units, in the order of their names."""
-        return [row for path in sorted(self._folder.glob("*.parquet")) for row in read_table(path)]
+    def rows(self, units: Iterable[str]) -> list[dict]:
+        """Return the rows of the named units, as far as they are written, in the order of the names.
+
+        Units of an interrupted run that cut the work differently are left out: they hold the same samples.
+        """
+        paths = [self._folder / f"{unit}.parquet" for unit in units]
+        return [row for path in paths if path.exists() for row in read_table(path)]

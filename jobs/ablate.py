@@ -31,7 +31,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     settings = {
         "samples": config.ablate.samples,
         "candidates": config.ablate.candidates,
-        "embedder": config.ablate.embedder,
+        "embedder": run.embedder_identity(config.ablate.embedder),
         "dtype": config.model.dtype,
         "max_new_tokens": config.generation.max_new_tokens,
         "seed": config.seed,
@@ -83,7 +83,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
                 else:
                     table.add(outcome.key, _scored(outcome.value, embedder))
                 progress.step(note="units")
-    rows = table.rows()
+    rows = table.rows(units)
     if not rows:
         raise RuntimeError(f"Every unit failed; the first one said: {failures[0]['reason']}")
     for failure in failures:

@@ -4,7 +4,10 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pydantic_core import PydanticUndefined
 
 from jobs.config import Config, fields, load_config
 from jobs.run import Run
@@ -26,16 +29,22 @@ def main(doc: str, job: Callable[[Run], None]) -> None:
     """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
     spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
     name = (spec.name if spec else job.__module__).split(".")[-1]
-    signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(USAGE.format(doc=doc.strip(), fields=_field_help()))
         return
+    with one_sentence(name), Run(parse(arguments)) as run:
+        run.record_config(name)
+        job(run)
+
+
+@contextmanager
+def one_sentence(name: str) -> Iterator[None]:
+    """Turn what ends the block into one sentence and an exit code; PRUNELLA_DEBUG=1 shows tracebacks."""
     debug = os.environ.get("PRUNELLA_DEBUG") == "1"
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        with Run(parse(arguments)) as run:
-            run.record_config(name)
-            job(run)
+        yield
     except KeyboardInterrupt:
         _stop(name, "interrupted; what was finished is kept, the same command continues", 130)
     except Exception as error:
@@ -94,8 +103,9 @@ def parse(arguments: list[str]) -> Config:
 def _field_help() -> str:
     lines = []
     for key, kind, default, text in fields():
-        shown = "unset" if default is None else default
-        lines.append(f"  --{key} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
+        shown = "unset" if default is None else "required" if default is PydanticUndefined else default
+        option = f"  {key}" if "[]" in key else f"  --{key}"
+        lines.append(f"{option} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
         lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {shown})")
     return "\n".join(lines)
 

@@ -12,6 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from actors.maths.statistics import cluster_bootstrap_interval
+from cluster.tables import read_table
 from jobs import ablate, evaluate, prepare, prune, quantize, recover
 from jobs.command import main
 from jobs.run import Run, Source, Stage
@@ -47,13 +51,17 @@ def scores_stage(run: Run) -> Stage | None:
 def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
     """Return one row per method, from artifacts that exist."""
     removed = run.facts(planned["prune"][0])["removed"]
-    rows = []
+    rows: list[dict] = []
+    original: dict[str, dict] = {}
     for method, (model, evaluated) in planned.items():
         facts = run.facts(evaluated)
         found, profile = facts["metrics"], facts["profile"]
         quantized = "quant" in method
+        answers = {a["sample_id"]: a for a in read_table(run.store.root / evaluated.name / evaluate.ANSWERS)}
+        original = original or answers
         rows.append(
             {
+                **_difference(original, answers),
                 "method": method,
                 "removed_layers": removed if "prune" in method else [],
                 "bits": run.config.quantize.bits if quantized else profile["stored_bits"],
@@ -69,6 +77,7 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
                 "without_stop_pct": found["without_stop_pct"],
                 "images": found["images"],
                 "answers": found["answers"],
+                "unanswered": found["unanswered"],
                 "ms_per_token": profile["ms_per_token"],
                 "ms_per_token_p5_p95": profile["ms_per_token_p5_p95"],
                 "first_token_ms": profile["first_token_ms"],
@@ -79,6 +88,14 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
             }
         )
     return rows
+
+
+def _difference(original: dict[str, dict], answers: dict[str, dict]) -> dict:
+    """Compare two models' baseline scores question by question; the interval resamples images."""
+    shared = sorted(set(original) & set(answers))
+    gained = np.array([answers[s]["baseline"] - original[s]["baseline"] for s in shared])
+    low, high = cluster_bootstrap_interval(gained, np.array([original[s]["group"] for s in shared]))
+    return {"difference_pct": 100 * float(gained.mean()), "difference_interval_pct": [100 * low, 100 * high]}
 
 
 def write_summary(run: Run, rows: list[dict]) -> Path:
@@ -109,6 +126,9 @@ def table(rows: list[dict]) -> str:
         f"{first['images']} test images, {first['answers']} answers; 95 % intervals; {first['device']}, "
         f"{first['threads']} thread(s); LLM judge: not run"
     )
+    for row in rows:
+        if row["unanswered"]:
+            lines.append(f"{row['method']}: {row['unanswered']} questions could not be answered and are left out")
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ class ClassConfig(_Section):
 class QuestionConfig(_Section):
     """One question asked about every image."""
 
-    id: str = Field(description="short name of the question")
+    id: str = Field(description="short name; the question called name asks for the disease")
     text: str = Field(description="the question")
     answer: str | None = Field(None, description="reference, with {name} or {<key of texts>}; unset: annotations")
 
@@ -116,7 +116,9 @@ class QuantizeConfig(_Section):
     method: Literal["awq", "nf4", "rtn"] = Field("awq", description="awq, nf4 (bitsandbytes) or rtn (round to nearest)")
     bits: Literal[4] = Field(4, description="bits of a weight (bits)")
     group_size: Count = Field(64, description="input channels that share a scale (channels)")
-    calibration_samples: Count = Field(32, description="training conversations that AWQ looks at (conversations)")
+    calibration_samples: Count = Field(
+        32, description="training conversations drawn; AWQ uses the longer half, cut to one length (conversations)"
+    )
     clip: bool = Field(True, description="AWQ: search clipping of the weights, too")
 
 
@@ -178,6 +180,9 @@ def _set(values: dict, key: str, text: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"--{key}: {parent!r} is a single value, not a section.")
         values = child
+    if {name: kind for name, kind, *_ in fields()}.get(key) == "str" and text not in ("null", "~"):
+        values[last] = text  # as it is: YAML would read 1234567 or 2026-11-22 as something else
+        return
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -219,14 +224,17 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += fields(kind, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, _kind(kind), field.default, field.description or ""))
+            continue
+        rows.append((prefix + name, _kind(kind), field.default, field.description or ""))
+        for item in get_args(kind):
+            if isinstance(item, type) and issubclass(item, BaseModel):
+                rows += fields(item, f"{prefix}{name}[].")
     return rows
 
 
 def valid_keys() -> list[str]:
-    """List the dotted names of all fields."""
-    return [key for key, *_ in fields()]
+    """List the dotted names of the fields that an option can set (not those inside lists)."""
+    return [key for key, *_ in fields() if "[]" not in key]
 
 
 def _kind(annotation: Any) -> str:

@@ -4,13 +4,13 @@ make demo
 python -m jobs.demo
 """
 
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
 
 from jobs import compress, report
+from jobs.command import one_sentence
 from jobs.config import load_config
 from jobs.run import Run
 
@@ -24,8 +24,13 @@ What next? Describe your model and images in a copy of configs/llava-1.5-7b-derm
 
 
 def main() -> None:
-    """Run the demo; a second run finds everything made already and takes seconds."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run the demo from the command line; a second run finds everything made already and takes seconds."""
+    with one_sentence("demo"):
+        demo()
+
+
+def demo() -> None:
+    """Make what does not exist yet, then print the table and where the report is."""
     started = time.monotonic()
     run_dir = str(Run(load_config(CONFIG, [])).folder)
     with Run(load_config(CONFIG, [("run_dir", run_dir)])) as run:
@@ -76,7 +81,7 @@ def _submit_jobs(run_dir: str) -> None:
                 if line.startswith(tuple(f"{word}:" for word in _SHOWN)):
                     print(f"  {line.rstrip()}", flush=True)
             if process.wait() != 0:
-                sys.exit(f"{''.join(tail)}demo: the job {name} failed; what was finished is kept")
+                raise RuntimeError(f"the job {name} failed; what was finished is kept. It said:\n{''.join(tail)}")
 
 
 _SHOWN = ("prepare", "data", "ablate", "prune", "recover", "quantize", "evaluate", "compress", "report")

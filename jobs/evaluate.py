@@ -31,7 +31,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     config = run.config
     settings = {
         **config.evaluate.model_dump(mode="json"),
-        "embedder": _embedder(run),
+        "embedder": run.embedder_identity(_embedder(run)),
         "dtype": config.model.dtype,
         "on_gpu": config.replicas.gpus > 0,
         "threads": config.replicas.cpus,
@@ -55,8 +55,8 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     """Measure in a fresh process first, then answer with all replicas, then score."""
     evaluate = run.config.evaluate
     rows = prepare.conversations(run.make(data), "test")
-    images = sorted({row["image"] for row in rows})[: evaluate.limit]
-    rows = [row for row in rows if row["image"] in set(images)]
+    images = set(chosen_images(rows, evaluate.limit))
+    rows = [row for row in rows if row["image"] in images]
     samples = [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
     table = PartTable(folder / "units")
     units = {f"{i:06d}": samples[i : i + UNIT] for i in range(0, len(samples), UNIT)}
@@ -72,7 +72,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
                 else:
                     table.add(outcome.key, outcome.value)
                 progress.step(note="units")
-    given = {row["sample_id"]: row for row in table.rows()}
+    given = {row["sample_id"]: row for row in table.rows(units)}
     if not given:
         raise RuntimeError(f"No question could be answered; the first unit said: {reasons[0]}")
     for reason in reasons:
@@ -81,6 +81,15 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     write_table(folder / ANSWERS, scored)
     facts["metrics"] = {**metrics(scored), "unanswered": len(samples) - len(given)}
     facts["profile"] = profile
+
+
+def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
+    """Return at most `limit` images, the classes taking turns (None: all)."""
+    by_class: dict[str, list[str]] = {}
+    for image, label in sorted({(row["image"], row["class"]) for row in rows}):
+        by_class.setdefault(label, []).append(image)
+    turns = sorted((turn, label, image) for label, own in by_class.items() for turn, image in enumerate(own))
+    return [image for _, _, image in turns][:limit]
 
 
 def _score(run: Run, rows: list[dict]) -> list[dict]:

@@ -5,6 +5,7 @@ python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /d
 """
 
 import csv
+import os
 import string
 from collections import Counter
 from dataclasses import asdict
@@ -39,8 +40,10 @@ def stage(run: Run) -> Stage:
     if data.draw_per_class and not root.is_dir():
         from actors.derm_tiny.draw import write_tree
 
-        root.parent.mkdir(parents=True, exist_ok=True)
-        count = write_tree(root, data.draw_per_class, run.config.seed)
+        temporary = root.with_name(f"{root.name}.{os.getpid()}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        count = write_tree(temporary, data.draw_per_class, run.config.seed)
+        temporary.rename(root)
         print(f"prepare: drew {count} images of derm-tiny into {root}", flush=True)
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
@@ -54,8 +57,11 @@ def stage(run: Run) -> Stage:
 
 def image_root(run: Run) -> Path:
     """Return the absolute folder of images."""
-    root = run.config.data.root
-    return Path(root).expanduser().resolve() if root else run.folder / "images"
+    data = run.config.data
+    if data.root:
+        return Path(data.root).expanduser().resolve()
+    drawn = f"-{data.draw_per_class}-{run.config.seed}" if data.draw_per_class else ""
+    return run.folder / f"images{drawn}"
 
 
 def build(run: Run, folder: Path, facts: dict) -> None:

@@ -29,7 +29,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     }
-    return Stage("recover", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+    return Stage("recover", 2, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
 def training_conversations(folder: str) -> list[Conversation]:

@@ -81,9 +81,9 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
 
 
 def _shown(row: dict, original: dict) -> dict:
-    """Format one row; a difference to the original inside both intervals is called unresolved."""
+    """Format one row; a difference to the original whose interval holds 0 is called unresolved."""
     low, high = row["baseline_interval_pct"]
-    base_low, base_high = original["baseline_interval_pct"]
+    worse, better = row["difference_interval_pct"]
     name = row["name_accuracy_interval"]
     return {
         **row,
@@ -93,7 +93,8 @@ def _shown(row: dict, original: dict) -> dict:
         "baseline_text": f"{row['baseline_pct']:.1f} [{low:.1f}, {high:.1f}]",
         "name_text": "-" if name is None else f"{row['name_accuracy']:.1f} [{name[0]:.1f}, {name[1]:.1f}]",
         "latency_text": "{:.2f} [{:.2f}, {:.2f}]".format(row["ms_per_token"], *row["ms_per_token_p5_p95"]),
-        "unresolved": row is not original and low <= base_high and base_low <= high,
+        "unresolved": row is not original and worse <= 0 <= better,
+        "difference_text": "" if row is original else f"{row['difference_pct']:+.1f} [{worse:+.1f}, {better:+.1f}]",
     }
 
 
@@ -132,7 +133,7 @@ def _thumbnail(path: str) -> str | None:
             small = image.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
     except OSError:
-        return None  # the images may have moved since; the answers still stand
+        return None  # not readable any more; the answers still stand
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,7 @@
 """A job's run: its config, its artifacts, its workers; and the stages that make artifacts from artifacts."""
 
 import json
-import os
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from cluster.artifacts import MANIFEST, ArtifactStore, Fingerprints, digest
+from cluster.connection import in_submitted_job
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
@@ -72,6 +73,8 @@ class Run:
 
     def __exit__(self, *exception) -> None:
         self._cleanup.close()
+        if exception[0] is None:
+            self.fingerprints.save()
 
     def record_config(self, job: str) -> None:
         """Write the resolved config into the run folder."""
@@ -130,20 +133,18 @@ class Run:
 
     def replicas(self, stage: "Stage | Source") -> "Pool":
         """Return a pool of model replicas, spread over what the cluster has."""
-        from cluster.connection import capacity
+        from cluster.connection import capacity, is_private
         from cluster.pool import Pool, Resources
 
         self._connect()
         wanted = self.config.replicas
         cpus, gpus = capacity()
         fit = int(min(cpus // wanted.cpus, gpus // wanted.gpus if wanted.gpus else float("inf")))
-        if wanted.count == "auto" and fit < 1:
-            raise ValueError(
-                f"A replica needs {wanted.cpus:g} cores and {wanted.gpus:g} GPUs; "
-                f"the cluster has {cpus:g} and {gpus:g}: lower replicas.cpus / replicas.gpus, add nodes, or, "
-                "on a cluster that grows by itself, say how many replicas you want (replicas.count)."
-            )
+        if fit < 1 and (wanted.count == "auto" or is_private()):
+            raise ValueError(_TOO_SMALL.format(wanted.cpus, wanted.gpus, cpus, gpus))
         count = fit if wanted.count == "auto" else wanted.count
+        if is_private():
+            count = min(count, fit)
         if count > fit:
             print(f"replicas: {count} wanted, room for {fit} now; the others start when nodes join", flush=True)
         kwargs = {"spec": self.model_spec(stage), "max_rows": wanted.max_rows}
@@ -151,13 +152,27 @@ class Run:
 
     def worker(self, target: str, **kwargs) -> "Pool":
         """Return one worker with one GPU, or, without GPUs, with all cores of one node."""
-        from cluster.connection import largest_node
+        from cluster.connection import capacity, is_private, largest_node
         from cluster.pool import Pool, Resources
 
         self._connect()
         wanted = self.config.replicas
         cpus = wanted.cpus if wanted.gpus else max(wanted.cpus, largest_node())
+        there = capacity()
+        if cpus > there[0] or (wanted.gpus and there[1] < 1):
+            if is_private():
+                raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
+            print(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}", flush=True)
         return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0))
+
+    def embedder_identity(self, name: str) -> str:
+        """Return what names a sentence-transformer in a recipe: its content where it is here, else its hub id."""
+        from actors.embedder import embedder_path
+
+        folder = Path(embedder_path(name))
+        if not folder.is_dir():
+            return name
+        return f"{name}@{digest([self.fingerprints.file(p) for p in sorted(folder.rglob('*')) if p.is_file()])}"
 
     def embedder(self, name: str) -> "Pool":
         """Return the worker that holds a sentence-transformer; it lives as long as the run."""
@@ -177,12 +192,18 @@ class Run:
             self._connected = True
 
 
+_TOO_SMALL = (
+    "A replica needs {:g} cores and {:g} GPUs; there are {:g} and {:g}: lower replicas.cpus / replicas.gpus, add "
+    "nodes, or, on a cluster that grows by itself, say how many replicas you want (replicas.count)."
+)
+
+
 def checked_run_dir(text: str) -> Path:
     """Return the run folder; ValueError if it is a URI, or relative inside a submitted job."""
     if "://" in text:
         raise ValueError(f"run_dir {text!r} is a URI: give a folder that all nodes see, e.g. a network mount.")
     path = Path(text).expanduser()
-    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not path.is_absolute() and in_submitted_job():
         raise ValueError(
             f"run_dir {text!r} is relative, but a submitted job runs in a temporary folder that Ray deletes: "
             f"give an absolute path that all nodes see (--run_dir /shared/{path.name})."
@@ -191,13 +212,19 @@ def checked_run_dir(text: str) -> Path:
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     try:
         return str(HfApi().model_info(repository, revision=revision).sha)
-    except (HfHubHTTPError, OSError, ConnectionError, RuntimeError) as error:
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        reason = type(error).__name__
+    try:  # a node without network may have it in its cache, in a folder named by the commit
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
+    except (LocalEntryNotFoundError, OSError):
         raise ValueError(
-            f"model.path {repository!r} is no folder here, and the hub did not answer for it "
-            f"({type(error).__name__}): check the spelling and the network, or give a local folder."
+            f"model.path {repository!r} is no folder here, the hub did not answer for it ({reason}), and it is not in "
+            "the hub's cache: check the spelling and the network, or give a local folder."
         ) from None

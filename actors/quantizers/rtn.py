@@ -8,12 +8,9 @@ import torch
 from transformers import AutoConfig
 
 from actors.maths.rounding import gemm_tensors
+from actors.specs import NOT_ROUNDED
 from actors.surgery import copy_companions, iterate_tensors, local_folder, write_tensors
 
-# The same parts under the names of published checkpoints and of transformers 5: a name that does not match
-# its loader's would leave that part to be filled with random weights.
-UNTOUCHED = ["vision_tower", "multi_modal_projector", "lm_head"]
-NOT_CONVERTED = [*UNTOUCHED, *(f"model.{name}" for name in UNTOUCHED), "language_model.lm_head"]
 _LINEAR = re.compile(r"\blanguage_model\.(?:model\.)?layers\.\d+\..+\.weight$")
 
 
@@ -33,7 +30,7 @@ def quantize_rtn(path: str, out: Path, group_size: int, revision: str | None = N
         "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": NOT_CONVERTED,
+        "modules_to_not_convert": NOT_ROUNDED,
     }
     for part in (config, config.text_config, config.vision_config):
         part.dtype = torch.float16  # what the tensors below are stored in

@@ -130,7 +130,9 @@ def reads(monkeypatch) -> list[str]:
 def test_fingerprints_read_a_file_once_and_again_when_it_changed(tmp_path, reads):
     file, cache = tmp_path / "model.bin", tmp_path / "cache" / "known.json"
     file.write_bytes(b"abc")
-    first = Fingerprints(cache).file(file)
+    known = Fingerprints(cache)
+    first = known.file(file)
+    known.save()
     assert first == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180's example
     assert Fingerprints(cache).file(file) == first  # a new process, so to speak
     assert reads == ["model.bin"]
@@ -145,7 +147,9 @@ def test_a_damaged_cache_is_no_worse_than_none(tmp_path, reads):
     file, cache = tmp_path / "model.bin", tmp_path / "known.json"
     file.write_bytes(b"abc")
     cache.write_text('{"half')
-    assert Fingerprints(cache).file(file).startswith("ba7816bf")
+    known = Fingerprints(cache)
+    assert known.file(file).startswith("ba7816bf")
+    known.save()
     assert reads == ["model.bin"]
     assert len(json.loads(cache.read_text())) == 1
 
@@ -161,3 +165,13 @@ def test_a_folder_is_its_files_names_and_contents(tmp_path):
     assert folder("two", weights="w", config="c") == same
     assert folder("renamed", config="c", weight="w") != same
     assert folder("changed", config="c", weights="W") != same
+
+
+def test_leftovers_of_hosts_with_like_names_are_left_alone(tmp_path, monkeypatch):
+    """Host gpu must neither stumble over nor remove what host gpu-1 is building."""
+    monkeypatch.setattr(artifacts.socket, "gethostname", lambda: "gpu")
+    foreign = tmp_path / "stage-1.gpu-1-77.partial"
+    foreign.mkdir()
+    with ArtifactStore(tmp_path).create("stage-1", {}) as (folder, _):
+        (folder / "file").write_text("x")
+    assert foreign.is_dir() and (tmp_path / "stage-1" / "file").read_text() == "x"

@@ -32,12 +32,13 @@ def test_a_failed_write_leaves_the_old_table(tmp_path):
 
 def test_parts_grow_and_a_unit_written_twice_is_one(tmp_path):
     table = PartTable(tmp_path / "parts")
-    assert (table.finished(), table.rows()) == (set(), [])
+    assert (table.finished(), table.rows(["a"])) == (set(), [])
     table.add("0001", [{"key": "b"}])
     table.add("0000", [{"key": "a"}, {"key": "a2"}])
     table.add("0001", [{"key": "b"}])
     assert table.finished() == {"0000", "0001"}
-    assert table.rows() == [{"key": "a"}, {"key": "a2"}, {"key": "b"}]
+    assert table.rows(["0000", "0001"]) == [{"key": "a"}, {"key": "a2"}, {"key": "b"}]
+    assert table.rows(["0001", "0002"]) == [{"key": "b"}]  # only what this run's plan names
 
 
 def test_a_new_process_goes_on_where_the_old_one_stopped(tmp_path):
@@ -46,12 +47,12 @@ def test_a_new_process_goes_on_where_the_old_one_stopped(tmp_path):
     table = PartTable(tmp_path / "parts")
     assert table.finished() == {"0000"}
     table.add("0002", [{"key": "c"}])
-    assert table.rows() == [{"key": "a"}, {"key": "c"}]
+    assert table.rows(["0000", "0001", "0002"]) == [{"key": "a"}, {"key": "c"}]
 
 
 def test_parts_may_differ_in_their_columns(tmp_path):
     table = PartTable(tmp_path / "parts")
     table.add("0000", [{"key": "a", "error": None}])
     table.add("0001", [{"key": "b", "error": "out of memory", "tries": 3}])
-    assert table.rows()[1] == {"key": "b", "error": "out of memory", "tries": 3}
-    assert table.rows()[0]["error"] is None
+    assert table.rows(["0000", "0001"])[1] == {"key": "b", "error": "out of memory", "tries": 3}
+    assert table.rows(["0000"])[0]["error"] is None

@@ -94,3 +94,16 @@ def test_help_lists_every_field_with_default_and_unit(monkeypatch, capsys):
     assert all(f"--{key} " in shown for key in valid_keys())
     assert all(description for *_, description in fields())
     assert "longest answer [tokens] (default: 200)" in shown
+
+
+def test_text_fields_are_taken_as_they_are():
+    config = load_config(None, [("model.revision", "12e4567"), ("run_dir", "2026-11-22"), ("data.root", "null")])
+    assert (config.model.revision, config.run_dir, config.data.root) == ("12e4567", "2026-11-22", None)
+
+
+def test_help_describes_the_lists_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job", "--help"])
+    command.main("What the job does.", test_help_describes_the_lists_too)
+    shown = capsys.readouterr().out
+    assert "  data.classes[].match YAML" in shown and "  data.questions[].answer STR" in shown
+    assert "--data.classes[]" not in shown

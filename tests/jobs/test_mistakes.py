@@ -140,3 +140,30 @@ def test_messy_images_are_listed_and_skipped(tmp_path, images):
     assert "not a readable image" in reasons["Psoriasis/half.jpg"]
     assert reasons["Thumbs.db"] == "not an image type"
     assert "annotations.csv" not in reasons
+
+
+@pytest.mark.parametrize("job", ["ablate", "recover"])
+def test_a_gpu_that_is_not_there(tmp_path, images, job):
+    """A job that needs a GPU says so on a machine without one; it does not wait for ever."""
+    result = run(job, "--run_dir", str(tmp_path), "--data.root", str(images), "--replicas.gpus", "1")
+    assert_says(result, "1 GPUs", "there are", "replicas.gpus")
+
+
+def test_interrupted_drawing_leaves_no_half_collection(tmp_path, monkeypatch):
+    from actors.derm_tiny import draw
+    from jobs import prepare
+    from jobs.config import load_config
+    from jobs.run import Run
+
+    def interrupted(root, per_class, seed):
+        (root / "Melanoma").mkdir()
+        raise KeyboardInterrupt
+
+    settings = load_config(str(ROOT / CONFIG), [("run_dir", str(tmp_path)), ("data.draw_per_class", "3")])
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "write_tree", interrupted)
+        with pytest.raises(KeyboardInterrupt), Run(settings) as run_once:
+            prepare.stage(run_once)
+    with Run(settings) as again:
+        again.make(prepare.stage(again))
+        assert (tmp_path / "images-3-0" / "annotations.csv").is_file()
