@@ -55,7 +55,9 @@ class ArtifactStore:
         started = time.time()
         try:
             yield partial, facts
-        except BaseException:
+        except BaseException as error:
+            if resume and isinstance(error, OSError) and self.find(name) is not None:
+                return  # another process resumed the same work, finished first and took the folder: keep theirs
             if not resume:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

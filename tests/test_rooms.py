@@ -54,3 +54,17 @@ def test_top_level_is_as_given():
 def test_jobs_start_without_torch():
     code = "import sys, jobs.compress, jobs.report, jobs.demo; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_nothing_connects_at_import():
+    """Every module imports with the network refused."""
+    code = (
+        "import importlib, pathlib, socket\n"
+        "def refuse(*_): raise AssertionError('a connection at import')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "for room in ('actors', 'cluster', 'jobs'):\n"
+        "    for path in sorted(pathlib.Path(room).rglob('*.py')):\n"
+        "        importlib.import_module('.'.join(path.with_suffix('').parts).removesuffix('.__init__'))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -175,3 +175,13 @@ def test_leftovers_of_hosts_with_like_names_are_left_alone(tmp_path, monkeypatch
     with ArtifactStore(tmp_path).create("stage-1", {}) as (folder, _):
         (folder / "file").write_text("x")
     assert foreign.is_dir() and (tmp_path / "stage-1" / "file").read_text() == "x"
+
+
+def test_a_resumed_stage_that_another_process_finishes_is_theirs(tmp_path):
+    """Both build in one folder; the first renames it, and the second's next write finds no folder."""
+    store = ArtifactStore(tmp_path)
+    with store.create("stage-1", {}, resume=True) as (folder, _):
+        with ArtifactStore(tmp_path).create("stage-1", {}, resume=True) as (same, _):
+            (same / "unit").write_text("theirs")
+        (folder / "unit").write_text("mine")
+    assert (store.find("stage-1") / "unit").read_text() == "theirs"
