@@ -34,7 +34,7 @@ def protect() -> None:
 
     Ray reads its security settings once, when it is imported: whatever imports ray calls this before.
     """
-    if _address() in ("", "local") and "ray" not in sys.modules:
+    if is_private() and "ray" not in sys.modules:
         os.environ.update(private_environment())
 
 
@@ -47,7 +47,7 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     stopped when the block ends, however it ends. ConnectionError names an address that does not answer.
     """
     address = _address()
-    private = address in ("", "local")
+    private = is_private()
     protect()
     import ray
 
@@ -87,7 +87,7 @@ def _own_code() -> dict | None:
 
 def is_private() -> bool:
     """Tell whether `connected` starts a private Ray here, which never grows."""
-    return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+    return _address() in ("", "local")
 
 
 def in_submitted_job() -> bool:
