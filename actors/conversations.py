@@ -8,6 +8,11 @@ from actors.images import open_image
 from actors.specs import Conversation
 
 
+def reply_ids(tokenizer, reference: str) -> list[int]:
+    """Return the tokens that are learnt for a reference answer: its own, and the end-of-sequence token."""
+    return [*tokenizer(" " + reference, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
     """Return input_ids, attention_mask, labels [B, T] (-100 where nothing is learnt) and pixel_values.
 
@@ -21,7 +26,7 @@ def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch
         turn = [{"role": "user", "content": content}]
         prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
         made = processor(images=open_image(item.image), text=prompt, return_tensors="pt")
-        reply = tokenizer(" " + item.reference, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        reply = reply_ids(tokenizer, item.reference)
         rows.append((made["input_ids"][0], torch.tensor(reply)))
         pixels.append(made["pixel_values"])
     longest = max(len(prompt) + len(reply) for prompt, reply in rows)

@@ -1,0 +1,247 @@
+"""LayerCritic: measures what a model loses without sets of decoder layers, by several measures, one interface.
+
+Every measure returns one row per sample and removed set; in every column high means that much is lost.
+Axes: R rows, T tokens, D width, V vocabulary, L layers, N samples, S removed sets.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from actors.conversations import collate, reply_ids
+from actors.embedder import Embedder
+from actors.engine import Limits, padded, verify_pass
+from actors.loading import language_model, pixel_dtype
+from actors.maths.criteria import token_cosines, token_kl, token_nll
+from actors.replica import LlavaReplica
+from actors.rows import RowCache, RowPass, attention_windows, run_tokens
+from actors.specs import Conversation, ModelSpec
+
+LOGITS_AT_ONCE = 2**26
+FLOAT16_LOSS_SCALE = 2.0**10
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an earlier round found out about a sample: the whole model's answer, and the base's token ids."""
+
+    whole: str
+    draft: list[int]
+
+
+class LayerCritic:
+    """One replica and the measures of what it loses without layers.
+
+    embedder: the sentence-transformer of the measure "answers", loaded when the first answers differ.
+    seed: of the measure "random".
+    """
+
+    def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str, seed: int = 0):
+        self.replica = LlavaReplica(spec, max_rows)
+        self._tokens, self._embedder_name, self._seed = max_new_tokens, embedder, seed
+        self._embedder: Embedder | None = None
+        self._measures: dict[str, Callable] = {
+            "answers": self._answers,
+            "reference": self._reference,
+            "influence": self._influence,
+            "taylor": self._taylor,
+            "magnitude": self._magnitude,
+            "random": self._random,
+        }
+
+    def layer_count(self) -> int:
+        """Return the number of decoder layers."""
+        return self.replica.layer_count()
+
+    def measure(
+        self,
+        name: str,
+        samples: Sequence[Conversation],
+        removed_sets: Sequence[Sequence[int]],
+        base: Sequence[int] = (),
+        known: Sequence[Known] | None = None,
+    ) -> list[dict]:
+        """Return rows {sample_id, removed, <columns of the measure>}, one per sample and removed set.
+
+        answers: `loss` = 1 - cos(E(answer without the set), E(the whole model's answer)) (paper, eq. 2-4);
+        reference: `nll`, `kl` of the reference answer's tokens, `tokens` their number (Shortened LLaMA);
+        influence: block influence over `all`, `image` and `text` tokens with their numbers (ShortGPT), summed
+        over the set; taylor: sum of |w dL/dw| over the set's weights; magnitude: sum of |w|; random: a draw per
+        layer. base and known serve the first two: work is shared with the model without `base`, whose answers
+        are drafts.
+        """
+        return self._measures[name](samples, [tuple(removed) for removed in removed_sets], tuple(base), known)
+
+    def _answers(self, samples, sets, base, known) -> list[dict]:
+        if known:
+            rows = self.replica.answers(samples, sets, self._tokens, base, [item.draft for item in known])
+            whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
+        else:
+            asked = self.replica.answers(samples, [(), *sets], self._tokens, base)
+            whole = {row["sample_id"]: row["answer"] for row in asked[:: len(sets) + 1]}
+            rows = [row for i, row in enumerate(asked) if i % (len(sets) + 1)]
+        pairs = [(row["answer"], whole[row["sample_id"]]) for row in rows]
+        return [{**row, "loss": 1 - cosine} for row, cosine in zip(rows, self._cosines(pairs), strict=True)]
+
+    def _cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
+        different = [pair for pair in pairs if pair[0] != pair[1]]
+        if different and self._embedder is None:
+            self._embedder = Embedder(self._embedder_name)
+        found = dict(zip(different, self._embedder.similarities(different), strict=True)) if self._embedder else {}
+        return [found.get(pair, 1.0) for pair in pairs]
+
+    @torch.inference_mode()
+    def _reference(self, samples, sets, base, known) -> list[dict]:
+        replica = self.replica
+        tokenizer = replica.processor.tokenizer
+        prompts = [replica.embedded(sample)[0] for sample in samples]
+        replies = [reply_ids(tokenizer, sample.reference) for sample in samples]
+        replica.plan(max(map(len, prompts)) + max(map(len, replies)))
+        base_L, keep_SL = replica.keep([base])[0], replica.keep([(), *sets])
+
+        def run(part: list[int], chosen: list[int]) -> list:
+            with_whole = [0, *(1 + v for v in chosen)]
+            given = [prompts[i] for i in part], [replies[i] for i in part]
+            found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
+            return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+
+        order = sorted(range(len(samples)), key=lambda i: len(prompts[i]) + len(replies[i]))
+        found = dict(replica.batched(order, list(range(len(sets))), run))
+        return [
+            {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
+            for i, sample in enumerate(samples)
+            for v, removed in enumerate(sets)
+        ]
+
+    @torch.inference_mode()
+    def _influence(self, samples, sets, base, known) -> list[dict]:
+        replica = self.replica
+        decoder, texts, images = language_model(replica.model), [], []
+        for sample in samples:
+            embeds, is_image = replica.embedded(sample)
+            reply = torch.tensor(reply_ids(replica.processor.tokenizer, sample.reference), device=embeds.device)
+            texts.append(torch.cat([embeds, decoder.embed_tokens(reply)]))
+            images.append(torch.cat([is_image.cpu(), torch.zeros(len(reply), dtype=torch.bool)]))
+        rows = []
+        for sample, is_image, cosines_LT in zip(samples, images, layer_cosines(replica.model, texts), strict=True):
+            parts = {"all": torch.ones_like(is_image), "image": is_image, "text": ~is_image}
+            means = {part: (1 - cosines_LT[:, places]).mean(1).tolist() for part, places in parts.items()}
+            counts = {f"{part}_tokens": int(places.sum()) for part, places in parts.items()}
+            rows += [
+                {**_key(sample, removed), **{p: sum(means[p][b] for b in removed) for p in parts}, **counts}
+                for removed in sets
+            ]
+        return rows
+
+    def _taylor(self, samples, sets, base, known) -> list[dict]:
+        rows = []
+        for sample in samples:
+            batch = collate(self.replica.processor, [sample])
+            scores_L = taylor_scores(self.replica.model, batch)
+            rows += [{**_key(sample, removed), "taylor": sum(scores_L[b] for b in removed)} for removed in sets]
+        return rows
+
+    def _magnitude(self, samples, sets, base, known) -> list[dict]:
+        layers = language_model(self.replica.model).layers
+        scores_L = [
+            sum(p.detach().abs().sum(dtype=torch.float64).item() for p in layer.parameters() if p.dim() >= 2)
+            for layer in layers
+        ]
+        return [
+            {**_key(s, removed), "magnitude": sum(scores_L[b] for b in removed)} for s in samples for removed in sets
+        ]
+
+    def _random(self, samples, sets, base, known) -> list[dict]:
+        scores_L = np.random.default_rng(self._seed).random(self.layer_count()).tolist()
+        return [{**_key(s, removed), "random": sum(scores_L[b] for b in removed)} for s in samples for removed in sets]
+
+
+def _key(sample: Conversation, removed: tuple[int, ...]) -> dict:
+    return {"sample_id": sample.id, "removed": list(removed)}
+
+
+def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, float]]]:
+    """Return [N][S - 1] of (mean nll, mean KL to the first set's model) over the reply's tokens, in nats."""
+    limits = Limits(max(map(len, replies)), ())
+    _, source, variant, hidden, _ = verify_pass(model, prompts, replies, base_L, keep_SL, limits)
+    row_of = {(n, v): row for row, (n, v) in enumerate(zip(source, variant, strict=True)) if v >= 0}
+    places = max(map(len, replies))
+    result = []
+    for n, reply in enumerate(replies):
+        ids = torch.tensor(reply, device=hidden.device)
+        first = hidden.shape[1] - places
+        states = hidden[:, first : first + len(reply)]
+        full = model.lm_head(states[row_of[n, 0]])
+        found: list[tuple[float, float]] = []
+        rows = [row_of[n, v] for v in range(1, len(keep_SL))]
+        step = max(1, LOGITS_AT_ONCE // full.numel())
+        for start in range(0, len(rows), step):
+            logits = model.lm_head(states[rows[start : start + step]])
+            nll = token_nll(logits, ids.expand(len(logits), -1)).mean(-1)
+            kl = token_kl(full.expand_as(logits), logits).mean(-1)
+            found += zip(nll.tolist(), kl.tolist(), strict=True)
+        result.append(found)
+    return result
+
+
+@torch.inference_mode()
+def layer_cosines(model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return per embedded prompt [T, D] the cosine between every layer's input and output, [L, T] on the CPU."""
+    embeds, positions, valid = padded(prompts)
+    layers = language_model(model).layers
+    cosines: list[torch.Tensor] = []
+
+    def note(module, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        cosines.append(token_cosines(before, after).cpu())
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        keep = torch.ones(len(prompts), len(layers), dtype=torch.bool)
+        windows = attention_windows(model.config.text_config)
+        run_tokens(model, RowPass(keep, windows, RowCache(embeds.shape[1]), embeds.device), embeds, positions, valid)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found_RLT = torch.stack(cosines, dim=1)
+    return [found_RLT[row, :, mask] for row, mask in enumerate(valid.cpu())]
+
+
+def taylor_scores(model, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Return the sum of |w dL/dw| over every decoder layer's matrices; L: mean loss per answer token (nats).
+
+    batch: what `collate` gives. One layer's gradients are in memory at a time. ValueError: quantized weights.
+    """
+    layers = language_model(model).layers
+    weights = {p: b for b, layer in enumerate(layers) for p in layer.parameters() if p.dim() >= 2}
+    if not all(p.is_floating_point() for p in weights) or hasattr(model.config, "quantization_config"):
+        raise ValueError("taylor+ needs gradients of the weights, and this model's are quantized.")
+    scores = [0.0] * len(layers)
+
+    def note(weight: torch.Tensor) -> None:
+        scores[weights[weight]] += (weight.detach() * weight.grad).abs().sum(dtype=torch.float64).item()
+        weight.grad = None
+
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    handles = []
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(parameter in weights)
+        handles = [p.register_post_accumulate_grad_hook(note) for p in weights]
+        batch = {key: value.to(model.lm_head.weight.device) for key, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        batch["pixel_values"] = batch["pixel_values"].to(pixel_dtype(model))
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        picked = labels != -100
+        loss = token_nll(logits[picked], labels[picked]).mean()
+        scale = FLOAT16_LOSS_SCALE if logits.dtype == torch.float16 else 1.0
+        (loss * scale).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires in wanted.items():
+            parameter.requires_grad_(requires)
+    return [score / scale for score in scores]
