@@ -5,7 +5,6 @@ Axes: R rows, T tokens, D width, V vocabulary, L layers, N samples, S removed se
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,19 +15,11 @@ from actors.engine import Limits, padded, verify_pass
 from actors.loading import language_model, pixel_dtype
 from actors.maths.criteria import token_cosines, token_kl, token_nll
 from actors.replica import LlavaReplica
-from actors.rows import RowCache, RowPass, attention_windows, run_tokens
-from actors.specs import Conversation, ModelSpec
+from actors.rows import RowPass, run_tokens
+from actors.specs import Conversation, Known, ModelSpec
 
 LOGITS_AT_ONCE = 2**26
 FLOAT16_LOSS_SCALE = 2.0**10
-
-
-@dataclass(frozen=True)
-class Known:
-    """What an earlier round found out about a sample: the whole model's answer, and the base's token ids."""
-
-    whole: str
-    draft: list[int]
 
 
 class LayerCritic:
@@ -201,8 +192,7 @@ def layer_cosines(model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         keep = torch.ones(len(prompts), len(layers), dtype=torch.bool)
-        windows = attention_windows(model.config.text_config)
-        run_tokens(model, RowPass(keep, windows, RowCache(embeds.shape[1]), embeds.device), embeds, positions, valid)
+        run_tokens(model, RowPass.over(model, keep, embeds.shape[1], embeds.device), embeds, positions, valid)
     finally:
         for handle in handles:
             handle.remove()

@@ -22,6 +22,7 @@ class ModelSpec:
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+    gpus: float = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What an earlier round found out about a question: the whole model's answer, and the base's token ids."""
+
+    whole: str
+    draft: list[int]
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """Hyper-parameters of one fine-tuning; see jobs.config.RecoverConfig for their units."""
 
@@ -62,11 +71,38 @@ class LoraSettings:
         return max(1, math.ceil(self.epochs * conversations / self.batch))
 
 
+# The bits that each quantizer has. awq and rtn are stored packed at 4 bits alone: see QuantizeSettings.simulated.
+QUANTIZER_BITS = {"awq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "nf4": (4,), "int8": (8,)}
+NF4_BLOCK = 64
+HQQ_CHECKPOINT = "prunella-hqq"  # quant_method in config.json: actors.loading alone reads what hqq rounded
+
+
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """How to round; see jobs.config.QuantizeConfig for the fields' units."""
+    """How to round; see jobs.config.QuantizeConfig for the fields' units.
+
+    ValueError: no such method, bits that it does not have, or a group size that it cannot have.
+    """
 
     method: str
     bits: int
     group_size: int
     clip: bool
+    awq_search: str
+
+    def __post_init__(self):
+        if self.method not in QUANTIZER_BITS:
+            raise ValueError(f"Unknown quantizer {self.method!r}: choose {', '.join(QUANTIZER_BITS)}.")
+        allowed = QUANTIZER_BITS[self.method]
+        if self.bits not in allowed:
+            has = " or ".join(map(str, allowed))
+            raise ValueError(f"{self.method} has {has} bits; quantize.bits is {self.bits}: set it to {has}.")
+        if self.method == "nf4" and self.group_size != NF4_BLOCK:
+            raise ValueError(f"nf4 has blocks of {NF4_BLOCK}; quantize.group_size is {self.group_size}.")
+        if self.method == "hqq" and self.group_size % 8:
+            raise ValueError(f"hqq's groups are multiples of 8; quantize.group_size is {self.group_size}.")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the checkpoint holds rounded weights in 16 bits, because no packed layout is loaded everywhere."""
+        return self.method in ("awq", "rtn") and self.bits != 4

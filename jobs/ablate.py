@@ -5,127 +5,184 @@
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet
 
 The score of layer b is the mean cosine between the sentence embeddings of the answers with and without it; the
-layer with the highest score is missed least and is removed first.
+layer with the highest score is missed least and is removed first. --ablate.criterion ranks by something else, and
+--ablate.compare says how far other criteria agree.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import kendalltau
 
-from actors.maths.statistics import cluster_bootstrap_interval
-from actors.specs import Sample
-from cluster.artifacts import digest
-from cluster.tables import PartTable, read_table, write_table
+from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_draws
+from actors.specs import Conversation
+from cluster.tables import read_table, write_table
 from jobs import prepare
 from jobs.command import main
+from jobs.config import AblateConfig, Criterion
+from jobs.criteria import PLUS_FIRST, PLUS_LAST, READINGS
 from jobs.figures import importance_figure
-from jobs.progress import Progress
+from jobs.measurements import Losses, Measurements
 from jobs.run import Run, Source, Stage
 
-SCORES, FAILURES, FIGURE = "scores.parquet", "failures.parquet", "importance.svg"
+SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     """Return the stage that scores `model`'s layers on calibration questions of the training split."""
-    config = run.config
+    config = run.config.ablate
     settings = {
-        "samples": config.ablate.samples,
-        "candidates": config.ablate.candidates,
-        "embedder": run.embedder_identity(config.ablate.embedder),
-        "dtype": config.model.dtype,
-        "max_new_tokens": config.generation.max_new_tokens,
-        "seed": config.seed,
+        "samples": config.samples,
+        "criterion": config.criterion,
+        "compare": compared(config),
+        "candidates": config.candidates,
+        "embedder": run.embedder_identity(config.embedder),
+        "dtype": run.config.model.dtype,
+        "max_new_tokens": run.config.generation.max_new_tokens,
+        "seed": run.config.seed,
     }
-    return Stage(
-        "ablate", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts), resume=True
-    )
+    return Stage("ablate", 2, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
-def candidate_layers(candidates: str | list[int], layers: int) -> list[int]:
-    """Return the zero-based layers that may go; ValueError names one that the model does not have."""
-    if isinstance(candidates, str):  # the paper's rule: blocks 1, 2 and the last, one-based, always stay
-        return list(range(layers)) if candidates == "all" else list(range(2, layers - 1))
-    for layer in candidates:
-        if not 0 <= layer < layers:
-            raise ValueError(f"ablate.candidates names layer {layer}: the model has layers 0 to {layers - 1}.")
-    return sorted(set(candidates))
+def compared(config: AblateConfig) -> list[Criterion]:
+    """Return the other criteria to measure, each once."""
+    return [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
 
 
-def calibration_samples(folder: str, count: int, seed: int) -> list[Sample]:
+def calibration_samples(folder: str, count: int, seed: int) -> list[Conversation]:
     """Draw `count` questions from the training split of a data artifact."""
     rows = prepare.conversations(folder, "train")
     picks = np.random.default_rng(seed).permutation(len(rows))[:count]
-    return [Sample(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"]) for i in sorted(picks)]
+    return [
+        Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"])
+        for i in sorted(picks)
+    ]
+
+
+@contextmanager
+def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple[Measurements, int]]:
+    """Yield what measures `model` on the calibration questions, and its number of layers."""
+    samples = calibration_samples(run.make(data), run.config.ablate.samples, run.config.seed)
+    critic = {
+        "max_new_tokens": run.config.generation.max_new_tokens,
+        "embedder": run.config.ablate.embedder,
+        "seed": run.config.seed,
+    }
+    with run.replicas(model, "actors.critic:LayerCritic", **critic) as pool:
+        yield Measurements(run, pool, model, data, samples), pool.call("layer_count")
 
 
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
-    """Answer all calibration questions with every single removal, unit by unit, and score the layers."""
+    """Measure every single removal by every criterion, find the candidates, rank them."""
     config = run.config.ablate
-    samples = calibration_samples(run.make(data), config.samples, run.config.seed)
-    embedder = run.embedder(config.embedder)
-    with run.replicas(model) as pool:
-        candidates = candidate_layers(config.candidates, pool.call("layer_count"))
+    with measurements(run, model, data) as (measured, layers):
+        singles = [(layer,) for layer in range(layers)]
+        outliers: list[int] = []
+        if config.candidates == "outliers":
+            outliers = measured.outliers(singles)
+            print(f"ablate: layers {outliers} stay: perplexity without one of them is far off", flush=True)
+        candidates = candidate_layers(config, layers, outliers)
         if not candidates:
             raise ValueError("No layer may be removed: set ablate.candidates to all or to a list of layers.")
-        variants = [(), *((layer,) for layer in candidates)]
-        units = {
-            digest([s.id for s in part]): part
-            for part in (samples[i : i + config.unit] for i in range(0, len(samples), config.unit))
+        found = {
+            criterion: measured.losses(criterion, [(layer,) for layer in candidates])
+            for criterion in [config.criterion, *compared(config)]
         }
-        table = PartTable(folder / "units")
-        open_units = {name: part for name, part in units.items() if name not in table.finished()}
-        work = [(name, (part, variants, run.config.generation.max_new_tokens)) for name, part in open_units.items()]
-        failures = []
-        with Progress("ablate", len(units), done=len(units) - len(open_units)) as progress:
-            for outcome in pool.map("answers", work):
-                if outcome.error:
-                    failures.append({"unit": outcome.key, "reason": outcome.error})
-                else:
-                    table.add(outcome.key, _scored(outcome.value, embedder))
-                progress.step(note="units")
-    rows = table.rows(units)
-    if not rows:
-        raise RuntimeError(f"Every unit failed; the first one said: {failures[0]['reason']}")
-    for failure in failures:
-        print(f"ablate: unit {failure['unit']} failed three times and is left out: {failure['reason']}", flush=True)
-    scores = _scores(rows, candidates)
+    scores = [row for criterion, losses in found.items() for row in score_rows(criterion, candidates, losses)]
     write_table(folder / SCORES, scores)
-    if failures:
-        write_table(folder / FAILURES, failures)
-    (folder / FIGURE).write_text(importance_figure(scores))
-    facts["order"] = [row["layer"] for row in sorted(scores, key=lambda row: (-row["score"], row["layer"]))]
-    facts["failed_units"] = len(failures)
+    write_table(folder / AGREEMENT, agreement_rows(scores))
+    own = [row for row in scores if row["criterion"] == config.criterion]
+    (folder / FIGURE).write_text(importance_figure(own, label=READINGS[config.criterion].label))
+    facts["order"] = [row["layer"] for row in sorted(own, key=lambda row: row["rank"])]
+    facts["outliers"] = outliers
+    facts["pairs_apart"], facts["pairs"] = pairs_apart(found[config.criterion])
+    facts["failed"] = measured.failed
 
 
-def _scored(answers: list[dict], embedder) -> list[dict]:
-    """Add every answer's similarity to the whole model's answer to the same question."""
-    whole = {row["sample_id"]: row["answer"] for row in answers if not row["removed"]}
-    pairs = [(row["answer"], whole[row["sample_id"]]) for row in answers]
-    cosines = embedder.call("similarities", pairs)
-    return [{**row, "similarity": cosine} for row, cosine in zip(answers, cosines, strict=True)]
+def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> list[int]:
+    """Return the zero-based layers that may go; ValueError names one that the model does not have."""
+    if isinstance(config.candidates, list):
+        for layer in config.candidates:
+            if not 0 <= layer < layers:
+                raise ValueError(f"ablate.candidates names layer {layer}: the model has layers 0 to {layers - 1}.")
+        return sorted(set(config.candidates))
+    if config.candidates == "paper":  # blocks 1, 2 and the last, one-based, always stay
+        return list(range(2, layers - 1))
+    stay = set(outliers)
+    if config.criterion.endswith("+"):
+        stay |= {*range(PLUS_FIRST), *range(layers - PLUS_LAST, layers)}
+    return [layer for layer in range(layers) if layer not in stay]
 
 
-def _scores(rows: list[dict], candidates: list[int]) -> list[dict]:
-    scores = []
-    for layer in candidates:
-        own = [row for row in rows if row["removed"] == [layer]]
-        cosines = np.array([row["similarity"] for row in own])
-        images = np.unique([row["sample_id"].rpartition("#")[0] for row in own], return_inverse=True)[1]
-        low, high = cluster_bootstrap_interval(cosines, images)
-        scores.append(
-            {"layer": layer, "score": float(cosines.mean()), "low": low, "high": high, "samples": len(cosines)}
+def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> list[dict]:
+    """Return one row per layer: score in its label's unit, rank (1 goes first), and 95 % intervals of both.
+
+    apart_from_next: the paired interval of the difference to the layer of the next rank does not hold 0.
+    """
+    reading = READINGS[criterion]
+    means = losses.means_K
+    draws = cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N)
+    low, high = percentile_interval(draws)
+    first, last = percentile_interval(rank_draws(draws))
+    order = sorted(range(len(candidates)), key=lambda k: (means[k], candidates[k]))
+    differs = apart(draws)
+    rows = []
+    for k, layer in enumerate(candidates):
+        rank = order.index(k)
+        shown = sorted((reading.shown(float(low[k])), reading.shown(float(high[k]))))
+        rows.append(
+            {
+                "criterion": criterion,
+                "layer": layer,
+                "score": reading.shown(float(means[k])),
+                "low": shown[0],
+                "high": shown[1],
+                "rank": rank + 1,
+                "rank_low": int(first[k]),
+                "rank_high": int(np.ceil(last[k])),
+                "apart_from_next": rank + 1 < len(order) and bool(differs[k, order[rank + 1]]),
+                "samples": len(losses.values_NK),
+            }
         )
-    return scores
+    return rows
+
+
+def pairs_apart(losses: Losses) -> tuple[int, int]:
+    """Return how many pairs of layers differ at 95 % (paired by image), and how many there are."""
+    differs = apart(cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N))
+    layers = len(differs)
+    return int(differs.sum()) // 2, layers * (layers - 1) // 2
+
+
+def agreement_rows(scores: list[dict]) -> list[dict]:
+    """Return Kendall's tau-b between the rankings by every two criteria."""
+    ranks: dict[str, list[int]] = {}
+    for row in scores:
+        ranks.setdefault(row["criterion"], []).append(row["rank"])
+    return [
+        {"criterion": one, "other": other, "tau": float(kendalltau(ranks[one], ranks[other]).statistic)}
+        for one in ranks
+        for other in ranks
+    ]
 
 
 def job(run: Run) -> None:
     """Score the config's model and print its layers, least important first."""
     scored = stage(run, run.base_model(), prepare.stage(run))
-    folder = run.make(scored)
-    rows = sorted(read_table(Path(folder) / SCORES), key=lambda row: (-row["score"], row["layer"]))
-    print("layer  similarity without it  95 % interval   (first = removed first)")
-    for row in rows:
-        print(f"{row['layer']:>5}  {row['score']:>21.4f}  [{row['low']:.4f}, {row['high']:.4f}]")
+    folder = Path(run.make(scored))
+    criterion = run.config.ablate.criterion
+    rows = [row for row in read_table(folder / SCORES) if row["criterion"] == criterion]
+    print(f"rank  layer  {READINGS[criterion].label}, 95 % interval   (first = removed first)")
+    for row in sorted(rows, key=lambda row: row["rank"]):
+        interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
+        print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")
+    facts = run.facts(scored)
+    print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
+    for row in read_table(folder / AGREEMENT):
+        if row["criterion"] == criterion != row["other"]:
+            print(f"Kendall's tau with {row['other']}: {row['tau']:+.2f}")
     print(f"ablate: scores and figure are in {folder}", flush=True)
 
 

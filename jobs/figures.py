@@ -1,6 +1,7 @@
 """Figures as SVG text, readable on white and in print."""
 
 import io
+import textwrap
 
 import matplotlib
 
@@ -21,8 +22,8 @@ def _svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def importance_figure(scores: list[dict], removed: tuple[int, ...] = ()) -> str:
-    """Bar chart of the answers' similarity without each layer (paper, figure 3), with 95 % intervals."""
+def importance_figure(scores: list[dict], removed: tuple[int, ...] = (), label: str = "score") -> str:
+    """Bar chart of the score without each layer (paper, figure 3), with 95 % intervals."""
     figure, axes = plt.subplots(figsize=(7, 2.8))
     layers = [row["layer"] for row in scores]
     values = [row["score"] for row in scores]
@@ -34,10 +35,10 @@ def importance_figure(scores: list[dict], removed: tuple[int, ...] = ()) -> str:
     axes.bar(layers, values, color=colours, yerr=spread, ecolor="#4a5568", capsize=2)
     axes.set_xticks(layers)
     axes.set_xlabel("decoder layer removed (zero-based)")
-    lowest = min(row["low"] for row in scores)
-    floor = max(-1.0, lowest - 0.3 * (1 - lowest) - 0.005)  # differences among high scores must be visible
-    axes.set_ylabel(f"mean cosine similarity\n(axis starts at {floor:.2f})")
-    axes.set_ylim(floor, 1 + 0.05 * (1 - floor))
+    low, high = min(row["low"] for row in scores), max(row["high"] for row in scores)
+    floor = max(min(0.0, low), low - 0.3 * (high - low) - 0.005 * abs(high))  # small differences must be visible
+    axes.set_ylabel("\n".join(textwrap.wrap(f"{label} (axis starts at {floor:.3g})", 34)))
+    axes.set_ylim(floor, high + 0.05 * (high - floor))
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 

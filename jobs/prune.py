@@ -4,12 +4,14 @@
     python -m jobs.prune --config configs/llava-1.5-7b-dermnet.yaml --prune.layers 7 \\
         --prune.order '[23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5]'     # the authors' published order
 
+    python -m jobs.prune --config configs/derm-tiny.yaml --prune.search greedy
+
 The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
 """
 
 from pathlib import Path
 
-from jobs import ablate, prepare
+from jobs import ablate, prepare, select
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
@@ -26,7 +28,13 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
         return Stage(
             "prune", 1, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
         )
-    scores = ablate.stage(run, model, prepare.stage(run))
+    data = prepare.stage(run)
+    scores = ablate.stage(run, model, data)
+    if prune.search != "one_shot":
+        chosen = select.stage(run, model, data, scores)
+        return Stage(
+            "prune", 1, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
+        )
 
     def build(run: Run, folder: Path, facts: dict) -> None:
         order = run.facts(scores)["order"]

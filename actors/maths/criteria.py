@@ -1,15 +1,11 @@
 """What a decoder layer is worth: pure formulas of the criteria for layer removal.
 
-Axes: T tokens, D width, V vocabulary, L layers.
+Axes: T tokens, D width, V vocabulary.
 """
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-
-# Modified z-score above which a value is an outlier, and the factors that scale it (Iglewicz and Hoaglin 1993).
-OUTLIER_Z, MAD_SCALE, MEAN_SCALE = 3.5, 1.4826, 1.2533
 
 
 def token_nll(logits_TV: Float[Tensor, "*t v"], targets_T: Int[Tensor, "*t"]) -> Float[Tensor, "*t"]:
@@ -27,18 +23,3 @@ def token_kl(full_TV: Float[Tensor, "*t v"], without_TV: Float[Tensor, "*t v"]) 
 def token_cosines(before_TD: Float[Tensor, "*t d"], after_TD: Float[Tensor, "*t d"]) -> Float[Tensor, "*t"]:
     """Return cos(h_l,t , h_{l+1},t) of every token; 1 - its mean is the block influence (ShortGPT, eq. 1)."""
     return torch.nn.functional.cosine_similarity(before_TD.float(), after_TD.float(), dim=-1)
-
-
-def loss_outliers(losses_L: Float[np.ndarray, "l"]) -> Bool[np.ndarray, "l"]:
-    """Tell which layers' single removal costs far more than the others' (one-sided modified z-score above 3.5).
-
-    losses_L: mean negative log-likelihood without layer l (nats per token), i.e. the logarithm of the perplexity.
-    The z-score is (x - median) / (1.4826 MAD); where more than half of the values are equal, the mean absolute
-    deviation stands in for the median one. A loss that is not finite is an outlier.
-    """
-    finite = losses_L[np.isfinite(losses_L)]
-    away = losses_L - np.median(finite)
-    spread = MAD_SCALE * np.median(np.abs(finite - np.median(finite)))
-    if spread == 0:
-        spread = MEAN_SCALE * np.mean(np.abs(finite - np.median(finite)))
-    return ~np.isfinite(losses_L) | ((away > OUTLIER_Z * spread) & (away > 0))

@@ -1,8 +1,11 @@
 """Intervals for scores whose unit is the image, not the answer. numpy and scipy only."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest
+
+# Modified z-score above which a value is an outlier, and the factors that scale it (Iglewicz and Hoaglin 1993).
+OUTLIER_Z, MAD_SCALE, MEAN_SCALE = 3.5, 1.4826, 1.2533
 
 
 def wilson_interval(right: int, total: int, level: float = 0.95) -> tuple[float, float]:
@@ -13,6 +16,33 @@ def wilson_interval(right: int, total: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
+def cluster_bootstrap_means(
+    values_NK: Float[np.ndarray, "n k"],
+    weights_NK: Float[np.ndarray, "n k"],
+    clusters_N: Int[np.ndarray, "n"],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Float[np.ndarray, "draws k"]:
+    """Return the weighted means of K columns when whole clusters (images) are resampled, the same for all columns."""
+    _, index = np.unique(clusters_N, return_inverse=True)
+    count = index.max() + 1
+    sums, totals = np.zeros((count, values_NK.shape[1])), np.zeros((count, values_NK.shape[1]))
+    np.add.at(sums, index, values_NK * weights_NK)
+    np.add.at(totals, index, weights_NK)
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    chosen = np.apply_along_axis(np.bincount, 1, picks, minlength=count).astype(float)  # how often each one is drawn
+    return (chosen @ sums) / (chosen @ totals)
+
+
+def percentile_interval(
+    draws_BK: Float[np.ndarray, "b k"], level: float = 0.95
+) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+    """Return the percentile interval of every column."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(draws_BK, [tail, 1 - tail], axis=0)
+    return low, high
+
+
 def cluster_bootstrap_interval(
     values: Float[np.ndarray, "n"],
     clusters: Int[np.ndarray, "n"],
@@ -21,11 +51,36 @@ def cluster_bootstrap_interval(
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean when whole clusters (images) are resampled."""
-    _, index = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(index, weights=values)
-    counts = np.bincount(index)
-    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
-    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    column = values.astype(float)[:, None]
+    low, high = percentile_interval(cluster_bootstrap_means(column, np.ones_like(column), clusters, draws, seed), level)
+    return float(low[0]), float(high[0])
+
+
+def rank_draws(draws_BK: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
+    """Return the rank of every column in each draw: 1 for the smallest."""
+    return draws_BK.argsort(axis=1).argsort(axis=1) + 1.0
+
+
+def apart(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:
+    """Tell which pairs of columns differ: the interval of their paired difference does not hold 0."""
+    columns = draws_BK.shape[1]
+    found = np.zeros((columns, columns), dtype=bool)
+    for k in range(columns):
+        low, high = percentile_interval(draws_BK - draws_BK[:, k : k + 1], level)
+        found[k] = (low > 0) | (high < 0)
+    return found
+
+
+def loss_outliers(losses_L: Float[np.ndarray, "l"]) -> Bool[np.ndarray, "l"]:
+    """Tell which layers' single removal costs far more than the others' (one-sided modified z-score above 3.5).
+
+    losses_L: mean negative log-likelihood without layer l (nats per token), i.e. the logarithm of the perplexity.
+    The z-score is (x - median) / (1.4826 MAD); where more than half of the values are equal, the mean absolute
+    deviation stands in for the median one. A loss that is not finite is an outlier.
+    """
+    finite = losses_L[np.isfinite(losses_L)]
+    away = losses_L - np.median(finite)
+    spread = MAD_SCALE * np.median(np.abs(finite - np.median(finite)))
+    if spread == 0:
+        spread = MEAN_SCALE * np.mean(np.abs(finite - np.median(finite)))
+    return ~np.isfinite(losses_L) | ((away > OUTLIER_Z * spread) & (away > 0))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.maths.criteria import loss_outliers, token_cosines, token_kl, token_nll
+from actors.maths.criteria import token_cosines, token_kl, token_nll
+from actors.maths.statistics import loss_outliers
 
 
 def test_nll_and_kl_by_hand():

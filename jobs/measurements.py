@@ -1,0 +1,150 @@
+"""What questions lose without sets of layers: measured once per (model, question, removed set, decoding) and kept.
+
+The table grows by one file per finished unit of work, in run_dir/measurements/<measure>-<hash of what decides
+the numbers>. Every way to rank and to search reads from it, so none measures again what another has measured.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.maths.statistics import loss_outliers
+from actors.specs import Conversation, Known
+from cluster.artifacts import digest
+from cluster.tables import PartTable
+from jobs.config import Criterion
+from jobs.criteria import READINGS, WITHOUT_SAMPLES
+from jobs.progress import Progress
+from jobs.run import Run, Source, Stage
+
+VERSION = 1
+Removed = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of N questions (those that have all) without K sets of layers; clusters_N numbers their images."""
+
+    values_NK: np.ndarray
+    weights_NK: np.ndarray
+    clusters_N: np.ndarray
+
+    @property
+    def means_K(self) -> np.ndarray:
+        """Weighted mean of every column."""
+        return (self.values_NK * self.weights_NK).sum(0) / self.weights_NK.sum(0)
+
+
+class Measurements:
+    """Measures through a pool of actors.critic:LayerCritic what is not in the tables yet.
+
+    `failed` tells why samples were left out: a sample whose measurement failed three times is measured no more.
+    """
+
+    def __init__(self, run: Run, pool, model: Stage | Source, data: Stage, samples: Sequence[Conversation]):
+        self._run, self._pool, self._samples = run, pool, list(samples)
+        self._made_from = {"version": VERSION, "model": model.name, "data": data.name, "dtype": run.config.model.dtype}
+        self._tables: dict[str, PartTable] = {}
+        self._rows: dict[str, dict[tuple[str, Removed], dict]] = {}
+        self.failed: dict[str, str] = {}
+
+    def losses(self, criterion: Criterion, sets: Sequence[Removed], base: Removed = (), label: str = "") -> Losses:
+        """Return what every sample loses by `criterion` without each of `sets`, measuring what is missing.
+
+        base: a set measured before, whose answers resemble those of `sets`: they become drafts, and work is shared.
+        RuntimeError: every sample failed.
+        """
+        reading = READINGS[criterion]
+        samples = self._samples[:1] if reading.measure in WITHOUT_SAMPLES else self._samples
+        sets = [tuple(sorted(removed)) for removed in sets]
+        self._measure(reading.measure, samples, sets, tuple(sorted(base)), label or criterion)
+        known = self._rows[reading.measure]
+        whole = [sample for sample in samples if all((sample.id, removed) in known for removed in sets)]
+        if not whole:
+            raise RuntimeError(f"No question could be measured; the first failure: {next(iter(self.failed.values()))}")
+        table = [[known[sample.id, removed] for removed in sets] for sample in whole]
+        values = np.array([[row[reading.column] for row in rows] for rows in table], dtype=float)
+        weights = np.array([[row[reading.weights] if reading.weights else 1 for row in rows] for rows in table], float)
+        images = np.unique([sample.image for sample in whole], return_inverse=True)[1]
+        return Losses(values, weights, images)
+
+    def outliers(self, singles: Sequence[Removed]) -> list[int]:
+        """Return the layers whose single removal costs far more perplexity than the others'."""
+        far = loss_outliers(self.losses("perplexity", singles, label="outliers").means_K)
+        return [layer for (layer,), is_far in zip(singles, far, strict=True) if is_far]
+
+    def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
+        known = self._known(measure)
+        if measure == "answers":  # the whole model's answers are what all others are compared with
+            sets = [(), *sets]
+        missing = {
+            sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in known]
+            for sample in samples
+            if sample.id not in self.failed
+        }
+        todo = [sample for sample in samples if missing.get(sample.id)]
+        unit = self._run.config.ablate.unit
+        units = [todo[i : i + unit] for i in range(0, len(todo), unit)]
+        if not units:
+            return
+        with Progress(label, len(units)) as progress:
+            broken = self._map(measure, units, missing, base, progress)
+        # Find the questions that broke their units; the others of the unit are measured.
+        singles = [[sample] for part, _ in broken for sample in part if len(part) > 1]
+        alone = [(part, reason) for part, reason in broken if len(part) == 1]
+        for (sample,), reason in [*alone, *self._map(measure, singles, missing, base, None)]:
+            self.failed[sample.id] = reason
+            print(f"{label}: {sample.id} failed three times and is left out: {reason}", flush=True)
+
+    def _map(self, measure, units, missing, base, progress) -> list[tuple[list[Conversation], str]]:
+        """Measure units, dearest first; return those that failed, with the reason."""
+        known, table = self._known(measure), self._tables[measure]
+        work, parts = [], {}
+        for part in sorted(units, key=lambda part: -_cost(part, missing)):
+            sets = list(dict.fromkeys(removed for sample in part for removed in missing[sample.id]))
+            key = digest([[sample.id for sample in part], sets])
+            parts[key] = part
+            work.append((key, (measure, part, sets, base, self._drafts(measure, part, base))))
+        broken = []
+        for outcome in self._pool.map("measure", work):
+            if outcome.error:
+                broken.append((parts[outcome.key], outcome.error))
+            else:
+                table.add(outcome.key, outcome.value)
+                known.update(_keyed(outcome.value))
+            if progress is not None:
+                progress.step(note="units")
+        return broken
+
+    def _drafts(self, measure: str, part: list[Conversation], base: Removed):
+        known = self._rows[measure]
+        needed = [((sample.id, ()), (sample.id, base)) for sample in part]
+        if measure != "answers" or not all(key in known for keys in needed for key in keys):
+            return None
+        return [Known(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
+
+    def _known(self, measure: str) -> dict[tuple[str, Removed], dict]:
+        if measure not in self._rows:
+            recipe = {**self._made_from, "measure": measure, **self._decides(measure)}
+            folder = self._run.folder / "measurements" / f"{measure}-{digest(recipe)}"
+            self._tables[measure] = PartTable(folder)
+            (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+            self._rows[measure] = _keyed(self._tables[measure].all_rows())
+        return self._rows[measure]
+
+    def _decides(self, measure: str) -> dict:
+        config = self._run.config
+        if measure == "answers":
+            embedder = self._run.embedder_identity(config.ablate.embedder)
+            return {"max_new_tokens": config.generation.max_new_tokens, "embedder": embedder}
+        return {"seed": config.seed} if measure == "random" else {}
+
+
+def _keyed(rows: Iterable[dict]) -> dict[tuple[str, Removed], dict]:
+    return {(row["sample_id"], tuple(row["removed"])): row for row in rows}
+
+
+def _cost(part: list[Conversation], missing: dict[str, list[Removed]]) -> int:
+    return sum(len(missing[sample.id]) * (len(sample.question) + len(sample.reference)) for sample in part)
