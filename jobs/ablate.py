@@ -33,22 +33,27 @@ SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.s
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     """Return the stage that scores `model`'s layers on calibration questions of the training split."""
     config = run.config.ablate
-    settings = {
+    settings: dict = {
         "samples": config.samples,
         "criterion": config.criterion,
-        "compare": compared(config),
         "candidates": config.candidates,
-        "embedder": run.embedder_identity(config.embedder),
         "dtype": run.config.model.dtype,
-        "max_new_tokens": run.config.generation.max_new_tokens,
         "seed": run.config.seed,
     }
+    if config.criterion == "answer_similarity":
+        settings["embedder"] = run.embedder_identity(config.embedder)
+        settings["max_new_tokens"] = run.config.generation.max_new_tokens
     return Stage("ablate", 2, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
-def compared(config: AblateConfig) -> list[Criterion]:
-    """Return the other criteria to measure, each once."""
-    return [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
+def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
+    """Return the stage that ranks the same layers by other criteria; nothing else is made from it."""
+    config = run.config.ablate
+    criteria = [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
+    settings = {"criteria": criteria}
+    return Stage(
+        "compare", 1, settings, (model, data, scores), lambda r, f, facts: compare(r, model, data, scores, criteria, f)
+    )
 
 
 def calibration_samples(folder: str, count: int, seed: int) -> list[Conversation]:
@@ -75,30 +80,38 @@ def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple
 
 
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
-    """Measure every single removal by every criterion, find the candidates, rank them."""
+    """Find the candidates, measure their single removals, rank them."""
     config = run.config.ablate
     with measurements(run, model, data) as (measured, layers):
-        singles = [(layer,) for layer in range(layers)]
         outliers: list[int] = []
         if config.candidates == "outliers":
-            outliers = measured.outliers(singles)
+            outliers = measured.outliers([(layer,) for layer in range(layers)])
             print(f"ablate: layers {outliers} stay: perplexity without one of them is far off", flush=True)
         candidates = candidate_layers(config, layers, outliers)
         if not candidates:
             raise ValueError("No layer may be removed: set ablate.candidates to all or to a list of layers.")
-        found = {
-            criterion: measured.losses(criterion, [(layer,) for layer in candidates])
-            for criterion in [config.criterion, *compared(config)]
-        }
-    scores = [row for criterion, losses in found.items() for row in score_rows(criterion, candidates, losses)]
+        losses = measured.losses(config.criterion, [(layer,) for layer in candidates])
+    scores = score_rows(config.criterion, candidates, losses)
     write_table(folder / SCORES, scores)
-    write_table(folder / AGREEMENT, agreement_rows(scores))
-    own = [row for row in scores if row["criterion"] == config.criterion]
-    (folder / FIGURE).write_text(importance_figure(own, label=READINGS[config.criterion].label))
-    facts["order"] = [row["layer"] for row in sorted(own, key=lambda row: row["rank"])]
+    (folder / FIGURE).write_text(importance_figure(scores, label=READINGS[config.criterion].label))
+    facts["order"] = [row["layer"] for row in sorted(scores, key=lambda row: row["rank"])]
     facts["outliers"] = outliers
-    facts["pairs_apart"], facts["pairs"] = pairs_apart(found[config.criterion])
+    facts["pairs_apart"], facts["pairs"] = pairs_apart(losses)
     facts["failed"] = measured.failed
+
+
+def compare(
+    run: Run, model: Stage | Source, data: Stage, scores: Stage, criteria: list[Criterion], folder: Path
+) -> None:
+    """Rank the scored layers by every other criterion, and write how far the rankings agree."""
+    rows = read_table(run.store.root / scores.name / SCORES)
+    layers = [row["layer"] for row in rows]
+    with measurements(run, model, data) as (measured, _):
+        measured.failed.update(run.facts(scores)["failed"])
+        for criterion in criteria:
+            rows += score_rows(criterion, layers, measured.losses(criterion, [(layer,) for layer in layers]))
+    write_table(folder / SCORES, rows)
+    write_table(folder / AGREEMENT, agreement_rows(rows))
 
 
 def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> list[int]:
@@ -170,19 +183,20 @@ def agreement_rows(scores: list[dict]) -> list[dict]:
 
 def job(run: Run) -> None:
     """Score the config's model and print its layers, least important first."""
-    scored = stage(run, run.base_model(), prepare.stage(run))
+    model, data, criterion = run.base_model(), prepare.stage(run), run.config.ablate.criterion
+    scored = stage(run, model, data)
     folder = Path(run.make(scored))
-    criterion = run.config.ablate.criterion
-    rows = [row for row in read_table(folder / SCORES) if row["criterion"] == criterion]
     print(f"rank  layer  {READINGS[criterion].label}, 95 % interval   (first = removed first)")
-    for row in sorted(rows, key=lambda row: row["rank"]):
+    for row in sorted(read_table(folder / SCORES), key=lambda row: row["rank"]):
         interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
         print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")
     facts = run.facts(scored)
     print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
-    for row in read_table(folder / AGREEMENT):
-        if row["criterion"] == criterion != row["other"]:
-            print(f"Kendall's tau with {row['other']}: {row['tau']:+.2f}")
+    if run.config.ablate.compare:
+        others = Path(run.make(comparison_stage(run, model, data, scored)))
+        for row in read_table(others / AGREEMENT):
+            if row["criterion"] == criterion != row["other"]:
+                print(f"Kendall's tau with {row['other']}: {row['tau']:+.2f}")
     print(f"ablate: scores and figure are in {folder}", flush=True)
 
 

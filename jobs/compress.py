@@ -48,6 +48,14 @@ def scores_stage(run: Run) -> Stage | None:
     return ablate.stage(run, run.base_model(), prepare.stage(run))
 
 
+def comparison(run: Run) -> Stage | None:
+    """Return the comparison of other criteria with that ablation's ranking, None if none is wanted."""
+    scores = scores_stage(run)
+    if scores is None or not run.config.ablate.compare:
+        return None
+    return ablate.comparison_stage(run, run.base_model(), prepare.stage(run), scores)
+
+
 def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
     """Return one row per method, from artifacts that exist."""
     removed = run.facts(planned["prune"][0])["removed"]
@@ -141,6 +149,9 @@ def job(run: Run) -> None:
     planned = plan(run)
     for _, evaluated in planned.values():
         run.make(evaluated)
+    others = comparison(run)
+    if others is not None:
+        run.make(others)
     rows = summary(run, planned)
     path = write_summary(run, rows)
     print(table(rows))

@@ -112,8 +112,9 @@ class Measurements:
             if outcome.error:
                 broken.append((parts[outcome.key], outcome.error))
             else:
-                table.add(outcome.key, outcome.value)
-                known.update(_keyed(outcome.value))
+                new = [row for row in outcome.value if (row["sample_id"], tuple(row["removed"])) not in known]
+                table.add(outcome.key, new)
+                known.update(_keyed(new))
             if progress is not None:
                 progress.step(note="units")
         return broken

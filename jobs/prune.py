@@ -9,6 +9,7 @@
 The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import ablate, prepare, select
@@ -36,22 +37,19 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
             "prune", 1, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
         )
 
-    def build(run: Run, folder: Path, facts: dict) -> None:
-        order = run.facts(scores)["order"]
-        if prune.layers > len(order):
-            raise ValueError(
-                f"prune.layers is {prune.layers}, but only {len(order)} layers may be removed "
-                f"(ablate.candidates: {run.config.ablate.candidates})."
-            )
-        _write(run, model, order[: prune.layers], folder, facts)
-
-    return Stage("prune", 1, {"layers": prune.layers}, (model, scores), build)
+    return Stage(
+        "prune",
+        1,
+        {"layers": prune.layers},
+        (model, scores),
+        lambda r, f, facts: _write(r, model, select.one_shot(r, scores), f, facts),
+    )
 
 
-def _write(run: Run, model: Stage | Source, removed: list[int], folder: Path, facts: dict) -> None:
+def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path, facts: dict) -> None:
     spec = run.model_spec(model)
     with run.worker("actors.surgery:Surgeon") as worker:
-        facts.update(worker.call("prune", spec.path, str(folder), removed, spec.revision))
+        facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
     print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
 
 

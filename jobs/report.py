@@ -18,8 +18,9 @@ from PIL import Image
 from cluster.tables import read_table
 from jobs import ablate, compress, evaluate, recover
 from jobs.command import main
+from jobs.criteria import READINGS
 from jobs.figures import importance_figure, loss_figure, tradeoff_figure
-from jobs.run import Run
+from jobs.run import Run, Stage
 
 HTML, MARKDOWN = "report.html", "report.md"
 THUMBNAIL = 112
@@ -30,7 +31,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def job(run: Run) -> None:
     """Write report.html and report.md into the run folder."""
     planned = compress.plan(run)
-    open_stages = run.missing([stage for pair in planned.values() for stage in pair])
+    stages = [*(stage for pair in planned.values() for stage in pair), *filter(None, [compress.comparison(run)])]
+    open_stages = run.missing(stages)
     if open_stages:
         raise ValueError(
             f"Nothing to report yet: {len(open_stages)} artifacts of this config do not exist in {run.folder} "
@@ -52,8 +54,6 @@ def job(run: Run) -> None:
 
 def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
-    chosen = compress.scores_stage(run)
-    scores = read_table(run.store.root / chosen.name / ablate.SCORES) if chosen else []
     losses = read_table(run.store.root / planned["prune+sft"][0].name / recover.LOSSES)
     original = rows[0]
     return {
@@ -66,10 +66,7 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "quantizer": run.config.quantize.method,
         "group_size": run.config.quantize.group_size,
         "recovery": f"{run.config.recover.method}, r = {run.config.recover.rank}, alpha = {run.config.recover.alpha}",
-        "scores": sorted(scores, key=lambda row: (-row["score"], row["layer"])),
-        "embedder": run.config.ablate.embedder,
-        "calibration": run.config.ablate.samples,
-        "importance": importance_figure(scores, removed) if scores else None,
+        "layers": _layers(run, planned["prune"][0], removed),
         "loss": loss_figure(losses),
         "tradeoff": tradeoff_figure(rows),
         "samples": _samples(run, planned),
@@ -77,6 +74,34 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "profile": run.config.evaluate,
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
         "command": f"python -m jobs.compress --config {run.folder}/config.report.yaml",
+    }
+
+
+def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
+    """Return what the ablation and the search found; None if the config lists the layers."""
+    scored = compress.scores_stage(run)
+    if scored is None:
+        return None
+    criterion = run.config.ablate.criterion
+    scores = read_table(run.store.root / scored.name / ablate.SCORES)
+    others = compress.comparison(run)
+    pairs = read_table(run.store.root / others.name / ablate.AGREEMENT) if others else []
+    criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
+    tau = {(row["criterion"], row["other"]): row["tau"] for row in pairs}
+    found = next((run.facts(p) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None)
+    label = READINGS[criterion].label
+    return {
+        **{key: run.facts(scored)[key] for key in ("pairs_apart", "pairs", "outliers", "failed")},
+        "scores": sorted(scores, key=lambda row: row["rank"]),
+        "figure": importance_figure(scores, removed, label),
+        "label": label,
+        "criterion": criterion,
+        "criteria": criteria,
+        "agreement": [(one, [tau[one, other] for other in criteria]) for one in criteria],
+        "search": found,
+        "method": run.config.prune.search,
+        "embedder": run.config.ablate.embedder,
+        "calibration": run.config.ablate.samples,
     }
 
 

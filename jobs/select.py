@@ -37,11 +37,21 @@ def stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
     )
 
 
+def one_shot(run: Run, scores: Stage) -> Removed:
+    """Return the `prune.layers` layers with the best scores of single removals; ValueError: there are fewer."""
+    order, layers = run.facts(scores)["order"], run.config.prune.layers
+    if layers > len(order):
+        raise ValueError(
+            f"prune.layers is {layers}, but only {len(order)} layers may be removed "
+            f"(ablate.candidates: {run.config.ablate.candidates})."
+        )
+    return tuple(sorted(order[:layers]))
+
+
 def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: Path, facts: dict) -> None:
     """Search, and compare the set that was found with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
-    order = run.facts(scores)["order"]
-    one_shot = tuple(sorted(order[: prune.layers]))
+    order, ranked = run.facts(scores)["order"], one_shot(run, scores)
     with measurements(run, model, data) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         steps: list[dict] = []
@@ -53,10 +63,10 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             )
 
         if prune.search == "evolution":
-            found = evolve(run, measured, order, one_shot, note)
+            found = evolve(run, measured, order, ranked, note)
         else:
             found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
-        pair = measured.losses(criterion, [found, one_shot], label="against one shot")
+        pair = measured.losses(criterion, [found, ranked], label="against one shot")
     write_table(folder / STEPS, steps)
     shown = READINGS[criterion].shown
     means = pair.means_K
@@ -64,7 +74,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     low, high = (float(bound[0]) for bound in percentile_interval(draws[:, 1:] - draws[:, :1]))
     facts.update(
         removed=list(found),
-        one_shot=list(one_shot),
+        one_shot=list(ranked),
         score=shown(float(means[0])),
         one_shot_score=shown(float(means[1])),
         gain=float(means[1] - means[0]),
@@ -74,7 +84,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     )
     resolved = "" if low > 0 or high < 0 else ", unresolved"
     print(
-        f"select: {prune.search} removes {list(found)} ({facts['score']:.4f}), one shot {list(one_shot)} "
+        f"select: {prune.search} removes {list(found)} ({facts['score']:.4f}), one shot {list(ranked)} "
         f"({facts['one_shot_score']:.4f}); loss lower by {facts['gain']:.4f} [{low:.4f}, {high:.4f}]{resolved}",
         flush=True,
     )

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from actors.conversations import collate
-from actors.critic import Known, LayerCritic, layer_cosines, taylor_scores
+from actors.critic import LayerCritic, layer_cosines, taylor_scores
 from actors.embedder import Embedder
 from actors.loading import language_model
-from actors.specs import ModelSpec
+from actors.specs import Known, ModelSpec
 from actors.surgery import iterate_tensors, prune_checkpoint
 from tests.tiny import DERM_TINY, LAYERS, draw_conversations, draw_samples, plain_model, processor_for, save_tiny
 

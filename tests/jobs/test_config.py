@@ -53,6 +53,7 @@ def test_command_line_forms():
         ([("quantise.method", "awq")], ["quantise", "did you mean 'quantize"]),
         ([("prune.layers", "many")], ["prune.layers", "many"]),
         ([("replicas.count", "none")], ["replicas.count", "none"]),
+        ([("replicas.gpus", "1.5")], ["replicas.gpus is 1.5", "a fraction below 1", "1, 2, ..."]),
         ([("quantize.method", "gptq")], ["quantize.method", "awq", "gptq"]),
         ([("data.classes", "[{nam: rosacea}]")], ["data.classes.0.nam", "data.classes.0.name"]),
         ([("seed.value", "1")], ["seed"]),
@@ -107,3 +108,19 @@ def test_help_describes_the_lists_too(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "  data.classes[].match YAML" in shown and "  data.questions[].answer STR" in shown
     assert "--data.classes[]" not in shown
+
+
+def test_a_search_over_sets_needs_a_criterion_that_is_measured_on_sets():
+    options = [("prune.search", "greedy"), ("ablate.criterion", "magnitude+")]
+    with pytest.raises(ValueError, match=r"prune\.search greedy .* magnitude\+ cannot: choose answer_similarity"):
+        load_config(None, options)
+    assert load_config(None, [("prune.search", "greedy"), ("ablate.criterion", "kl")]).ablate.criterion == "kl"
+
+
+def test_every_criterion_has_a_reading():
+    from typing import get_args
+
+    from jobs.config import Criterion
+    from jobs.criteria import READINGS
+
+    assert set(READINGS) == set(get_args(Criterion))

@@ -1,9 +1,12 @@
 """Numbers that jobs derive from rows, on rows made by hand."""
 
+import numpy as np
 import pytest
 
 from actors.baseline import ClassName, baseline_score, name_verdict, named_classes
 from jobs import ablate, compress, evaluate
+from jobs.config import AblateConfig
+from jobs.measurements import Losses
 
 NESTED = [ClassName("dermatitis"), ClassName("seborrheic dermatitis"), ClassName("melanoma")]
 
@@ -57,6 +60,51 @@ def test_metrics_by_hand():
     assert found["name_accuracy_interval"] == pytest.approx([9.45, 90.55], abs=0.01)  # Wilson, 1 of 2
 
 
-@pytest.mark.parametrize(("rule", "expected"), [("paper", [2, 3, 4]), ("all", [0, 1, 2, 3, 4, 5]), ([4, 0, 4], [0, 4])])
-def test_candidate_layers_of_six(rule, expected):
-    assert ablate.candidate_layers(rule, 6) == expected
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("paper", [2, 3, 4, 5, 6]), ("all", list(range(8))), ([4, 0, 4], [0, 4]), ("outliers", [0, 2, 3, 4, 5, 6])],
+)
+def test_candidate_layers_of_eight(rule, expected):
+    found = ablate.candidate_layers(AblateConfig(candidates=rule), 8, [1, 7] if rule == "outliers" else [])
+    assert found == expected
+
+
+def test_the_plus_keeps_the_first_four_and_the_last_two_blocks():
+    assert ablate.candidate_layers(AblateConfig(candidates="all", criterion="taylor+"), 10, []) == [4, 5, 6, 7]
+    assert ablate.candidate_layers(AblateConfig(candidates=[1], criterion="taylor+"), 10, []) == [1]
+
+
+def losses(values) -> Losses:
+    values = np.array(values, dtype=float)
+    return Losses(values, np.ones_like(values), np.arange(len(values)))
+
+
+def test_layers_are_ranked_by_what_is_lost_and_only_sure_differences_are_called_apart():
+    """Three layers on 40 images: 5 costs nothing, 2 a little, always; 7 the same as 2 on average, at random."""
+    noise = np.random.default_rng(0).normal(0, 0.5, 40)
+    found = losses(np.stack([np.full(40, 0.2), np.zeros(40), 0.21 + noise - noise.mean()], axis=1))
+    rows = {row["layer"]: row for row in ablate.score_rows("answer_similarity", [2, 5, 7], found)}
+    assert [rows[layer]["rank"] for layer in (5, 2, 7)] == [1, 2, 3]
+    assert rows[2]["score"] == pytest.approx(0.8) == rows[2]["low"] == rows[2]["high"]
+    assert rows[7]["low"] < rows[7]["score"] < rows[7]["high"]
+    assert rows[7]["score"] == pytest.approx(0.79)
+    assert rows[5]["apart_from_next"] and not rows[2]["apart_from_next"]
+    ranks = {layer: (row["rank_low"], row["rank_high"]) for layer, row in rows.items()}
+    assert ranks == {5: (1, 1), 2: (2, 3), 7: (2, 3)}
+    assert ablate.pairs_apart(found) == (2, 3)
+
+
+def test_losses_are_weighted_by_tokens():
+    """Two answers of 1 and 3 tokens that lose 4 and 0 nats a token: 1 nat a token, a perplexity of e."""
+    found = Losses(np.array([[4.0], [0.0]]), np.array([[1.0], [3.0]]), np.array([0, 1]))
+    (row,) = ablate.score_rows("perplexity", [0], found)
+    assert row["score"] == pytest.approx(np.e)
+
+
+def test_kendalls_tau_between_rankings():
+    """Of three pairs of layers, the second criterion orders one differently: tau = (2 - 1) / 3."""
+    ranks = {"a": [1, 2, 3], "b": [1, 3, 2], "c": [3, 2, 1]}
+    rows = [{"criterion": c, "rank": rank} for c, order in ranks.items() for rank in order]
+    tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(rows)}
+    assert tau["a", "a"] == 1 and tau["a", "c"] == -1
+    assert tau["a", "b"] == tau["b", "a"] == pytest.approx(1 / 3)
