@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation clean
+.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers bench-half bench-gpu clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -14,6 +14,10 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff, import rules, types"
 	@echo "make bench-ablation  the ablation engine against plain generate"
+	@echo "make bench-replicas  64 simulated replicas; two real ones against one"
+	@echo "make bench-quantizers  seconds and memory of every quantizer"
+	@echo "make bench-half  how exact the engine is in half precision"
+	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
@@ -39,6 +43,18 @@ lint: $(INSTALLED)
 
 bench-ablation: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.ablation
+
+bench-replicas: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.replicas
+
+bench-half: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.half_precision
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.gpu_ablation
+
+bench-quantizers: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.quantizers
 
 clean:
 	rm -rf .venv runs

@@ -79,7 +79,7 @@ class LayerCritic:
     def _cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
         different = [pair for pair in pairs if pair[0] != pair[1]]
         if different and self._embedder is None:
-            self._embedder = Embedder(self._embedder_name)
+            self._embedder = Embedder(self._embedder_name, str(self.replica.device))
         found = dict(zip(different, self._embedder.similarities(different), strict=True)) if self._embedder else {}
         return [found.get(pair, 1.0) for pair in pairs]
 

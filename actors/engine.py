@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.loading import language_model
-from actors.rows import RowCache, RowPass, attention_windows, run_tokens
+from actors.rows import RowPass, run_tokens
 from actors.specs import Llava
 
 LOGIT_ROWS = 64
@@ -50,13 +50,20 @@ def greedy(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor,
     prompts: R embedded prompts [tokens, D] (image features in place). Returns the new token ids of every row,
     the stop token included if it came; equal to `generate(do_sample=False)` on physically pruned models.
     """
-    embeds, positions, valid = _padded(prompts)
-    cache = RowCache(embeds.shape[1] + limits.tokens)
-    state = RowPass(keep_RL, attention_windows(model.config.text_config), cache, embeds.device)
+    embeds, positions, valid = padded(prompts)
+    state = RowPass.over(model, keep_RL, embeds.shape[1] + limits.tokens, embeds.device)
     hidden = run_tokens(model, state, embeds, positions, valid)
     answers = [[token] for token in _best_tokens(model, hidden[:, -1])]
     _decode(model, state, answers, positions[:, -1] + 1, limits)
     return answers
+
+
+@torch.inference_mode()
+def first_logits(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor) -> torch.Tensor:
+    """Logits [R, V] of every row's first new token; arguments as of `greedy`."""
+    embeds, positions, valid = padded(prompts)
+    state = RowPass.over(model, keep_RL, embeds.shape[1], embeds.device)
+    return model.lm_head(run_tokens(model, state, embeds, positions, valid)[:, -1])
 
 
 @torch.inference_mode()
@@ -75,7 +82,7 @@ def verified(
     counts has rows, rows_verified_whole and layer_rows_run of the verifying pass.
     """
     drafts = [limits.cut(draft) for draft in drafts]
-    state, source, variant, hidden, lengths = _verify_pass(model, prompts, drafts, base_L, keep_VL, limits)
+    state, source, variant, hidden, lengths = verify_pass(model, prompts, drafts, base_L, keep_VL, limits)
     inputs = len(prompts)
     rows = range(inputs, len(source))  # the first N rows are the base itself
     longest_draft = max((len(draft) for draft in drafts), default=0)
@@ -95,8 +102,11 @@ def verified(
     return result, counts
 
 
-def _verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
-    """Run prompt and draft of every input, the variants joining where they differ from the base."""
+def verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
+    """Run prompt and draft of every input, the variants joining where they differ from the base.
+
+    Returns (the pass, source_R, variant_R with -1 for the base itself, hidden states [R, Q, D], prompt lengths).
+    """
     differs = keep_VL != base_L[None]
     layers = base_L.shape[0]
     # A variant equal to the base joins at the last layer: it needs a row of its own only to be read.
@@ -107,7 +117,7 @@ def _verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
     keep = torch.stack([base_L if v < 0 else keep_VL[v] for v in variant])
     join = [*([0] * len(prompts)), *(j for j, _, _ in order)]
     decoder = language_model(model)
-    embeds, positions, valid = _padded(prompts)
+    embeds, positions, valid = padded(prompts)
     fed = max((len(draft) for draft in drafts), default=0) - 1  # the last token's successor is never asked for
     if fed > 0:
         ids = torch.zeros(len(prompts), fed, dtype=torch.long, device=embeds.device)
@@ -118,9 +128,7 @@ def _verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
         after = positions[:, -1:] + 1 + torch.arange(fed, device=embeds.device)
         embeds = torch.cat([embeds, decoder.embed_tokens(ids)], dim=1)
         positions, valid = torch.cat([positions, after], dim=1), torch.cat([valid, known], dim=1)
-    cache = RowCache(embeds.shape[1])
-    windows = attention_windows(model.config.text_config)
-    state = RowPass(keep, windows, cache, embeds.device, source_R=source, join_R=join)
+    state = RowPass.over(model, keep, embeds.shape[1], embeds.device, source_R=source, join_R=join)
     hidden = run_tokens(model, state, embeds, positions, valid)
     return state, source, variant, hidden, [len(prompt) for prompt in prompts]
 
@@ -148,7 +156,7 @@ def _continued(state: RowPass, rows, answers, lengths, longest_draft, limits: Li
     """Return the pass that goes on with the chosen rows: their caches without the slots of refused tokens."""
     room = limits.tokens - min(len(answer) for answer in answers)
     cache = state.cache.gathered(state.places(rows), state.cache.used + room)
-    later = RowPass(state.keep_RL[rows], state.windows, cache, state.device)
+    later = RowPass(state.keep_RL[rows], state.windows, cache, state.device, state.devices)
     inputs = torch.tensor([state.source_R[row] for row in rows], device=state.device)
     later.key_positions_NS = state.key_positions_NS[inputs].clone()
     later.key_valid_NS = state.key_valid_NS[inputs].clone()
@@ -184,7 +192,7 @@ def _best_tokens(model: Llava, hidden_RD: torch.Tensor) -> list[int]:
     return model.lm_head(hidden_RD).argmax(-1).tolist()
 
 
-def _padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return embeds [N, Q, D], positions and validity [N, Q], padded on the left: the last slot is the last token."""
     device, dtype = prompts[0].device, prompts[0].dtype
     longest = max(map(len, prompts))

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
 
-from actors.specs import Llava
+from actors.memory import check_fits, claim_devices, free_bytes, weight_bytes
+from actors.specs import HQQ_CHECKPOINT, Llava
 from actors.surgery import weight_files
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -21,7 +22,8 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for library in ("torchao", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def pick_device() -> str:
@@ -47,27 +49,34 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gpus: float = 1,
     quantization=None,
 ) -> Llava:
-    """Load a LLaVA-shaped model in eval mode on `device` (default: the GPU if there is one).
+    """Load a LLaVA-shaped model in eval mode on `device`, "cuda" or "cpu" (default: the GPU if there is one).
 
-    dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized.
-    ValueError: not a checkpoint; weights missing, unexpected or of another shape; NaN or infinity in a weight.
+    dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized. gpus: a fraction is the share of a
+    GPU's memory that this process may take; of several, each holds a part of the layers; 0: the CPU.
+    ValueError: not a checkpoint; weights missing, unexpected or of another shape; NaN or infinity in a weight; more
+    memory needed than is free.
     """
     check_source(path)
-    device = device or pick_device()
+    device = device or (pick_device() if gpus else "cpu")
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak of loading bitsandbytes weights
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, **common)
     stored = getattr(config, "quantization_config", None) or {}
+    devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
+    weights = weight_bytes(path, config, itemsize, quantization is not None, common)
+    check_fits(path, weights, config, itemsize, devices)
+    if stored.get("quant_method") == HQQ_CHECKPOINT:
+        import actors.quantizers.hqq  # noqa: F401 (registers what from_pretrained needs)
     if device == "cpu" and quantization is None and stored.get("quant_method") == "awq":
-        keys = ("bits", "group_size", "zero_point", "modules_to_not_convert")
-        quantization = AwqConfig(**{k: stored[k] for k in keys if k in stored}, backend="torch_awq")
+        quantization = cpu_awq(stored)
     extra = {"quantization_config": quantization} if quantization is not None else {}
     model, info = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        device_map={"": device},
+        **_placement(devices),
         attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
@@ -83,9 +92,31 @@ def load_model(
         )
     if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
         raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
+    _check_placed(model, path)
     _check_finite(model, path)
     _unify(model, getattr(torch, dtype))
     return model.eval()
+
+
+def cpu_awq(stored: dict) -> AwqConfig:
+    """Return a stored AWQ config with the backend that a CPU has."""
+    keys = ("bits", "group_size", "zero_point", "modules_to_not_convert")
+    return AwqConfig(**{key: stored[key] for key in keys if key in stored}, backend="torch_awq")
+
+
+def _placement(devices: list[torch.device]) -> dict:
+    if len(devices) == 1:
+        return {"device_map": {"": "cpu" if devices[0].type == "cpu" else devices[0].index}}
+    return {"device_map": "auto", "max_memory": {device.index: free_bytes(device) for device in devices}}
+
+
+def _check_placed(model: Llava, path: str) -> None:
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"{path!r} does not fit on the GPUs layer by layer: some would stay on the CPU or the disk. Give more GPUs "
+            "per replica (replicas.gpus), float16 or a quantized checkpoint."
+        )
 
 
 def _unify(model: Llava, dtype: torch.dtype) -> None:
@@ -105,9 +136,16 @@ def _check_finite(model: Llava, path: str) -> None:
 
 
 def load_processor(path: str, revision: str | None = None, trust_remote_code: bool = False):
-    """Load the processor of a checkpoint; ValueError if it has no chat template."""
+    """Load the processor of a checkpoint; ValueError if a part of it or its chat template is missing."""
     check_source(path)
-    processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    remedy = "copy the processor's files (preprocessor_config.json, tokenizer.json, ...) from the original model."
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(".")[0]
+        raise ValueError(f"{path!r} has no processor that can be loaded ({reason}): {remedy}") from None
+    if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+        raise ValueError(f"The processor of {path!r} is only a {type(processor).__name__}: {remedy}")
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"The processor of {path!r} has no chat template: add its chat_template.jinja to the folder.")
     return processor
@@ -116,6 +154,11 @@ def load_processor(path: str, revision: str | None = None, trust_remote_code: bo
 def language_model(model: Llava) -> Llava:
     """Return the decoder (embeddings, layers, final norm) of a LLaVA-shaped model."""
     return model.model.language_model
+
+
+def layer_devices(model: Llava) -> list[torch.device]:
+    """Return the device of every decoder layer."""
+    return [next(layer.parameters()).device for layer in language_model(model).layers]
 
 
 def pixel_dtype(model: Llava) -> torch.dtype:

@@ -4,7 +4,6 @@ import resource
 import statistics
 import time
 
-import psutil
 import torch
 from transformers import StoppingCriteria
 
@@ -31,11 +30,11 @@ def measure(model, inputs: dict, warmup_runs: int, timed_runs: int, new_tokens: 
 
     ms_per_token = (end to end - time to first token) / (new_tokens - 1), the median of `timed_runs`;
     naive_ms_per_token = end to end / new_tokens, which is what the paper's column is. Peak memory (bytes) is
-    the allocator's on a GPU, and the process's largest resident set on a CPU (libraries included).
+    the allocators' on the GPUs, and the process's largest resident set on a CPU (libraries included).
     """
     first, per_token, naive = [], [], []
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
     for run in range(warmup_runs + timed_runs):
         clock = _Clock()
         _synchronise()
@@ -73,17 +72,10 @@ def _p5_p95(values: list[float]) -> list[float]:
 
 def _peak_memory() -> dict:
     if torch.cuda.is_available():
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_kind": "GPU, allocated"}
+        peak = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+        return {"peak_memory_bytes": peak, "peak_memory_kind": "GPU, allocated"}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak_memory_bytes": resident, "peak_memory_kind": "process, resident"}
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that this process could still take on `device` (bytes)."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 def device_facts() -> dict:

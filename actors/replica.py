@@ -1,17 +1,16 @@
 """LlavaReplica: one loaded model that answers questions about images with any set of layers switched off."""
 
-import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
-from actors.loading import language_model, load_model, load_processor, pixel_dtype, quiet
-from actors.profiler import free_bytes, measure
+from actors.loading import language_model, layer_devices, load_model, load_processor, pixel_dtype, quiet
+from actors.memory import cached_bytes, count_parameters, free_bytes
+from actors.profiler import measure
 from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
 
@@ -31,7 +30,7 @@ class LlavaReplica:
         self._spec = spec
         self.model = load_model(**vars(spec))
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
-        self.device = self.model.lm_head.weight.device
+        self.device = language_model(self.model).embed_tokens.weight.device
         self._max_rows = max_rows
         self.counts: Counter[str] = Counter()
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -60,15 +59,15 @@ class LlavaReplica:
         """
         limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
-        self._rows = self._planned_rows(max(map(len, prompts), default=0) + max_new_tokens)
-        base_L, keep_VL = self._keep([base])[0], self._keep(removed_sets)
+        self.plan(max(map(len, prompts), default=0) + max_new_tokens)
+        base_L, keep_VL = self.keep([base])[0], self.keep(removed_sets)
         if not samples or not removed_sets:
             return []
         found: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            own = dict(self._batches(order, [], partial(self._base_answers, prompts, base_L, limits)))
+            own = dict(self.batched(order, [], partial(self._base_answers, prompts, base_L, limits)))
             drafts = [own[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
                 found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
@@ -76,14 +75,15 @@ class LlavaReplica:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(drafts[i]))
         check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
         if open_variants:
-            found.update(self._batches(order, open_variants, check))
+            found.update(self.batched(order, open_variants, check))
         return [
             {"sample_id": sample.id, "removed": list(removed), **self._reply(found[s, v])}
             for s, sample in enumerate(samples)
             for v, removed in enumerate(removed_sets)
         ]
 
-    def _keep(self, removed_sets: Sequence[Sequence[int]]) -> torch.Tensor:
+    def keep(self, removed_sets: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return keep_VL [V, L]: True where variant v keeps layer l; ValueError: a layer out of range."""
         layers = self.layer_count()
         keep_VL = torch.ones(len(removed_sets), layers, dtype=torch.bool)
         for variant, removed in enumerate(removed_sets):
@@ -93,14 +93,14 @@ class LlavaReplica:
             keep_VL[variant, list(removed)] = False
         return keep_VL
 
-    def _planned_rows(self, tokens: int) -> int:
-        """Return how many rows of `tokens` tokens the free memory holds: keys, values, activations, mask."""
+    def plan(self, tokens: int) -> None:
+        """Plan how many rows of `tokens` tokens every device's free memory holds: keys, values, activations, mask."""
         text = self.model.config.text_config
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         size = self.model.lm_head.weight.element_size()
-        cached = text.num_hidden_layers * 2 * text.num_key_value_heads * head
-        per_row = tokens * (size * (cached + 8 * text.hidden_size) + tokens)
-        return max(1, min(self._max_rows, int(0.6 * free_bytes(self.device) / per_row)))
+        self._rows = self._max_rows
+        for device, layers in Counter(layer_devices(self.model)).items():
+            per_row = tokens * (cached_bytes(text, layers, size) + 8 * size * text.hidden_size + tokens)
+            self._rows = max(1, min(self._rows, int(0.6 * free_bytes(device) / per_row)))
 
     def _base_answers(self, prompts, base_L, limits, part: list[int], _: list[int]) -> _Found:
         keep_RL = base_L.repeat(len(part), 1)
@@ -113,8 +113,8 @@ class LlavaReplica:
         self.counts.update(counts)
         return [((i, v), answers[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
-    def _batches(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
-        """Run samples x (base and chosen variants) in batches of at most max_rows rows, halved on out of memory."""
+    def batched(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
+        """Run samples x (base and chosen variants) in batches of at most the planned rows, halved on out of memory."""
         rows = len(part) * (len(chosen) + 1)
         if rows > self._rows and (len(part) > 1 or len(chosen) > 1):
             return self._halves(part, chosen, run)
@@ -130,9 +130,9 @@ class LlavaReplica:
     def _halves(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
         if len(part) > 1:
             half = len(part) // 2
-            return self._batches(part[:half], chosen, run) + self._batches(part[half:], chosen, run)
+            return self.batched(part[:half], chosen, run) + self.batched(part[half:], chosen, run)
         half = len(chosen) // 2
-        return self._batches(part, chosen[:half], run) + self._batches(part, chosen[half:], run)
+        return self.batched(part, chosen[:half], run) + self.batched(part, chosen[half:], run)
 
     def _reply(self, ids: list[int]) -> dict:
         stopped = bool(ids) and ids[-1] in self._stops
@@ -146,9 +146,12 @@ class LlavaReplica:
         made = self.processor(images=open_image(sample.image), text=text, return_tensors="pt")
         return {k: v.to(self.device) for k, v in made.items() if k in ("input_ids", "attention_mask", "pixel_values")}
 
-    @torch.inference_mode()
     def _prompt(self, sample: Sample) -> torch.Tensor:
-        """Embed one prompt [tokens, D], with the image's features (encoded once per image) in their places."""
+        return self.embedded(sample)[0]
+
+    @torch.inference_mode()
+    def embedded(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed one prompt [T, D], the image's features (encoded once per image) in their places is_image [T]."""
         inputs = self.inputs(sample)
         ids = inputs["input_ids"][0]
         if sample.image not in self._features:
@@ -165,8 +168,8 @@ class LlavaReplica:
                 f"The prompt has {int(places.sum())} image tokens but the tower gives {len(features)}: "
                 "the processor and the model do not belong together (patch_size, image size)."
             )
-        embeds[places] = features.to(embeds.dtype)
-        return embeds
+        embeds[places] = features.to(embeds)
+        return embeds, places
 
     def profile(self, sample: Sample, warmup_runs: int, timed_runs: int, new_tokens: int) -> dict:
         """Measure memory and latency of plain `generate` on one real question (see `actors.profiler.measure`)."""
@@ -179,13 +182,3 @@ class LlavaReplica:
             "weight_bytes": stored_bytes(self._spec.path, self._spec.revision),
         }
         return {**facts, **measure(self.model, inputs, warmup_runs, timed_runs, new_tokens)}
-
-
-def count_parameters(config) -> int:
-    """Return the parameters of the unquantized model that a config describes, built on the meta device."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from actors.loading import language_model
+from actors.loading import language_model, layer_devices
 from actors.specs import Llava
 
 
@@ -71,6 +71,8 @@ class RowPass:
     Row r belongs to input source_R[r] and joins the batch at layer join_R[r]: below it, it equals the row of
     its input's own number, which runs there in its place. Rows are sorted by the layer at which they join; the
     first N rows are the inputs' own. By default every row is an input of its own, there from the start.
+
+    device: of the inputs and of what is said about them; devices: of the layers, one each.
     """
 
     def __init__(
@@ -79,11 +81,12 @@ class RowPass:
         windows: Sequence[int | None],
         cache: RowCache,
         device: torch.device,
+        devices: Sequence[torch.device],
         source_R: Sequence[int] | None = None,
         join_R: Sequence[int] | None = None,
     ):
         self.keep_RL = keep_RL.cpu()
-        self.windows, self.cache, self.device = windows, cache, device
+        self.windows, self.cache, self.device, self.devices = windows, cache, device, devices
         rows = len(keep_RL)
         self.source_R = list(source_R) if source_R is not None else list(range(rows))
         self.join_R = torch.tensor(join_R) if join_R is not None else torch.zeros(rows, dtype=torch.long)
@@ -94,18 +97,35 @@ class RowPass:
         self.layer_rows_run = 0
         self._plan_rows()
 
+    @classmethod
+    def over(
+        cls,
+        model: Llava,
+        keep_RL: torch.Tensor,
+        slots: int,
+        device: torch.device,
+        source_R: Sequence[int] | None = None,
+        join_R: Sequence[int] | None = None,
+    ) -> "RowPass":
+        """Return a pass over a model's layers, wherever they are, with room for `slots` tokens a row."""
+        windows = attention_windows(model.config.text_config)
+        return cls(keep_RL, windows, RowCache(slots), device, layer_devices(model), source_R, join_R)
+
     def _plan_rows(self) -> None:
         sources = torch.tensor(self.source_R)
-        self.present = [int((self.join_R <= layer).sum()) for layer in range(self.keep_RL.shape[1])]
         self.rows: list[torch.Tensor] = []  # of each layer: the rows that run it
-        self.inputs: list[torch.Tensor] = []  # and the inputs that they belong to
+        self.inputs: list[torch.Tensor] = []  # the inputs that they belong to
+        self.joining: list[torch.Tensor] = []  # and the inputs whose hidden states rows that join here begin with
         self.everyone: list[bool] = []
-        for layer, count in enumerate(self.present):
+        before = len(self.key_valid_NS)
+        for layer, device in enumerate(self.devices):
+            count = int((self.join_R <= layer).sum())
             rows = self.keep_RL[:count, layer].nonzero()[:, 0]
             self.everyone.append(len(rows) == count)
-            self.rows.append(rows.to(self.device))
-            self.inputs.append(sources[rows].to(self.device))
-        self.sources = sources.to(self.device)
+            self.rows.append(rows.to(device))
+            self.inputs.append(sources[rows].to(device))
+            self.joining.append(sources[before:count].to(device))
+            before = count
 
     def begin(self, positions_NQ: torch.Tensor, valid_NQ: torch.Tensor) -> None:
         """Announce the tokens of the next forward; makes the masks [N, 1, Q, S] of every kind of layer."""
@@ -120,21 +140,24 @@ class RowPass:
         for window in set(self.windows):
             mask = causal_NQS.clone() if window is None else causal_NQS & (age_NQS < window)
             mask[:, :, -count:] |= own
-            self._masks[window] = mask[:, None]
+            self._masks[window, self.device] = mask[:, None]
 
     def end(self, count: int) -> None:
         """Close a forward of `count` tokens."""
         self.cache.used += count
 
     def mask(self, layer: int) -> torch.Tensor:
-        """Return one layer's attention mask for all inputs."""
-        return self._masks[self.windows[layer]]
+        """Return one layer's attention mask for all inputs, on the layer's device."""
+        window, device = self.windows[layer], self.devices[layer]
+        if (window, device) not in self._masks:
+            self._masks[window, device] = self._masks[window, self.device].to(device)
+        return self._masks[window, device]
 
     def drop(self, active_R: torch.Tensor) -> None:
         """Take the rows that are not active out of the batch (only where every row is an input of its own)."""
         assert self._identity
         for layer, rows in enumerate(self.rows):
-            self.cache.select(layer, active_R[rows])
+            self.cache.select(layer, active_R.to(rows.device)[rows])
         self.keep_RL = self.keep_RL[active_R.cpu()]
         self.join_R = self.join_R[active_R.cpu()]
         self.source_R = list(range(len(self.keep_RL)))
@@ -148,7 +171,7 @@ class RowPass:
         for layer, rows in enumerate(self.rows):
             place = {row: i for i, row in enumerate(rows.tolist())}
             owners = [r if self.join_R[r] <= layer else self.source_R[r] for r in chosen if self.keep_RL[r, layer]]
-            found.append(torch.tensor([place[owner] for owner in owners], dtype=torch.long, device=self.device))
+            found.append(torch.tensor([place[owner] for owner in owners], dtype=torch.long, device=rows.device))
         return found
 
 
@@ -162,8 +185,10 @@ class RowSwitch(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Run the layer on the rows [R, Q, D] that keep it, with their part of every argument; let rows join."""
         state, index = self.state, self.index
-        rows, inputs = state.rows[index], state.inputs[index]
-        joining = state.sources[len(hidden_states) : state.present[index]]
+        rows, inputs, joining = state.rows[index], state.inputs[index], state.joining[index]
+        hidden_states = hidden_states.to(rows.device)
+        kwargs["position_ids"] = kwargs["position_ids"].to(rows.device)
+        kwargs["position_embeddings"] = tuple(part.to(rows.device) for part in kwargs["position_embeddings"])
         if len(joining):
             hidden_states = torch.cat([hidden_states, hidden_states[joining]])
         state.layer_rows_run += len(rows)

@@ -123,32 +123,30 @@ class Run:
         commit = _hub_commit(model.path, model.revision)
         return Source(f"model-{digest([model.path, commit])}", model.path, commit)
 
-    def model_spec(self, stage: "Stage | Source"):
-        """Return how workers load the checkpoint of a stage."""
+    def model_spec(self, stage: "Stage | Source", gpus: float = 1):
+        """Return how a worker with `gpus` GPUs loads the checkpoint of a stage."""
         from actors.specs import ModelSpec
 
         model = self.config.model
         revision = stage.revision if isinstance(stage, Source) else None
-        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code)
+        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code, gpus)
 
-    def replicas(self, stage: "Stage | Source") -> "Pool":
-        """Return a pool of model replicas, spread over what the cluster has."""
-        from cluster.connection import capacity, is_private
+    def replicas(self, stage: "Stage | Source", target: str = "actors.replica:LlavaReplica", **kwargs) -> "Pool":
+        """Return a pool of workers that hold the model of a stage, spread over what the cluster has."""
+        from cluster.connection import capacity, is_private, room
         from cluster.pool import Pool, Resources
 
         self._connect()
         wanted = self.config.replicas
-        cpus, gpus = capacity()
-        fit = int(min(cpus // wanted.cpus, gpus // wanted.gpus if wanted.gpus else float("inf")))
+        fit = room(wanted.cpus, wanted.gpus)
         if fit < 1 and (wanted.count == "auto" or is_private()):
-            raise ValueError(_TOO_SMALL.format(wanted.cpus, wanted.gpus, cpus, gpus))
-        count = fit if wanted.count == "auto" else wanted.count
-        if is_private():
-            count = min(count, fit)
-        if count > fit:
-            print(f"replicas: {count} wanted, room for {fit} now; the others start when nodes join", flush=True)
-        kwargs = {"spec": self.model_spec(stage), "max_rows": wanted.max_rows}
-        return Pool("actors.replica:LlavaReplica", kwargs, Resources(wanted.cpus, wanted.gpus, count))
+            raise ValueError(_TOO_SMALL.format(wanted.cpus, wanted.gpus, *capacity()))
+        if wanted.count != "auto" and wanted.count > fit:
+            print(
+                f"replicas: {wanted.count} wanted, room for {fit} now; the others start when there is room", flush=True
+            )
+        kwargs |= {"spec": self.model_spec(stage, wanted.gpus), "max_rows": wanted.max_rows}
+        return Pool(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count))
 
     def worker(self, target: str, **kwargs) -> "Pool":
         """Return one worker with one GPU, or, without GPUs, with all cores of one node."""
@@ -193,8 +191,8 @@ class Run:
 
 
 _TOO_SMALL = (
-    "A replica needs {:g} cores and {:g} GPUs; there are {:g} and {:g}: lower replicas.cpus / replicas.gpus, add "
-    "nodes, or, on a cluster that grows by itself, say how many replicas you want (replicas.count)."
+    "A worker needs {:g} cores and {:g} GPUs on one node; there are {:g} and {:g} in all: lower replicas.cpus / "
+    "replicas.gpus, add nodes, or, on a cluster that grows by itself, say how many replicas you want (replicas.count)."
 )
 
 

@@ -90,6 +90,29 @@ def tiny_config(name: str, layers: int = LAYERS) -> LlavaConfig:
     )
 
 
+def llava_7b() -> LlavaConfig:
+    """Return the config of llava-hf/llava-1.5-7b-hf, which is not tiny at all."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=32064,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+        ),
+        tie_word_embeddings=False,
+    )
+
+
 def tiny_model(name: str, layers: int = LAYERS, seed: int = 0) -> LlavaForConditionalGeneration:
     """Return a random model whose weights are large enough for its greedy answers to vary."""
     torch.manual_seed(seed)
@@ -136,20 +159,25 @@ def _five(name: str) -> str:
 _RENAME = {"published": _published, "five": _five}
 
 
-def plain_model(path: str) -> LlavaForConditionalGeneration:
-    """Load a checkpoint in float32 with plain transformers and nothing of ours; every weight must be in the files."""
-    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+def plain_model(path: str, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """Load a checkpoint with plain transformers and nothing of ours; every weight must be in the files."""
+    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
     left = {kind: names for kind, names in info.items() if names}
     assert not left, left
     return model.eval()
 
 
-@torch.inference_mode()
-def plain_answer(model, processor, sample: Sample, max_new_tokens: int) -> list[int]:
-    """Return the new token ids of `generate(do_sample=False)` for one question, made as a user would."""
+def plain_inputs(processor, sample: Sample) -> dict[str, torch.Tensor]:
+    """Return the processor's tensors for one question, made as a user would."""
     content = [{"type": "image"}, {"type": "text", "text": sample.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=Image.open(sample.image).convert("RGB"), text=text, return_tensors="pt")
+    return processor(images=Image.open(sample.image).convert("RGB"), text=text, return_tensors="pt")
+
+
+@torch.inference_mode()
+def plain_answer(model, processor, sample: Sample, max_new_tokens: int) -> list[int]:
+    """Return the new token ids of `generate(do_sample=False)` for one question."""
+    inputs = plain_inputs(processor, sample)
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 

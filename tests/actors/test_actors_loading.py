@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from actors.loading import check_source, load_model, load_processor, pick_device, pixel_dtype
 from actors.surgery import iterate_tensors, prune_checkpoint, stored_bytes, write_tensors
@@ -176,6 +176,22 @@ def test_no_chat_template(broken):
     """A processor without a chat template cannot make prompts: the file to add is named."""
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"no chat template: add its chat_template\.jinja"):
+        load_processor(str(broken))
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json"])
+def test_no_processor(broken, file):
+    """Weights without the processor's files: what cannot be loaded is said, and what to copy."""
+    (broken / file).unlink()
+    words = r"has no processor that can be loaded \(.+\): copy the processor's files .*from the original model"
+    with pytest.raises(ValueError, match=words):
+        load_processor(str(broken))
+
+
+def test_only_a_tokenizer(broken, monkeypatch):
+    """A text model's tokenizer is no processor: it cannot see."""
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: AutoTokenizer.from_pretrained(broken))
+    with pytest.raises(ValueError, match=r"is only a .*: copy the processor's files"):
         load_processor(str(broken))
 
 

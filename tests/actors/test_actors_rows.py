@@ -6,6 +6,8 @@ import torch
 from actors.rows import RowCache, RowPass, attention_windows
 from tests.tiny import tiny_config
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -24,7 +26,7 @@ def test_attention_windows(name, expected):
 
 def test_mask_by_hand():
     """A padded row of 2 tokens and a row of 3, with no window and with a window of 2 tokens."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), torch.device("cpu"))
+    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), CPU, [CPU, CPU])
     valid = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
     positions = torch.tensor([[0, 0, 1], [0, 1, 2]])
     state.begin(positions, valid)
@@ -38,7 +40,7 @@ def test_mask_by_hand():
 
 def test_mask_of_the_next_token():
     """The second forward sees the first one's tokens, never its padding; a window forgets the oldest."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), torch.device("cpu"))
+    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), CPU, [CPU, CPU])
     state.begin(torch.tensor([[0, 0, 1], [0, 1, 2]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
     state.end(3)
     state.begin(torch.tensor([[2], [3]]), torch.ones(2, 1).bool())
@@ -48,7 +50,7 @@ def test_mask_of_the_next_token():
 
 def test_rows_plan_and_drop():
     """Three rows, of which row 1 skips layer 0 and row 0 skips layer 1; then row 0 ends."""
-    state = RowPass(torch.tensor([[1, 0], [0, 1], [1, 1]]).bool(), [None, None], RowCache(2), torch.device("cpu"))
+    state = RowPass(torch.tensor([[1, 0], [0, 1], [1, 1]]).bool(), [None, None], RowCache(2), CPU, [CPU, CPU])
     assert [rows.tolist() for rows in state.rows] == [[0, 2], [1, 2]]
     values = torch.arange(2.0).reshape(2, 1, 1, 1)
     state.begin(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1).bool())

@@ -1,39 +1,16 @@
 """Table 1's parameter counts, from the real LLaVA-1.5-7B architecture on the meta device."""
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from actors.replica import count_parameters
+from actors.memory import count_parameters
 from actors.surgery import pruned_config
+from tests.tiny import llava_7b
 
 # The authors' published removal order (zero-based), and the parameters in billions that Table 1 prints.
 ORDER = (23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5)
 TABLE_1 = {0: 7.063, 2: 6.659, 4: 6.254, 7: 5.647, 8: 5.444, 9: 5.242, 10: 5.040}
 # q, k, v, o: 4 x 4096^2; gate, up, down: 3 x 4096 x 11008; two norms of 4096
 BLOCK = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-
-
-def llava_7b() -> LlavaConfig:
-    """The architecture of llava-hf/llava-1.5-7b-hf."""
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-        ),
-        tie_word_embeddings=False,
-    )
 
 
 @pytest.mark.parametrize(("removed", "billions"), TABLE_1.items())

@@ -14,10 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
-
-import torch
 
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import QUESTIONS
@@ -26,6 +23,7 @@ from actors.loading import load_model, load_processor, quiet
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec, Sample
 from actors.surgery import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
+from tests.benchmarks.machine import floor_s, timed
 
 DERM_TINY = Path(__file__).resolve().parents[2] / "actors" / "derm_tiny" / "checkpoint"
 TOKENS = 48
@@ -110,37 +108,12 @@ class Contest:
 
     def floor_s(self) -> float:
         """Seconds that the engine's own work takes at this machine's measured rates."""
-        layer = self.replica.model.model.language_model.layers[0]
-        weights = [p for p in layer.parameters() if p.dim() == 2]
-        rate, bandwidth = _matmul_rate(weights), _bandwidth()
+        layer, layers = self.replica.model.model.language_model.layers[0], self.replica.layer_count()
         prompt = statistics.mean(len(self.replica._prompt(sample)) for sample in self.samples)
         drafts = self._engine(None)
         answer = statistics.mean(len(ids) for ids in drafts.values())
-        layer_rows = self.replica.counts["layer_rows_run"] + len(self.samples) * self.replica.layer_count()
-        flops = 2 * sum(p.numel() for p in weights) * (prompt + answer) * layer_rows
-        read = answer * self.replica.layer_count() * sum(p.numel() * p.element_size() for p in weights)
-        return flops / rate + read / bandwidth
-
-
-def _matmul_rate(weights) -> float:
-    x = {p.shape[1]: torch.randn(4096, p.shape[1]) for p in weights}
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for p in weights:
-            x[p.shape[1]] @ p.T.detach()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 4096 * sum(p.numel() for p in weights) / best
-
-
-def _bandwidth() -> float:
-    block = torch.ones(2**26)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.numel() * block.element_size() / min(times)
+        layer_rows = self.replica.counts["layer_rows_run"] + len(self.samples) * layers
+        return floor_s(layer, (prompt + answer) * layer_rows, answer * layers)
 
 
 def run(name: str, contest: Contest, repeats: int) -> dict:
@@ -150,9 +123,8 @@ def run(name: str, contest: Contest, repeats: int) -> dict:
     found = {}
     for _ in range(repeats):
         for way, answer in ways.items():
-            start = time.perf_counter()
-            found[way] = answer()
-            times[way].append(time.perf_counter() - start)
+            seconds, found[way] = timed(answer)
+            times[way].append(seconds)
     counts = dict(contest.replica.counts)
     median = {way: statistics.median(values) for way, values in times.items()}
     reference = found["single"]

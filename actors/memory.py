@@ -1,0 +1,90 @@
+"""What a model needs, counted from its config before it is loaded, and what this process may take."""
+
+import copy
+from collections.abc import Sequence
+
+import psutil
+import torch
+from transformers import AutoModelForImageTextToText
+
+from actors.surgery import stored_bytes
+
+TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row
+GIB = 2**30
+
+
+def meta_model(config, trust_remote_code: bool = False):
+    """Return the unquantized model that a config describes, on the meta device: shapes without numbers."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def count_parameters(config) -> int:
+    """Return the parameters of the unquantized model that a config describes."""
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
+
+
+def weight_bytes(path: str, config, itemsize: int, quantizing: bool, common: dict) -> int:
+    """Return the least bytes of a checkpoint's weights in memory.
+
+    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk; where the weights are rounded while
+    they are loaded (`quantizing`), those of the decoder layers take 4 bits. common: revision, trust_remote_code.
+    """
+    if getattr(config, "quantization_config", None):
+        return stored_bytes(path, common["revision"])
+    bits = 0
+    for name, parameter in meta_model(config, common["trust_remote_code"]).named_parameters():
+        rounded = quantizing and parameter.dim() == 2 and "language_model.layers." in name
+        bits += parameter.numel() * (4 if rounded else 8 * itemsize)
+    return bits // 8
+
+
+def cached_bytes(text_config, layers: int, itemsize: int) -> int:
+    """Return the bytes of one token's keys and values in `layers` layers."""
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    return layers * 2 * heads * head * itemsize
+
+
+def check_fits(path: str, weights: int, config, itemsize: int, devices: Sequence[torch.device]) -> None:
+    """ValueError if the weights (bytes) and one row's keys and values are more than the devices' free memory."""
+    text = config.get_text_config()
+    tokens = TEXT_TOKENS + (getattr(config, "image_seq_length", None) or 0)
+    row = tokens * cached_bytes(text, text.num_hidden_layers, itemsize)
+    free = sum(map(free_bytes, devices))
+    if weights + row > free:
+        place = "in main memory" if devices[0].type == "cpu" else f"on {len(devices)} GPU(s)"
+        raise ValueError(
+            f"{path!r} needs {(weights + row) / GIB:.2f} GiB (weights {weights / GIB:.2f}, keys and values of one "
+            f"answer {row / GIB:.2f}) and {free / GIB:.2f} GiB are free {place}: set model.dtype to float16, give a "
+            "quantized checkpoint, more GPUs per replica (replicas.gpus) or fewer replicas per GPU."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that this process could still take on `device` (bytes), within its share of a GPU."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + torch.cuda.memory_reserved(device) - allocated, share - allocated)
+
+
+def claim_devices(device: str, gpus: float) -> list[torch.device]:
+    """Return the devices of a replica: the CPU, or its GPUs, of which a fraction caps this process's share.
+
+    ValueError: fewer GPUs are visible than `gpus`.
+    """
+    if device == "cpu":
+        return [torch.device("cpu")]
+    visible = torch.cuda.device_count()
+    if gpus > visible:
+        raise ValueError(f"A replica was given {gpus:g} GPUs, but {visible} are visible here: lower replicas.gpus.")
+    found = [torch.device("cuda", number) for number in range(max(1, int(gpus)))]
+    for each in found:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), each)
+    return found

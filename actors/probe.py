@@ -1,0 +1,55 @@
+"""The probe: one drawn image and one question, whose next-token logits [V] tell whether two models are the same."""
+
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from actors.engine import first_logits
+from actors.loading import language_model, pixel_dtype
+from actors.replica import LlavaReplica
+from actors.specs import ModelSpec, Sample
+
+PROBE = "probe.npy"
+QUESTION = "What is shown in this image?"
+
+
+def probe_image() -> Image.Image:
+    """Draw the probe's image: a colour gradient with a spot."""
+    y, x = np.mgrid[0:96, 0:96]
+    spot = ((x - 60) ** 2 + (y - 40) ** 2 < 400) * 90
+    channels = np.stack([255 - x - spot, 160 - y // 2 - spot, 40 + x + y], axis=-1)
+    return Image.fromarray(channels.clip(0, 255).astype("u1"))
+
+
+def engine_logits(spec: ModelSpec, removed: Sequence[int]) -> np.ndarray:
+    """Return the probe's logits [V] of a model with layers switched off, by the ablation engine, in float32."""
+    replica = LlavaReplica(spec, 1)
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        probe_image().save(file.name)
+        prompt, _ = replica.embedded(Sample("probe", file.name, QUESTION))
+    return first_logits(replica.model, [prompt], replica.keep([removed]))[0].float().cpu().numpy()
+
+
+def probe_inputs(processor) -> dict[str, torch.Tensor]:
+    """Return the probe as the processor's tensors."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    made = processor(images=probe_image(), text=text, return_tensors="pt")
+    return {key: made[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+
+
+@torch.inference_mode()
+def probe_logits(model, processor) -> np.ndarray:
+    """Return a model's logits [V] of the token after the probe, in float32."""
+    inputs = placed_probe(model, processor)
+    return model(**inputs).logits[0, -1].float().cpu().numpy()
+
+
+def placed_probe(model, processor) -> dict[str, torch.Tensor]:
+    """Return the probe on a model's device, the pixels in its tower's type."""
+    device = language_model(model).embed_tokens.weight.device
+    inputs = {key: value.to(device) for key, value in probe_inputs(processor).items()}
+    return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(model))}
