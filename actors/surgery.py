@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,8 +59,36 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, shard.get_tensor(name)
 
 
+def published_name(name: str) -> str:
+    """Return a LLaVA tensor's name as the llava-hf checkpoints spell it, which vLLM and older transformers expect.
+
+    transformers 5 saves models built from a config as vision_tower.encoder... or model.language_model...
+    """
+    name = re.sub(r"^model\.(language_model|vision_tower|multi_modal_projector)\.", r"\1.", name)
+    name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+    name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def publish_names(folder: Path) -> None:
+    """Rewrite a saved checkpoint whose tensors have other names than the published ones."""
+    files = weight_files(folder)
+    if all(published_name(name) == name for name, _ in iterate_tensors(folder)):
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as text:
+        renamed = Path(text)
+        write_tensors(renamed, iterate_tensors(folder))
+        for file in [*files, folder / INDEX]:
+            file.unlink(missing_ok=True)
+        for file in renamed.iterdir():
+            file.rename(folder / file.name)
+
+
 def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors as model.safetensors, or as shards of at most `shard_bytes` with an index; one shard in memory."""
+    """Write tensors as model.safetensors, or as shards of at most `shard_bytes` with an index; one shard in memory.
+
+    Their names become the published ones.
+    """
     shards: list[Path] = []
     where: dict[str, int] = {}
     held: dict[str, torch.Tensor] = {}
@@ -72,7 +101,7 @@ def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         where.update(dict.fromkeys(held, len(shards) - 1))
         held, size = {}, 0
 
-    for name, tensor in tensors:
+    for name, tensor in ((published_name(name), tensor) for name, tensor in tensors):
         count = tensor.numel() * tensor.element_size()
         if held and size + count > shard_bytes:
             flush()

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -12,8 +13,9 @@ from transformers import BitsAndBytesConfig
 
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, quiet
+from actors.probe import PROBE, probe_logits
 from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSpec
-from actors.surgery import copy_companions, local_folder, stored_dtype
+from actors.surgery import copy_companions, local_folder, publish_names, stored_dtype
 
 
 def language_linears(model: Llava) -> list[str]:
@@ -82,7 +84,7 @@ class LoraTrainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             yield {"step": step + 1, "loss": loss, "learning_rate": rate}
-        self._merge(model, Path(out))
+        self._merge(model, processor, Path(out))
 
     def _adapted(self, settings: LoraSettings) -> Llava:
         dtype = training_dtype(self._spec.dtype, settings.method)
@@ -99,7 +101,7 @@ class LoraTrainer:
         )
         return get_peft_model(model, config)
 
-    def _merge(self, model: PeftModel, out: Path) -> None:
+    def _merge(self, model: PeftModel, processor, out: Path) -> None:
         # Merging into the NF4 weights would add their rounding error: merge into the original precision.
         adapter = out / "adapter"
         model.save_pretrained(str(adapter))
@@ -109,6 +111,8 @@ class LoraTrainer:
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         copy_companions(source, out)
         merged.to(stored).save_pretrained(out)
+        publish_names(out)
+        np.save(out / PROBE, probe_logits(merged, processor), allow_pickle=False)
         shutil.rmtree(adapter)
 
 

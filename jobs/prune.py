@@ -12,7 +12,7 @@ The checkpoint has renumbered layers and a corrected config: plain transformers 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import ablate, prepare, select
+from jobs import ablate, prepare, select, verify
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
@@ -27,19 +27,19 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
             raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")
         removed = prune.order[: prune.layers]
         return Stage(
-            "prune", 1, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
+            "prune", 2, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
         )
     data = prepare.stage(run)
     scores = ablate.stage(run, model, data)
     if prune.search != "one_shot":
         chosen = select.stage(run, model, data, scores)
         return Stage(
-            "prune", 1, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
+            "prune", 2, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
         )
 
     return Stage(
         "prune",
-        1,
+        2,
         {"layers": prune.layers},
         (model, scores),
         lambda r, f, facts: _write(r, model, select.one_shot(r, scores), f, facts),
@@ -50,6 +50,7 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
     spec = run.model_spec(model)
     with run.worker("actors.surgery:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
+    facts["gate"] = verify.passed(run, folder, model, facts["removed"])
     print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
 
 

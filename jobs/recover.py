@@ -14,7 +14,7 @@ from pathlib import Path
 
 from actors.specs import Conversation, LoraSettings
 from cluster.tables import write_table
-from jobs import prepare
+from jobs import prepare, verify
 from jobs.command import main
 from jobs.progress import Progress
 from jobs.run import Run, Source, Stage
@@ -29,7 +29,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     }
-    return Stage("recover", 2, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+    return Stage("recover", 3, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
 def training_conversations(folder: str) -> list[Conversation]:
@@ -54,6 +54,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     write_table(folder / LOSSES, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
+    facts["gate"] = verify.passed(run, folder)
 
 
 def job(run: Run) -> None:

@@ -77,9 +77,13 @@ def test_sigkilled_replicas_and_driver_change_nothing(tmp_path):
     assert len(before) < UNITS, "the driver was not killed in the middle"
     after = {path.name: path.stat().st_mtime_ns for path in parts(stormy)}
     assert all(after[name] == stamp for name, stamp in before.items()), "a finished unit was measured again"
-    expected = rows(calm)
-    assert len(expected) == UNITS * 11 and rows(stormy) == expected
-    assert scores(stormy) == scores(calm)
+    expected, found = rows(calm), rows(stormy)
+    assert len(expected) == UNITS * 11 and set(found) == set(expected)
+    assert {key: answer for key, (answer, _) in found.items()} == {key: answer for key, (answer, _) in expected.items()}
+    for key, (_, loss) in found.items():  # which texts are embedded together changes the last digits
+        assert loss == pytest.approx(expected[key][1], abs=1e-6)
+    for one, other in zip(scores(stormy), scores(calm), strict=True):
+        assert one == {**other, **{name: pytest.approx(other[name], abs=1e-6) for name in ("score", "low", "high")}}
 
 
 def scores(folder: Path) -> list[dict]:
