@@ -1,6 +1,7 @@
 """Connecting to Ray: the cluster at RAY_ADDRESS, or a private one on this machine that ends with the job."""
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -121,3 +122,20 @@ def capacity() -> tuple[float, float]:
 
     resources = ray.cluster_resources()
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def room(cpus: float, gpus: float) -> int:
+    """Return how many actors of `cpus` cores and `gpus` GPUs the nodes hold now, were they all free."""
+    import ray
+
+    return sum(_room_on(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])
+
+
+def _room_on(node: dict[str, float], cpus: float, gpus: float) -> int:
+    there = node.get("GPU", 0.0)
+    by_gpus = _times(there, gpus) if gpus >= 1 or not gpus else int(there) * _times(1, gpus)  # no GPU is cut across
+    return int(min(_times(node.get("CPU", 0.0), cpus), by_gpus))
+
+
+def _times(there: float, wanted: float) -> float:
+    return math.floor(there / wanted + 1e-9) if wanted else math.inf

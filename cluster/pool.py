@@ -1,24 +1,26 @@
-"""A pool of actors that loses no work when one of its processes dies.
+"""A pool of actors that loses no work when a process or a node dies, and that grows with its cluster.
 
 Ray's own retries are at least once and can hang when a node is lost; here the driver owns them: one item
-in flight per actor, a dead actor's item goes back to the queue and a new actor takes its place, and an
-item that fails `ATTEMPTS` times is returned with its reason while the rest completes.
+in flight per actor, a dead actor's item goes to the end of the queue and a new actor takes its place where there
+is room, and an item that fails `ATTEMPTS` times is returned with its reason while the rest completes.
 """
 
 import importlib
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from cluster.connection import protect
+from cluster.connection import protect, room
 
 protect()
 import ray  # noqa: E402
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError  # noqa: E402
 
 ATTEMPTS = 3
+LOOK_EVERY_S = 2.0  # for nodes that joined or left
 # What a dead actor's call raises: Ray has a class of its own for an actor that its memory monitor killed, and one
 # for a large result that was lost with its node.
 DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
@@ -26,11 +28,15 @@ DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor holds while it lives: cores, GPUs (a fraction shares one); and how many actors."""
+    """What one actor holds while it lives: cores, GPUs (a fraction shares one); and how many actors.
+
+    count: "auto" is as many as the nodes hold at the time, and at least one. Of a number, those that find no room
+    wait for it in Ray's queue, where a cluster that grows by itself sees them.
+    """
 
     cpus: float = 1
     gpus: float = 0
-    count: int = 1
+    count: int | Literal["auto"] = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Work:
+    method: str
     key: Any
     args: tuple
     attempt: int = 1
@@ -74,14 +81,19 @@ class Pool:
     """`resources.count` actors of the class `target` ("package.module:Class"), each built with `kwargs`.
 
     Actors start when there is work for them. An exception in the class's constructor is raised to the caller;
-    actors that die (out of memory, killed) are replaced, at most `respawns` times over the pool's life.
+    actors that die (out of memory, killed, lost with their node) are replaced. The pool gives up when as many as it
+    ever had at a time, and `respawns` more, died in a row: without one item finished in between.
     """
 
     def __init__(self, target: str, kwargs: dict, resources: Resources, respawns: int = 16):
         self._target, self._kwargs, self._resources = target, kwargs, resources
-        self._respawns_left = respawns
+        self._respawns, self._deaths, self._most = respawns, 0, 0
+        self._room, self._look_at = 0, 0.0
         self._idle: list = []
         self._flights: dict[Any, tuple] = {}  # object ref -> (actor, its work, or None while it sets up)
+        self._waiting: deque[_Work] = deque()
+        self._ended: deque[Outcome] = deque()
+        self._left = 0  # outcomes that the running map owes
 
     def __enter__(self) -> "Pool":
         return self
@@ -93,27 +105,21 @@ class Pool:
         self._flights.clear()
 
     def map(self, method: str, items: Iterable[tuple[Any, tuple]]) -> Iterator[Outcome]:
-        """Call `method(*args)` for every (key, args) on whichever actor is free; yield outcomes as they come."""
-        waiting = deque(_Work(key, args) for key, args in items)
-        working = 0
-        while waiting or working:
-            while self._idle and waiting:
-                actor, work = self._idle.pop(), waiting.popleft()
-                self._flights[actor.call.remote(method, work.args)] = (actor, work)
-                working += 1
-            starting = len(self._flights) - working
-            for _ in range(min(self._resources.count - len(self._flights), len(waiting) - starting)):
-                self._spawn()
-            actor, work, value, error = self._next()
-            if work is None:
-                continue
-            working -= 1
-            if error is None:
-                yield Outcome(work.key, value=value, attempts=work.attempt)
-            elif work.attempt < ATTEMPTS:
-                waiting.append(_Work(work.key, work.args, work.attempt + 1))
+        """Call `method(*args)` for every (key, args), in this order, on whichever actor is free.
+
+        Outcomes are yielded as they come. The actors go on while the caller looks at one.
+        """
+        if self._left:
+            raise RuntimeError("This pool's last map was not read to its end: read it, or use another pool.")
+        self._waiting.extend(_Work(method, key, args) for key, args in items)
+        self._left = len(self._waiting)
+        while self._left:
+            self._hand_out()
+            if self._ended:
+                self._left -= 1
+                yield self._ended.popleft()
             else:
-                yield Outcome(work.key, error=error, attempts=work.attempt)
+                self._wait()
 
     def call(self, method: str, *args) -> Any:
         """Call `method(*args)` on one actor; what it raises is raised here."""
@@ -129,7 +135,7 @@ class Pool:
         while not self._idle:
             if not self._flights:
                 self._spawn()
-            self._next()
+            self._wait()
         actor = self._idle.pop()
         try:
             if edge == "call":
@@ -147,36 +153,69 @@ class Pool:
             if actor is not None:
                 self._idle.append(actor)
 
+    def _hand_out(self) -> None:
+        """Give every idle actor an item, and start actors for items that none will take soon."""
+        while self._idle and self._waiting:
+            actor, work = self._idle.pop(), self._waiting.popleft()
+            self._flights[actor.call.remote(work.method, work.args)] = (actor, work)
+        if self._waiting:
+            starting = sum(work is None for _, work in self._flights.values())
+            for _ in range(min(self._wanted() - len(self._flights), len(self._waiting) - starting)):
+                self._spawn()
+
+    def _wanted(self) -> int:
+        """Return how many actors there should be now."""
+        if self._resources.count != "auto":
+            return self._resources.count
+        if time.monotonic() >= self._look_at:
+            self._room = max(1, room(self._resources.cpus, self._resources.gpus))
+            self._look_at = time.monotonic() + LOOK_EVERY_S
+        return self._room
+
     def _spawn(self) -> None:
         options = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
         actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(_Host).remote(
             self._target, self._kwargs, self._resources.gpus
         )
         self._flights[actor.setup.remote()] = (actor, None)
+        self._most = max(self._most, len(self._flights) + len(self._idle))
 
-    def _next(self) -> tuple:
-        """Wait for one flight to end; return (actor, work, value, reason of failure)."""
-        (done,), _ = ray.wait(list(self._flights), num_returns=1)
-        actor, work = self._flights.pop(done)
+    def _wait(self) -> None:
+        """Wait until a flight ends, or until it is time to look at the cluster again."""
+        done, _ = ray.wait(list(self._flights), num_returns=1, timeout=LOOK_EVERY_S)
+        for ref in done:
+            self._land(ref)
+
+    def _land(self, ref) -> None:
+        """Free the actor of a flight that ended; its item is done, waits for another try, or has failed."""
+        actor, work = self._flights.pop(ref)
+        value = reason = None
         try:
-            value = ray.get(done)
+            value = ray.get(ref)
         except RayTaskError as error:
             if work is None:
                 ray.kill(actor)  # alive without an object; it would hold its GPU as long as this exception is kept
                 raise unwrapped(error) from error
-            self._idle.append(actor)
-            return actor, work, None, _one_line(unwrapped(error))
+            reason = _one_line(unwrapped(error))
         except DEATHS as error:
             ray.kill(actor)  # perhaps it was only out of reach
-            if self._respawns_left <= 0:
+            actor, reason = None, f"its worker died ({_one_line(error)})"
+            self._deaths += 1
+            if self._deaths >= self._most + self._respawns:
                 raise RuntimeError(
                     f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "
                     "If they run out of memory, lower replicas.count or replicas.max_rows."
                 ) from None
-            self._respawns_left -= 1
-            return actor, work, None, f"its worker died ({_one_line(error)})"
-        self._idle.append(actor)
-        return actor, work, value, None
+        if actor is not None:
+            self._idle.append(actor)
+        if work is None:
+            return
+        if reason is None:
+            self._deaths = 0
+        if reason is not None and work.attempt < ATTEMPTS:
+            self._waiting.append(replace(work, attempt=work.attempt + 1))
+        else:
+            self._ended.append(Outcome(work.key, value, reason, work.attempt))
 
 
 def unwrapped(error: RayTaskError) -> BaseException:

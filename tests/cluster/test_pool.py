@@ -1,5 +1,6 @@
 """The pool: every item ends exactly once, whatever happens to the processes."""
 
+import time
 import traceback
 from collections import Counter
 
@@ -7,6 +8,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError
 
 import cluster.pool
+from cluster.connection import room
 from cluster.pool import ATTEMPTS, Outcome, Pool, Resources
 
 pytestmark = [pytest.mark.usefixtures("private_ray"), pytest.mark.timeout(60)]  # a lost item shows as a hang
@@ -50,8 +52,49 @@ def test_outcomes_come_while_others_are_still_to_do(tmp_path):
     with pool_of("Mortal", Resources(count=1), folder=str(tmp_path)) as pool:
         outcomes = pool.map("work", items(range(4)))
         assert next(outcomes) == Outcome(0, value=0)
-        assert tries(tmp_path) == Counter([0])
-        assert len(list(outcomes)) == 3
+        deadline = time.monotonic() + 20
+        while len(tries(tmp_path)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert tries(tmp_path) == Counter([0, 1])  # the worker has the next item while the caller looks at this one
+        assert [outcome.key for outcome in outcomes] == [1, 2, 3]
+
+
+def test_items_are_taken_in_the_order_given_and_a_second_try_comes_last(tmp_path):
+    with pool_of("Mortal", Resources(count=1), folder=str(tmp_path), deadly=(0,)) as pool:
+        outcomes = [outcome.key for outcome in pool.map("work", items([4, 0, 3, 1, 2]))]
+    assert outcomes == [4, 3, 1, 2, 0]
+
+
+def test_a_call_while_a_map_runs_takes_nothing_from_it():
+    with pool_of("Squares") as pool:
+        outcomes, calls = [], []
+        for outcome in pool.map("square", items(range(8))):
+            outcomes.append(outcome)
+            calls.append(pool.call("square", outcome.key + 100))
+    assert sorted(outcomes, key=lambda outcome: outcome.key) == [Outcome(n, value=n * n) for n in range(8)]
+    assert calls == [(outcome.key + 100) ** 2 for outcome in outcomes]
+
+
+def test_a_map_that_was_left_is_not_mixed_with_the_next():
+    with pool_of("Squares") as pool:
+        next(pool.map("square", items(range(8))))
+        with pytest.raises(RuntimeError, match="last map was not read to its end"):
+            list(pool.map("square", items(range(3))))
+
+
+def test_actors_that_find_no_room_hold_up_nobody(tmp_path):
+    with pool_of("Meets", Resources(count=5)) as pool:  # there are two cores
+        outcomes = list(pool.map("meet", items(range(30), str(tmp_path), 2)))
+    assert [outcome.error for outcome in outcomes] == [None] * 30
+    assert len({outcome.value for outcome in outcomes}) == 2
+
+
+@pytest.mark.parametrize(("cpus", "fit"), [(0.5, 4), (1, 2), (2, 1)])
+def test_auto_is_as_many_actors_as_fit(tmp_path, cpus, fit):
+    assert room(cpus, 0) == fit
+    with pool_of("Meets", Resources(cpus=cpus, count="auto")) as pool:
+        outcomes = list(pool.map("meet", items(range(fit), str(tmp_path), fit)))
+    assert len({outcome.value for outcome in outcomes}) == fit and not any(outcome.error for outcome in outcomes)
 
 
 def test_items_whose_process_was_killed_are_done_by_another(tmp_path):
@@ -120,11 +163,20 @@ def test_workers_that_keep_dying_end_the_pool(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # the first and two replacements
 
 
-def test_the_cap_on_replacements_holds_for_the_pools_whole_life(tmp_path):
-    with pool_of("Mortal", Resources(count=1), respawns=1, folder=str(tmp_path), deadly=(1, 2)) as pool:
-        assert [outcome.attempts for outcome in pool.map("work", items([1]))] == [2]
-        with pytest.raises(RuntimeError, match="keep dying"):
-            list(pool.map("work", items([2])))
+def test_the_cap_is_on_deaths_in_a_row(tmp_path):
+    deadly = (0, 2, 4, 6, 8, 9)
+    with pool_of("Mortal", Resources(count=1), respawns=1, folder=str(tmp_path), deadly=deadly) as pool:
+        outcomes = pool.map("work", items(range(12)))
+        assert [next(outcomes).key for _ in range(4)] == [1, 3, 5, 7]  # a death before each of them
+        with pytest.raises(RuntimeError, match="keep dying"):  # 8 and 9
+            next(outcomes)
+
+
+def test_actors_that_die_together_do_not_end_the_pool(tmp_path):
+    """As when their node dies: the deaths of actors that worked are no row of failed replacements."""
+    with pool_of("Mortal", TWO, respawns=1, folder=str(tmp_path), deadly=(0, 1)) as pool:
+        outcomes = {outcome.key: outcome for outcome in pool.map("work", items(range(2)))}
+    assert outcomes == {n: Outcome(n, value=n * 10, attempts=2) for n in range(2)}
 
 
 def test_a_stream_yields_as_its_worker_does(tmp_path):

@@ -1,10 +1,13 @@
 """Plain classes for the pool's tests: each can do one thing that goes wrong on real machines."""
 
+import hashlib
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import ray
 
 
 def die() -> None:
@@ -24,6 +27,39 @@ class Squares:
     def process(self, _: int = 0) -> int:
         time.sleep(0.05)  # so that no actor can take all
         return os.getpid()
+
+
+class Meets:
+    """Waits for its colleagues; notes each that came in `folder`."""
+
+    def meet(self, _: int, folder: str, count: int) -> int:
+        (Path(folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + 30
+        while len(list(Path(folder).iterdir())) < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"fewer than {count} came")
+            time.sleep(0.01)
+        return os.getpid()
+
+    def unit(self, seconds: float) -> dict:
+        """Take some time; return where and when (seconds of this machine's clock)."""
+        began = time.monotonic()
+        time.sleep(seconds)
+        return {
+            "process": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "devices": os.environ["CUDA_VISIBLE_DEVICES"],
+            "began": began,
+            "ended": time.monotonic(),
+        }
+
+
+class Digests:
+    """Computes, slowly, what everybody can compute."""
+
+    def digest(self, number: int) -> str:
+        time.sleep(0.03)
+        return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 class Mortal:
