@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 MANIFEST = "manifest.json"
 
 
@@ -75,23 +77,13 @@ class ArtifactStore:
         host = f"{name}.{socket.gethostname()}-"
         for left in self.root.glob(f"{host}*.partial"):
             number = left.name.removeprefix(host).removesuffix(".partial")
-            if number.isdigit() and (int(number) == os.getpid() or not _runs(int(number))):
+            if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
                 shutil.rmtree(left, ignore_errors=True)
         return self.root / f"{host}{os.getpid()}.partial"
 
     def manifest(self, name: str) -> dict:
         """Return the manifest of a complete artifact."""
         return json.loads((self.root / name / MANIFEST).read_text())
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class Fingerprints:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK_ONLY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -59,13 +61,13 @@ def connected(cpus: int | None = None) -> Iterator[None]:
             _check_reachable(address)
             ray.init(address=address, runtime_env=_own_code(), **quiet)
         else:
-            folder = tempfile.mkdtemp(prefix="prn-", dir="/tmp")  # short: Ray's socket paths are limited
+            folder = private_folder()
             ray.init(
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
+                _temp_dir=str(folder),
                 **quiet,
             )
         yield
@@ -73,6 +75,15 @@ def connected(cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def private_folder() -> Path:
+    """Make a folder for a private Ray, with a short path (sockets' paths are limited); remove those of dead drivers."""
+    for left in Path("/tmp").glob("prn-*-*"):
+        number = left.name.split("-")[1]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"prn-{os.getpid()}-", dir="/tmp"))
 
 
 def _address() -> str:

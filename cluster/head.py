@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.connection import private_environment
+from cluster.connection import private_environment, private_folder
 
 READY_WITHIN_S = 120
 STOP_WITHIN_S = 20
@@ -37,7 +36,7 @@ def private_head(cpus: int | None = None) -> Iterator[Head]:
 
     RuntimeError, with the last lines of its log, if it is not ready within two minutes.
     """
-    folder = Path(tempfile.mkdtemp(prefix="prn-", dir="/tmp"))  # short: Ray's socket paths are limited
+    folder = private_folder()
     gcs, dashboard, client = free_ports(3)
     environment = {
         **os.environ,

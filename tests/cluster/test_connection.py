@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.connection import _check_reachable, capacity
+from cluster.connection import _check_reachable, capacity, private_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A process that starts a private Ray and prints what it consists of: its folder, processes and listening sockets.
@@ -160,3 +160,14 @@ def test_a_given_cluster_is_used_and_left_running(private_ray):
     )
     assert done.stdout.strip() == "(2.0, 0.0) 49", done.stderr
     assert capacity() == (2.0, 0.0)  # still there
+
+
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next():
+    code = "import os; from cluster.connection import private_folder; print(private_folder(), flush=True); os._exit(9)"
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    assert os.path.isdir(left)
+    own = private_folder()
+    try:
+        assert own.is_dir() and not os.path.exists(left)
+    finally:
+        own.rmdir()
