@@ -1,6 +1,6 @@
-"""Asymmetric 4-bit rounding in groups of input channels, and the AWQ "gemm" layout that stores it.
+"""Asymmetric rounding in groups of input channels, and the AWQ "gemm" layout that stores 4 bits of it.
 
-W[o, i] is approximated by (q[o, i] - z[o, g]) * s[o, g] with q, z in 0..15 and g = i // group.
+W[o, i] is approximated by (q[o, i] - z[o, g]) * s[o, g] with q, z in 0..2^bits - 1 and g = i // group.
 """
 
 import torch
@@ -14,7 +14,7 @@ NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def round_to_nearest(
-    weight: Float[Tensor, "out in"], group: int
+    weight: Float[Tensor, "out in"], group: int, bits: int = BITS
 ) -> tuple[Int[Tensor, "out in"], Int[Tensor, "out groups"], Float[Tensor, "out groups"]]:
     """Return (q, zero, scale) of a weight: min-max range per group of `group` inputs, scales rounded to float16.
 
@@ -29,10 +29,10 @@ def round_to_nearest(
     grouped = weight.float().reshape(outputs, inputs // group, group)
     low = grouped.amin(dim=-1).clamp(max=0)
     high = grouped.amax(dim=-1).clamp(min=0)
-    top = 2**BITS - 1
+    top = 2**bits - 1
     scale = ((high - low) / top).clamp(min=1e-5).to(torch.float16)
     if not torch.isfinite(scale).all():
-        raise ValueError("A weight's range exceeds float16: its scale cannot be stored.")
+        raise ValueError("A weight's range exceeds float16, or is no number: its scale cannot be stored.")
     exact = scale.float()
     zero = (-low / exact).round().clamp(0, top)
     q = (grouped / exact[..., None]).round().add(zero[..., None]).clamp(0, top)

@@ -1,164 +1,139 @@
-"""Activation-aware weight quantization (Lin et al. 2024; paper eq. 6-8) by the autoawq package.
+"""AWQ (Lin et al. 2024; paper eq. 6-8), one decoder layer at a time: search scales and clipping, round, pack.
 
-autoawq is archived and knows neither today's module names nor image inputs, so this file, and no other, adapts
-it: the search for scales and clipping is autoawq's, run on the inputs that real image-and-text conversations
-give the decoder; the rounding and the file layout are those of actors.quantizers.rtn.
+A layer's weights are read from the file when its turn comes and freed before the next; the calibration inputs pass
+through the layers as they were before rounding, as in the authors' code.
 """
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
-from actors.conversations import collate
-from actors.loading import language_model, load_model, load_processor, pixel_dtype
-from actors.quantizers.rtn import quantize_rtn
-from actors.specs import Conversation, Llava, ModelSpec, QuantizeSettings
-from actors.surgery import copy_companions, local_folder
-
-CLIP_BLOCK = 64
-MISSING = (
-    "The awq quantizer needs the autoawq package, which is not installed: pip install --no-deps autoawq==0.2.9 "
-    "(or choose --quantize.method nf4 or rtn)."
-)
+from actors.maths.awq import ROWS, best_limit, clip, grid_errors, group_gram, scale_grid
+from actors.quantizers.calibration import inputs_of_checkpoint, rows_at_once
+from actors.quantizers.rtn import write_gemm
+from actors.quantizers.storage import other_tensors, read_layers
+from actors.quantizers.structure import NEVER_CLIPPED, ScalingGroup, empty_decoder, scaling_groups
+from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
 
-def quantize_awq(spec: ModelSpec, settings: QuantizeSettings, calibration: Sequence[Conversation], out: Path) -> dict:
-    """Scale, clip and round the checkpoint `spec`; returns {linears, calibration_tokens}.
+def quantize_awq(
+    spec: ModelSpec,
+    source: Path,
+    config,
+    settings: QuantizeSettings,
+    calibration: Sequence[Conversation],
+    out: Path,
+) -> dict:
+    """Scale, clip and round the checkpoint `source`; returns {calibration_tokens}.
 
-    ValueError: autoawq is missing, no calibration conversations, or a decoder layer of unknown structure.
+    ValueError: no calibration conversations, or a checkpoint that does not hold what its config says.
     """
-    try:
-        from awq.quantize.quantizer import AwqQuantizer
-    except ImportError as error:
-        raise ValueError(f"{MISSING} ({error})") from None
     if not calibration:
         raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
-    model = load_model(**vars(spec))
-    check_sizes(model, settings)
-    processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
-    rows = calibration_inputs(model, processor, calibration)
-
-    class Search(AwqQuantizer):
-        """autoawq's search on inputs recorded from our own batches."""
-
-        def init_quant(self, n_samples=128, max_seq_len=512):
-            inputs, kwargs = first_layer_inputs(model, rows)
-            return language_model(model).layers, kwargs, inputs
-
-    search = Search(
-        awq_model=_Structure,
-        model=model,
-        tokenizer=None,
-        w_bit=settings.bits,
-        group_size=settings.group_size,
-        zero_point=True,
-        version="gemm",
-        calib_data=None,
-        split=None,
-        text_column=None,
-        duo_scaling=False,  # s = s_X^alpha, the paper's eq. 8
-        export_compatible=True,  # leave the scaled and clipped weights unrounded: rtn rounds and packs them
-        apply_clip=settings.clip,
-    )
-    search.quantize()
-    with tempfile.TemporaryDirectory(dir=out) as scaled:
-        copy_companions(local_folder(spec.path, spec.revision), Path(scaled))
-        model.save_pretrained(scaled)
-        facts = quantize_rtn(scaled, out, settings.group_size)
-    return {**facts, "calibration_tokens": int(rows["input_ids"].numel())}
+    hidden, kwargs = inputs_of_checkpoint(spec, source, config, calibration)
+    write_gemm(source, config, settings, out, scaled_tensors(source, config, settings, hidden, kwargs))
+    return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
 
 
-def check_sizes(model: Llava, settings: QuantizeSettings) -> None:
-    """ValueError if autoawq's search would stop at a linear's size; it walks outputs in blocks of 64 to clip."""
-    for name, module in language_model(model).layers.named_modules():
-        if isinstance(module, torch.nn.Linear) and module.in_features % settings.group_size:
-            raise ValueError(
-                f"awq cannot round layer {name} of {module.in_features} inputs in groups of {settings.group_size}: "
-                "choose a quantize.group_size that divides it."
-            )
-        if isinstance(module, torch.nn.Linear) and settings.clip and module.out_features % CLIP_BLOCK:
-            raise ValueError(
-                f"awq cannot clip layer {name} of {module.out_features} outputs, which {CLIP_BLOCK} does not divide: "
-                "set quantize.clip to false."
-            )
+def scaled_tensors(
+    source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors, decoder layers scaled and clipped, not rounded; `hidden` is used up."""
+    decoder = empty_decoder(config)
+    layers = read_layers(source, len(decoder.layers))
+    for layer, arguments, tensors in zip(decoder.layers, kwargs, layers, strict=True):
+        names = {part: name for part, (name, _) in tensors.items()}
+        layer.load_state_dict(
+            {part: tensor.to(hidden.device, hidden.dtype, copy=True) for part, (_, tensor) in tensors.items()},
+            assign=True,
+        )
+        del tensors
+        search_layer(layer, hidden, arguments, settings)
+        for part in names:
+            yield names[part], layer.get_parameter(part).detach().cpu()
+        layer.to("meta")
+    yield from other_tensors(source)
 
 
-def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-    """Return a batch without padding: the longer half of the conversations, cut to the shortest of them."""
-    lengths = [int(collate(processor, [c])["attention_mask"].sum()) for c in conversations]
-    order = sorted(range(len(conversations)), key=lambda i: -lengths[i])[: (len(conversations) + 1) // 2]
-    batch = collate(processor, [conversations[i] for i in order])
-    shortest = min(lengths[i] for i in order)
-    device = model.lm_head.weight.device
-    return {
-        "input_ids": batch["input_ids"][:, :shortest].to(device),
-        "pixel_values": batch["pixel_values"].to(device, pixel_dtype(model)),
-    }
+@torch.no_grad()
+def search_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict, settings: QuantizeSettings) -> None:
+    """Scale and clip one decoder layer in place; `hidden` [B, T, D], its input, becomes the output it had before.
+
+    The inputs are run some rows at a time: first for each input channel's mean |X| and for what clipping needs,
+    then for the errors of all scales.
+    """
+    group, bits = settings.group_size, settings.bits
+    groups = scaling_groups(layer)
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    clipped = [name for name in linears if name not in NEVER_CLIPPED] if settings.clip else []
+    total: dict[ScalingGroup, torch.Tensor] = {}
+    grams: dict[str, torch.Tensor] = {}
+    parts = hidden.split(rows_at_once(hidden.shape[1]))
+    for part in parts:
+        inputs, _ = _run(layer, part, kwargs)
+        for g in groups:
+            total[g] = total.get(g, 0) + inputs[g.linears[0]].float().abs().sum((0, 1))
+        for name in clipped:
+            grams[name] = grams.get(name, 0) + group_gram(inputs[name].flatten(0, 1), group)
+        del inputs
+    grids = {g: scale_grid(total[g] / hidden.shape[:2].numel()) for g in groups}
+    errors: dict[ScalingGroup, torch.Tensor] = {}
+    for part in parts:
+        inputs, output = _run(layer, part, kwargs)
+        for g in groups:
+            errors[g] = errors.get(g, 0) + _errors(layer, g, inputs[g.linears[0]], kwargs, grids[g], group, bits)
+        part.copy_(output)
+        del inputs, output
+    for g in groups:
+        scale = grids[g][errors[g].argmin()]
+        _apply(layer, g, scale)
+        for name in set(g.linears) & set(grams):
+            inverse = scale.reciprocal().reshape(-1, group)
+            grams[name] *= inverse[:, :, None] * inverse[:, None, :]
+    for name, gram in grams.items():
+        for rows in linears[name].weight.split(ROWS):
+            rows.copy_(clip(rows, best_limit(rows, gram, bits)))
 
 
-class _Stop(Exception):
-    """Raised by the hook once the first layer's inputs are known."""
+def _run(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the inputs of a layer's linears, by name, and its output."""
+    inputs: dict[str, torch.Tensor] = {}
 
+    def note(name: str):
+        return lambda module, args: inputs.update({name: args[0]})
 
-@torch.inference_mode()
-def first_layer_inputs(model: Llava, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
-    """Return what the first decoder layer is given for a batch: hidden states [B, T, D] and its keyword arguments."""
-    caught: dict = {}
-
-    def hook(module, args, kwargs):
-        caught.update(kwargs, hidden_states=args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    handle = language_model(model).layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    modules = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules]
     try:
-        model(**rows, use_cache=False)
-    except _Stop:
-        pass
+        output = _first(layer(hidden, **kwargs))
     finally:
-        handle.remove()
-    inputs = caught.pop("hidden_states").clone()
-    kept = ("attention_mask", "position_ids", "position_embeddings")
-    return inputs, {name: caught.get(name) for name in kept}
+        for handle in handles:
+            handle.remove()
+    return inputs, output
 
 
-class _Structure:
-    """What autoawq asks about a model: which linears share a scale, and what precedes them."""
+def _errors(layer: nn.Module, g: ScalingGroup, x: torch.Tensor, kwargs: dict, grid, group: int, bits: int):
+    inspected = layer.get_submodule(g.inspected)
+    names = [f"{name}.weight".removeprefix(f"{g.inspected}.") for name in g.linears]
+    given = kwargs if g.inspected == "self_attn" else {}
 
-    model_type = "llava"
+    def run(weights: list[torch.Tensor]) -> torch.Tensor:
+        return _first(functional_call(inspected, dict(zip(names, weights, strict=True)), (x,), given))
 
-    @staticmethod
-    def move_embed(model, device) -> None:
-        """The rotary embeddings are among the recorded inputs: nothing to move."""
+    return grid_errors(run, [inspected.get_parameter(name) for name in names], grid, group, bits)
 
-    @staticmethod
-    def get_layers_for_scaling(layer, features: dict, kwargs: dict) -> list[dict]:
-        """List one decoder layer's scaling groups: input norm -> q, k, v; v -> o; norm -> gate, up; up -> down."""
-        attention, mlp = layer.self_attn, layer.mlp
-        if not (hasattr(mlp, "gate_proj") and hasattr(layer, "post_attention_layernorm")):
-            raise ValueError(
-                f"awq does not know the structure of {type(layer).__name__} (gated MLP after its own norm expected): "
-                "choose --quantize.method nf4 or rtn."
-            )
-        groups = [
-            {
-                "prev_op": layer.input_layernorm,
-                "layers": [attention.q_proj, attention.k_proj, attention.v_proj],
-                "inp": features["self_attn.q_proj"],
-                "module2inspect": attention,
-                "kwargs": kwargs,
-            },
-            {
-                "prev_op": layer.post_attention_layernorm,
-                "layers": [mlp.gate_proj, mlp.up_proj],
-                "inp": features["mlp.gate_proj"],
-                "module2inspect": mlp,
-            },
-            {"prev_op": mlp.up_proj, "layers": [mlp.down_proj], "inp": features["mlp.down_proj"]},
-        ]
-        if attention.v_proj.weight.shape == attention.o_proj.weight.shape:  # not with grouped-query attention
-            groups.append(
-                {"prev_op": attention.v_proj, "layers": [attention.o_proj], "inp": features["self_attn.o_proj"]}
-            )
-        return groups
+
+def _first(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _apply(layer: nn.Module, g: ScalingGroup, scale: torch.Tensor) -> None:
+    before = layer.get_submodule(g.before)
+    before.weight.div_(scale if before.weight.dim() == 1 else scale[:, None])
+    if getattr(before, "bias", None) is not None:
+        before.bias.div_(scale)
+    for name in g.linears:
+        layer.get_submodule(name).weight.mul_(scale)

@@ -1,52 +1,46 @@
-"""Round to nearest, written tensor by tensor in the AWQ gemm layout, which transformers and vLLM load."""
+"""Round to nearest, written tensor by tensor: at 4 bits in the AWQ gemm layout, else as simulated weights.
 
-import re
+The layout is what transformers (with gptqmodel) and vLLM load. With 2, 3 or 8 bits its readers disagree on the order
+of values in a word, so those weights are stored rounded in 16 bits, and config.json says so.
+"""
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
+from actors.maths.awq import rounded
 from actors.maths.rounding import gemm_tensors
-from actors.specs import NOT_ROUNDED
-from actors.surgery import copy_companions, iterate_tensors, local_folder, write_tensors
+from actors.quantizers.storage import write_rounded
+from actors.quantizers.structure import SIMULATED
+from actors.specs import NOT_ROUNDED, QuantizeSettings
+from actors.surgery import iterate_tensors
 
-_LINEAR = re.compile(r"\blanguage_model\.(?:model\.)?layers\.\d+\..+\.weight$")
+
+def quantize_rtn(source: Path, config, settings: QuantizeSettings, out: Path) -> None:
+    """Write the checkpoint `source` with its decoder linears rounded to `out`; one tensor in memory at a time."""
+    write_gemm(source, config, settings, out, iterate_tensors(source))
 
 
-def quantize_rtn(path: str, out: Path, group_size: int, revision: str | None = None) -> dict:
-    """Write the checkpoint at `path` with its decoder linears at 4 bits to `out`; one tensor in memory at a time.
+def write_gemm(
+    source: Path, config, settings: QuantizeSettings, out: Path, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> None:
+    """Round `tensors`, which stand for those of `source`, and write the checkpoint to `out`."""
 
-    Returns {linears}: how many were rounded. ValueError: already quantized, or sizes that do not divide.
-    """
-    source = local_folder(path, revision)
-    config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{path!r} is quantized already.")
-    copy_companions(source, out)
-    config.quantization_config = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": NOT_ROUNDED,
-    }
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = torch.float16  # what the tensors below are stored in
-    config.save_pretrained(out)
-    count = 0
+    def packed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if settings.simulated:
+            return {"weight": rounded(weight, settings.group_size, settings.bits).to(torch.float16)}
+        return gemm_tensors(weight, settings.group_size)
 
-    def rounded() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal count
-        for name, tensor in iterate_tensors(source):
-            if tensor.dim() == 2 and _LINEAR.search(name):
-                count += 1
-                stem = name.removesuffix("weight")
-                for part, value in gemm_tensors(tensor, group_size).items():
-                    yield stem + part, value
-            else:
-                yield name, tensor.to(torch.float16) if tensor.is_floating_point() else tensor
-
-    write_tensors(out, rounded())
-    return {"linears": count}
+    facts = {"bits": settings.bits, "group_size": settings.group_size}
+    if settings.simulated:
+        setattr(config, SIMULATED, {"method": settings.method, **facts})
+    else:
+        config.quantization_config = {
+            "quant_method": "awq",
+            **facts,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": NOT_ROUNDED,
+        }
+    write_rounded(source, out, config, torch.float16, tensors, packed)

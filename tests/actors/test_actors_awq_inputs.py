@@ -1,14 +1,17 @@
-"""What autoawq's search is given: real prompts with image features in place, and the first layer's own inputs."""
+"""What AWQ's search is given: real prompts with image features in place, and every layer's own arguments."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from transformers import AutoConfig
 
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor
-from actors.quantizers.awq import calibration_inputs, first_layer_inputs
-from actors.specs import Conversation
-from tests.tiny import draw_conversations
+from actors.quantizers import calibration
+from actors.quantizers.calibration import calibration_inputs, decoder_inputs, inputs_of_checkpoint
+from actors.specs import Conversation, ModelSpec
+from tests.tiny import LAYERS, draw_conversations, save_tiny
 
 REPLIES = ("This is melanoma.", "A red patch on skin.", "Psoriasis.", "A small waxy brown growth with dark dots.")
 
@@ -38,11 +41,11 @@ def test_calibration_is_the_longer_half_without_padding(loaded, conversations):
 
 
 @torch.inference_mode()
-def test_first_layer_inputs(loaded, conversations):
+def test_first_hidden_states(loaded, conversations):
     """Embeddings of the text, the projector's features at the 16 image places, row by row."""
     model, processor = loaded
     rows = calibration_inputs(model, processor, conversations)
-    hidden, kwargs = first_layer_inputs(model, rows)
+    hidden, kwargs = decoder_inputs(model, rows, LAYERS)
     for row in range(2):
         tower = model.model.vision_tower(rows["pixel_values"][row : row + 1], output_hidden_states=True)
         features = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])[0]
@@ -52,18 +55,41 @@ def test_first_layer_inputs(loaded, conversations):
         for place, feature in zip(places, features, strict=True):
             expected[place] = feature
         assert (hidden[row] - expected).abs().max() < 1e-5
-    assert set(kwargs) == {"attention_mask", "position_ids", "position_embeddings"}
+    assert len(kwargs) == LAYERS
+    assert all(set(each) == {"attention_mask", "position_ids", "position_embeddings"} for each in kwargs)
 
 
 @torch.inference_mode()
-def test_recorded_arguments_repeat_the_first_layer(loaded, conversations):
-    """The layer called with what was recorded gives what it gives inside the model; no hook stays behind."""
-    model, processor = loaded
-    rows = calibration_inputs(model, processor, conversations)
-    hidden, kwargs = first_layer_inputs(model, rows)
-    inside = {}
-    layer: nn.Module = language_model(model).layers[0]
-    handle = layer.register_forward_hook(lambda _, __, output: inside.update(output=output))
-    model(**rows, use_cache=False)
-    handle.remove()
-    assert (layer(hidden, **kwargs) - inside["output"]).abs().max() < 1e-5
+@pytest.mark.parametrize("name", ["clip-llama", "clip-mistral-window", "clip-qwen2-mixed"])
+def test_recorded_arguments_repeat_the_model(name, tmp_path, conversations, monkeypatch):
+    """Layer after layer on what was recorded, in parts of one row, gives what each layer gives inside the model."""
+    monkeypatch.setattr(calibration, "TOKENS", 1)
+    path = save_tiny(tmp_path, name)
+    model = load_model(path)
+    rows = calibration_inputs(model, load_processor(path), conversations)
+    assert rows["input_ids"].shape[1] > 8  # longer than the windows
+    hidden, kwargs = decoder_inputs(model, rows, LAYERS)
+    inside = model(**rows, use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden, inside[0])
+    for number, layer in enumerate(language_model(model).layers[:-1]):
+        hidden = layer(hidden, **kwargs[number])
+        assert (hidden - inside[number + 1]).abs().max() < 1e-4
+    masks = {id(each["attention_mask"]) for each in kwargs}
+    assert len(masks) == (2 if name == "clip-qwen2-mixed" else 1)
+
+
+@pytest.mark.parametrize("name", ["clip-llama-tied", "siglip-llama", "clip-qwen2-mixed"])
+def test_inputs_without_the_layers(name, tmp_path, conversations):
+    """What is recorded with all but one layer of each kind left on the disk is what the whole model records."""
+    path = save_tiny(tmp_path, name)
+    model, config = load_model(path), AutoConfig.from_pretrained(path)
+    expected, arguments = decoder_inputs(model, calibration_inputs(model, load_processor(path), conversations), LAYERS)
+    hidden, kwargs = inputs_of_checkpoint(ModelSpec(path), Path(path), config, conversations)
+    assert torch.equal(hidden, expected) and len(kwargs) == LAYERS == config.text_config.num_hidden_layers
+    for one, other in zip(kwargs, arguments, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(other), strict=True))
+
+
+def _tensors(kwargs: dict) -> list[torch.Tensor]:
+    mask = [] if kwargs["attention_mask"] is None else [kwargs["attention_mask"]]
+    return [*mask, kwargs["position_ids"], *kwargs["position_embeddings"]]

@@ -1,76 +1,89 @@
 """Quantized checkpoints: they reload, round the decoder's linears alone, and lose what they should lose."""
 
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForImageTextToText, AwqConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AwqConfig
 
-from actors.conversations import collate
-from actors.derm_tiny.draw import write_tree
 from actors.loading import load_model, load_processor
-from actors.quantizers.quantizer import Quantizer
+from actors.quantizers.bnb import int8_config
 from actors.replica import LlavaReplica
-from actors.specs import ModelSpec, QuantizeSettings
-from actors.surgery import iterate_tensors, stored_bytes, stored_dtype
-from actors.trainer import language_linears
-from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_conversations, draw_samples, rename_tensors, save_tiny
+from actors.specs import ModelSpec
+from actors.surgery import iterate_tensors, published_name, stored_bytes, stored_dtype
+from actors.trainer import language_linears, nf4_config
+from tests.quantizing import PACKED, check_modules, error, image_logits, methods, model_logits, quantize
+from tests.tiny import ARCHITECTURES, LAYERS, draw_conversations, draw_samples, rename_tensors, save_tiny
 
-SETTINGS = QuantizeSettings(method="rtn", bits=4, group_size=64, clip=True)
 LINEARS = {"clip-phi": 6}  # q, k, v, dense, fc1, fc2; elsewhere q, k, v, o, gate, up, down
-PACKED = {"rtn": "AwqTorchLinear", "awq": "AwqTorchLinear", "nf4": "Linear4bit"}
+ERRORS = {"int8": (0.01, 0.1)}  # relative error of the logits of tiny random models
+BYTES = {"int8": 0.8}  # of the float32 source's, which the rest's 16 bits halve
 CPU_AWQ = AwqConfig(bits=4, group_size=64, zero_point=True, backend="torch_awq")
 
 
-def quantize(path: str, out: Path, method: str, calibration=()) -> dict:
-    out.mkdir(exist_ok=True)
-    return Quantizer().quantize(ModelSpec(path), replace(SETTINGS, method=method), list(calibration), str(out))
-
-
-def check_modules(path: str, source: str, method: str) -> None:
-    """The source's decoder linears are of the method's class, its other linears are ordinary ones."""
-    before, after = load_model(source), load_model(path)
-    ours = set(language_linears(before))
-    kinds = {name: type(module).__name__ for name, module in after.named_modules()}
-    assert {kinds[name] for name in ours} == {PACKED[method]}
-    plain = {name: type(module).__name__ for name, module in before.named_modules() if isinstance(module, nn.Linear)}
-    others = {name: kind for name, kind in plain.items() if name not in ours}
-    assert {"lm_head", "model.multi_modal_projector.linear_1"} < set(others)
-    assert any(name.startswith("model.vision_tower.") for name in others)
-    assert {name: kinds[name] for name in others} == others
-    assert sum(kind == PACKED[method] for kind in kinds.values()) == len(ours)
-
-
-def image_logits(path: str, root: Path, count: int = 6) -> torch.Tensor:
-    """Logits of a checkpoint in float32 for conversations about drawn images."""
-    return model_logits(load_model(path), load_processor(path), root, count)
-
-
-@torch.inference_mode()
-def model_logits(model, processor, root: Path, count: int = 6) -> torch.Tensor:
-    batch = collate(processor, draw_conversations(root, count))
-    return model(**batch).logits.float()[batch["attention_mask"].bool()]
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
-
-
-@pytest.mark.parametrize("method", ["rtn", "nf4"])
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "clip-qwen2-mixed"])
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in ARCHITECTURES for method in methods(name)])
 def test_quantized_checkpoint_reloads(name, method, lesions, tmp_path):
     """Types of all modules, fewer bytes, an error that is neither zero nor large, and answers."""
+    if method == "hqq":
+        pytest.importorskip("hqq")
     source, out = save_tiny(tmp_path / "a", name), str(tmp_path / "b")
-    assert quantize(source, tmp_path / "b", method)["linears"] == LAYERS * LINEARS.get(name, 7)
+    facts = quantize(source, tmp_path / "b", method, draw_conversations(lesions, 6))
+    assert facts["linears"] == LAYERS * LINEARS.get(name, 7) and not facts["simulated"]
+    assert facts["nominal_bytes"] == stored_bytes(out)
     check_modules(out, source, method)
-    assert 0.05 < error(image_logits(out, lesions), image_logits(source, lesions)) < 0.6
-    assert stored_bytes(out) < 0.6 * stored_bytes(source)
+    check_rest(source, out)
+    low, high = ERRORS.get(method, (0.05, 0.6))
+    assert low < error(image_logits(out, lesions), image_logits(source, lesions)) < high
+    assert stored_bytes(out) < BYTES.get(method, 0.6) * stored_bytes(source)
     rows = LlavaReplica(ModelSpec(out)).answers(draw_samples(lesions, 1), [(), (1,)], 4)
     assert len(rows) == 6 and all(row["tokens"] > 0 for row in rows)
+
+
+def check_rest(source: str, out: str) -> None:
+    """Tower, projector, head, embeddings and final norm are the source's in float16, bit for bit."""
+    before = {published_name(n): t for n, t in iterate_tensors(Path(source))}
+    before = {n: t for n, t in before.items() if ".model.layers." not in n}
+    after = {n: t for n, t in iterate_tensors(Path(out)) if ".model.layers." not in n}
+    assert before.keys() == after.keys() and len(before) > 40
+    assert all(after[n].dtype == torch.float16 and torch.equal(after[n], t.half()) for n, t in before.items())
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_bitsandbytes_reloads_exactly(method, lesions, tmp_path):
+    """The stored checkpoint's logits are, bit for bit, those of the model that bitsandbytes rounded in memory."""
+    source = save_tiny(tmp_path / "a", "clip-llama", dtype=torch.float16)
+    quantize(source, tmp_path / "b", method)
+    given = nf4_config(torch.float16) if method == "nf4" else int8_config()
+    processor = load_processor(source)
+    rounded = model_logits(load_model(source, "float16", quantization=given), processor, lesions)
+    reloaded = model_logits(load_model(str(tmp_path / "b"), "float16"), processor, lesions)
+    assert torch.equal(rounded, reloaded)
+    assert error(reloaded, image_logits(source, lesions)) > 0.01
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_simulated_weights(bits, lesions, tmp_path):
+    """No packed layout: 16-bit weights of 2^bits levels per group, marked, with the bits that they stand for."""
+    source, out = save_tiny(tmp_path / "a", "clip-llama", layers=2), str(tmp_path / "b")
+    facts = quantize(source, tmp_path / "b", "rtn", bits=bits)
+    assert facts["simulated"] and facts["bits_per_weight"] == bits + 16 / 64 + bits / 64
+    config = AutoConfig.from_pretrained(out)
+    assert config.simulated_quantization == {"method": "rtn", "bits": bits, "group_size": 64}
+    assert getattr(config, "quantization_config", None) is None
+    tensors = dict(iterate_tensors(Path(out)))
+    rounded = {n: t for n, t in tensors.items() if "layers" in n and "_proj.weight" in n and "language_model" in n}
+    assert len(rounded) == 14 and {t.dtype for t in tensors.values()} == {torch.float16}
+    levels = {len(set(row)) for t in rounded.values() for row in t.reshape(-1, 64).tolist()}
+    assert max(levels) <= 2**bits and (bits == 8 or max(levels) > 2 ** (bits - 1))
+    others = sum(2 * t.numel() for n, t in tensors.items() if n not in rounded)
+    assert facts["nominal_bytes"] == others + facts["rounded_weights"] * facts["bits_per_weight"] / 8
+    assert facts["nominal_bytes"] < stored_bytes(out)
+    assert {type(load_model(out).get_submodule(n)).__name__ for n in language_linears(load_model(source))} == {"Linear"}
+    low, high = {2: (0.4, 2), 3: (0.2, 1), 8: (0.002, 0.05)}[bits]
+    assert low < error(image_logits(out, lesions), image_logits(source, lesions)) < high
+    with pytest.raises(ValueError, match="is quantized already"):
+        quantize(out, tmp_path / "c", "rtn")
 
 
 def naively_rounded(weight: np.ndarray, group: int) -> np.ndarray:
@@ -109,23 +122,24 @@ def test_more_groups_lose_less(lesions, tmp_path):
     lost, sizes = [], []
     for group in (16, 64):
         out = tmp_path / str(group)
-        out.mkdir()
-        Quantizer().quantize(ModelSpec(source), replace(SETTINGS, group_size=group), [], str(out))
+        quantize(source, out, "rtn", group_size=group)
         lost.append(error(image_logits(str(out), lesions), exact))
         sizes.append(stored_bytes(str(out)))
     assert lost[0] < 0.9 * lost[1] and sizes[0] > sizes[1]
 
 
 @pytest.mark.parametrize("style", ["published", "five"])
-@pytest.mark.parametrize("method", ["rtn", "nf4", "awq"])
-def test_names_are_the_sources(method, style, lesions, tmp_path):
-    """Every tensor keeps its name, whatever the naming style; a rounded one adds its parts next to it."""
-    if method == "awq":
-        pytest.importorskip("awq")
+@pytest.mark.parametrize("method", [*PACKED, "autoawq"])
+def test_names_are_the_published_ones(method, style, lesions, tmp_path):
+    """Whatever the source's style, tensors get the names of llava-hf; a rounded one adds its parts next to it."""
+    if method in ("autoawq", "hqq"):
+        pytest.importorskip(method.removeprefix("auto"))
     source = save_tiny(tmp_path / "a", "clip-llama", layers=2)
     rename_tensors(tmp_path / "a", style)
-    quantize(source, tmp_path / "b", method, draw_conversations(lesions, 2))
-    before, after = (dict(iterate_tensors(tmp_path / folder)) for folder in "ab")
+    changes = {"awq_search": "autoawq"} if method == "autoawq" else {}
+    quantize(source, tmp_path / "b", method.removeprefix("auto"), draw_conversations(lesions, 2), **changes)
+    before, after = ([name for name, _ in iterate_tensors(tmp_path / folder)] for folder in "ab")
+    before = [published_name(name) for name in before]
     linears = {name.removesuffix("weight") for name in before if "language_model." in name and "_proj.weight" in name}
     assert len(linears) == 14
     whole = {name for name in before if name.removesuffix("weight") not in linears}
@@ -151,106 +165,3 @@ def test_config_tells_the_stored_type(tiny_path, tmp_path):
     assert {tensor.dtype for tensor in tensors} == {torch.float16, torch.int32}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "b", dtype="auto", quantization_config=CPU_AWQ)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
-
-
-@pytest.fixture(scope="module")
-def derm_rounded(tmp_path_factory, lesions):
-    """derm-tiny, whose channels have planted outliers, by awq and by rtn."""
-    pytest.importorskip("awq")
-    root = tmp_path_factory.mktemp("rounded")
-    facts = quantize(str(DERM_TINY), root / "awq", "awq", draw_conversations(lesions, 16))
-    quantize(str(DERM_TINY), root / "rtn", "rtn")
-    return root, facts
-
-
-def test_awq_beats_rtn_on_outliers(derm_rounded, lesions):
-    """On images that the calibration has not seen, awq's logit error is less than half of rtn's."""
-    root, facts = derm_rounded
-    assert facts["linears"] == 70 and facts["calibration_tokens"] > 100
-    other = root / "other"
-    if not other.exists():
-        write_tree(other, per_class=1, seed=77)
-    exact = image_logits(str(DERM_TINY), other, 8)
-    awq, rtn = (error(image_logits(str(root / method), other, 8), exact) for method in ("awq", "rtn"))
-    assert 0.005 < awq < 0.5 * rtn
-
-
-def test_awq_checkpoint_reloads(derm_rounded, lesions):
-    """The same modules and the same size as rtn's; its answers are nearly the float model's."""
-    root, _ = derm_rounded
-    check_modules(str(root / "awq"), str(DERM_TINY), "awq")
-    assert stored_bytes(str(root / "awq")) == stored_bytes(str(root / "rtn"))
-    assert stored_dtype(str(root / "awq")) == torch.float16
-    samples = draw_samples(lesions, 8, ["What is the name of this disease?"])
-    float_rows = LlavaReplica(ModelSpec(str(DERM_TINY))).answers(samples, [()], 12)
-    awq_rows = LlavaReplica(ModelSpec(str(root / "awq"))).answers(samples, [()], 12)
-    assert sum(a["answer"] == b["answer"] for a, b in zip(awq_rows, float_rows, strict=True)) >= 6
-
-
-def test_awq_on_grouped_queries_and_windows(lesions, tmp_path):
-    """Grouped-query attention has no v -> o scaling; a random Mistral with a window still gets a usable checkpoint."""
-    pytest.importorskip("awq")
-    source, out = save_tiny(tmp_path / "a", "clip-mistral-window", layers=2), tmp_path / "b"
-    out.mkdir()
-    settings = replace(SETTINGS, method="awq", clip=False)
-    facts = Quantizer().quantize(ModelSpec(source), settings, draw_conversations(lesions, 6), str(out))
-    assert facts["linears"] == 14
-    check_modules(str(out), source, "awq")
-    assert 0.02 < error(image_logits(str(out), lesions), image_logits(source, lesions)) < 0.6
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, r"k_proj of 32 outputs, which 64 does not divide: set quantize\.clip to false"),
-        ({"group_size": 48}, r"q_proj of 64 inputs in groups of 48: choose a quantize\.group_size"),
-    ],
-)
-def test_awq_sizes_that_do_not_divide(lesions, tmp_path, change, words):
-    """autoawq's bare assertion becomes a message before the search starts."""
-    pytest.importorskip("awq")
-    source = save_tiny(tmp_path / "a", "clip-mistral-window", layers=2)
-    settings = replace(SETTINGS, method="awq", **change)
-    with pytest.raises(ValueError, match=words):
-        Quantizer().quantize(ModelSpec(source), settings, draw_conversations(lesions, 2), str(tmp_path))
-
-
-def test_awq_needs_calibration(tiny_path, tmp_path):
-    """No training conversations: the message says where they come from."""
-    pytest.importorskip("awq")
-    with pytest.raises(ValueError, match="needs calibration conversations from the training split"):
-        quantize(tiny_path, tmp_path, "awq")
-
-
-def test_awq_refuses_unknown_layers(lesions, tmp_path):
-    """Phi's layer has one norm and no gated MLP: the message names the methods that work."""
-    pytest.importorskip("awq")
-    source = save_tiny(tmp_path / "a", "clip-phi", layers=2)
-    with pytest.raises(ValueError, match=r"PhiDecoderLayer.*choose --quantize\.method nf4 or rtn"):
-        quantize(source, tmp_path / "b", "awq", draw_conversations(lesions, 2))
-
-
-def test_awq_without_autoawq(tiny_path, lesions, tmp_path, monkeypatch):
-    """The remedy is one pip command."""
-    monkeypatch.setitem(sys.modules, "awq.quantize.quantizer", None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps autoawq==0\.2\.9"):
-        quantize(tiny_path, tmp_path, "awq", draw_conversations(lesions, 2))
-
-
-def test_nf4_blocks_are_64(tiny_path, tmp_path):
-    """bitsandbytes' block cannot be chosen: asking for another is an error, not a silent 64."""
-    with pytest.raises(ValueError, match=r"blocks of 64; quantize\.group_size is 32"):
-        Quantizer().quantize(ModelSpec(tiny_path), replace(SETTINGS, method="nf4", group_size=32), [], str(tmp_path))
-
-
-def test_quantizing_twice(tiny_path, tmp_path):
-    """A quantized checkpoint is not rounded again."""
-    quantize(tiny_path, tmp_path / "b", "rtn")
-    with pytest.raises(ValueError, match="is quantized already"):
-        quantize(str(tmp_path / "b"), tmp_path / "c", "rtn")
-
-
-def test_unknown_method(tiny_path, tmp_path):
-    """The message lists the methods."""
-    with pytest.raises(ValueError, match="'int3': choose awq, nf4 or rtn"):
-        quantize(tiny_path, tmp_path, "int3")

@@ -1,0 +1,103 @@
+"""What AWQ's search is run on: the inputs that image-and-text conversations give the decoder layers."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from actors.conversations import collate
+from actors.loading import language_model, load_processor, pick_device, pixel_dtype
+from actors.specs import Conversation, Llava, ModelSpec
+from actors.surgery import pruned_config
+
+TOKENS = 2048  # of calibration that are run at once
+KEPT = ("attention_mask", "position_ids", "position_embeddings")
+
+
+def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    """Return a batch without padding: the longer half of the conversations, cut to the shortest of them."""
+    lengths = [int(collate(processor, [c])["attention_mask"].sum()) for c in conversations]
+    order = sorted(range(len(conversations)), key=lambda i: -lengths[i])[: (len(conversations) + 1) // 2]
+    batch = collate(processor, [conversations[i] for i in order])
+    shortest = min(lengths[i] for i in order)
+    device = model.lm_head.weight.device
+    return {
+        "input_ids": batch["input_ids"][:, :shortest].to(device),
+        "pixel_values": batch["pixel_values"].to(device, pixel_dtype(model)),
+    }
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: notes what it is given and passes the hidden states on."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        self.hidden, self.kwargs = hidden_states, {name: kwargs.get(name) for name in KEPT}
+        return hidden_states
+
+
+@torch.no_grad()
+def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> tuple[torch.Tensor, list[dict]]:
+    """Return the first decoder layer's hidden states [B, T, D] and, for each of `layers`, its keyword arguments.
+
+    Without padding the arguments are the same for all rows: they are those of one row. The decoder's own layers do
+    not run, and may be others than the model's.
+    """
+    decoder = language_model(model)
+    own = decoder.layers
+    decoder.layers = nn.ModuleList(_Recorder() for _ in range(layers))
+    try:
+        first = decoder.layers[0]
+        model.model(**{name: value[:1] for name, value in rows.items()}, use_cache=False)
+        kwargs = [recorder.kwargs for recorder in decoder.layers]
+        count = rows["input_ids"].shape[0]
+        hidden = torch.empty(count, *first.hidden.shape[1:], dtype=first.hidden.dtype, device=first.hidden.device)
+        for picked in torch.arange(count).split(rows_at_once(rows["input_ids"].shape[1])):
+            model.model(**{name: value[picked] for name, value in rows.items()}, use_cache=False)
+            hidden[picked] = first.hidden
+    finally:
+        decoder.layers = own
+    return hidden, kwargs
+
+
+def rows_at_once(length: int) -> int:
+    """Return how many rows of `length` tokens are run at once."""
+    return max(1, TOKENS // length)
+
+
+def inputs_of_checkpoint(
+    spec: ModelSpec, source: Path, config, conversations: Sequence[Conversation]
+) -> tuple[torch.Tensor, list[dict]]:
+    """Return `decoder_inputs` of a checkpoint whose decoder layers stay on the disk, all but one of each kind.
+
+    ValueError: a weight of the vision tower, the projector or the embeddings is missing.
+    """
+    text = config.text_config
+    kinds = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
+    kept = {kinds.index(kind) for kind in kinds}
+    model = _without_layers(spec, source, config, [i for i in range(text.num_hidden_layers) if i not in kept])
+    decoder = language_model(model)
+    decoder.config.num_hidden_layers = text.num_hidden_layers
+    if kinds[0] is not None:
+        decoder.config.layer_types = kinds
+    processor = load_processor(str(source), trust_remote_code=spec.trust_remote_code)
+    return decoder_inputs(model, calibration_inputs(model, processor, conversations), text.num_hidden_layers)
+
+
+def _without_layers(spec: ModelSpec, source: Path, config, removed: list[int]) -> Llava:
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        source,
+        config=pruned_config(deepcopy(config), removed),
+        dtype=getattr(torch, spec.dtype),
+        device_map={"": pick_device()},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        name = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
+        raise ValueError(f"{str(source)!r} does not hold the model its config.json describes: see {name!r}.")
+    return model.eval()

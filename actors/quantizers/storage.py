@@ -1,0 +1,134 @@
+"""Reading a checkpoint one decoder layer at a time, writing one whose decoder linears are rounded, and checking it."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from actors.quantizers.structure import linear_shapes
+from actors.specs import QuantizeSettings
+from actors.surgery import (
+    copy_companions,
+    iterate_tensors,
+    published_name,
+    stored_bytes,
+    stored_dtype,
+    weight_files,
+    write_tensors,
+)
+
+SHARD_BYTES = 2**28  # of one file; as much is in memory while it is written
+_LAYER = re.compile(r"^.*\blanguage_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
+
+
+def rest_dtype(source: Path) -> torch.dtype:
+    """Return the 16-bit type for what is not rounded: the checkpoint's own, float16 for float32."""
+    stored = stored_dtype(str(source))
+    return torch.float16 if stored == torch.float32 else stored
+
+
+def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torch.Tensor]]]:
+    """Yield the decoder layers in order, each as {name in the layer: (name in the file, tensor)}.
+
+    ValueError: the files hold another number of layers than `layers`, what the config says.
+    """
+    where: dict[int, dict[str, tuple[str, Path]]] = {}
+    for file in weight_files(source):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (a safe_open cannot be iterated)
+                if match := _LAYER.match(name):
+                    where.setdefault(int(match[1]), {})[match[2]] = (name, file)
+    if sorted(where) != list(range(layers)):
+        raise ValueError(f"{str(source)!r} holds {len(where)} decoder layers but its config.json says {layers}.")
+    for number in range(layers):
+        yield {part: (name, _read(file, name)) for part, (name, file) in where[number].items()}
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as shard:
+        return shard.get_tensor(name)
+
+
+def other_tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor) outside the decoder layers."""
+    return ((name, tensor) for name, tensor in iterate_tensors(source) if not _LAYER.match(name))
+
+
+def write_rounded(
+    source: Path,
+    out: Path,
+    config,
+    dtype: torch.dtype,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    parts: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+) -> int:
+    """Write `tensors` with every decoder linear's weight replaced by its `parts`, the rest as `dtype`; one at a time.
+
+    Returns how many were rounded. ValueError: a value that `dtype` cannot hold.
+    """
+    copy_companions(source, out)
+    for section in (config, config.text_config, config.vision_config):
+        section.dtype = dtype  # what the tensors below are stored in
+    config.save_pretrained(out)
+    count = 0
+
+    def rounded() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal count
+        for name, tensor in tensors:
+            if tensor.dim() == 2 and name.endswith(".weight") and _LAYER.match(name):
+                count += 1
+                for part, value in parts(tensor).items():
+                    yield name.removesuffix("weight") + part, value
+            else:
+                yield name, narrowed(name, tensor, dtype)
+
+    write_tensors(out, rounded(), SHARD_BYTES)
+    return count
+
+
+def narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as `dtype` if it holds floats; ValueError if a value is too large for it."""
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast.sum(dtype=torch.float64)):
+        raise ValueError(f"{name!r} has a value that {dtype} cannot hold (or that is no number).")
+    return cast
+
+
+def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -> dict:
+    """Check that a quantizer changed the decoder's linears alone, and return what it stored.
+
+    Outside the decoder layers every tensor must be the source's in 16 bits, bit for bit. Returns {linears,
+    rounded_weights, bits_per_weight (scales and zero points included), simulated, nominal_bytes (the whole checkpoint
+    at those bits: what is stored, unless simulated)}. RuntimeError: a library rounded what it must not.
+    """
+    shapes = linear_shapes(config)
+    stem = re.compile(rf"^(.*\.({'|'.join(map(re.escape, shapes))}))\.(?!bias$)")
+    before = {published_name(n): tensor for n, tensor in other_tensors(source)}  # mapped: nothing is read yet
+    stored: dict[str, int] = {}
+    for name, tensor in iterate_tensors(out):
+        if _LAYER.match(name):
+            if match := stem.match(name):
+                stored[match[1]] = stored.get(match[1], 0) + tensor.numel() * tensor.element_size()
+            continue
+        same = name in before and tensor.dtype in (torch.float16, torch.bfloat16)
+        if not (same and torch.equal(tensor, before[name].to(tensor.dtype))):
+            raise RuntimeError(f"{settings.method} changed {name!r}, which must stay as it is in 16 bits.")
+    layers = config.text_config.num_hidden_layers
+    if len(stored) != layers * len(shapes):
+        raise RuntimeError(f"The checkpoint holds {len(stored)} decoder linears, not {layers} x {len(shapes)}.")
+    weights = layers * sum(outputs * inputs for outputs, inputs in shapes.values())
+    held = sum(stored.values())
+    bits = 8 * held / weights
+    if settings.simulated:
+        bits = settings.bits + (16 + settings.bits) / settings.group_size  # float16 scale, zero point of `bits`
+    return {
+        "linears": len(stored),
+        "rounded_weights": weights,
+        "bits_per_weight": bits,
+        "simulated": settings.simulated,
+        "nominal_bytes": round(stored_bytes(str(out)) - held + weights * bits / 8),
+    }

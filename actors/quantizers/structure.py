@@ -1,0 +1,79 @@
+"""What the quantizers know of a decoder layer: its linears, which of them share a scale, and what must be refused."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from actors.specs import Llava, QuantizeSettings
+
+# Decoder layers with RMS norms, a gated MLP, and names as below: what the scaling groups were written for.
+AWQ_LAYERS = ("llama", "mistral", "qwen2")
+NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs
+CLIP_BLOCK = 64  # autoawq walks outputs in blocks of 64 to clip
+SIMULATED = "simulated_quantization"  # the config.json entry of a checkpoint that holds rounded weights in 16 bits
+
+
+@dataclass(frozen=True)
+class ScalingGroup:
+    """Linears that share an input: it is divided by s in what comes before, and their columns are multiplied by s."""
+
+    before: str
+    linears: tuple[str, ...]
+    inspected: str  # the module whose output tells how good a scale is
+
+
+def scaling_groups(layer: nn.Module) -> list[ScalingGroup]:
+    """List one decoder layer's groups: input norm -> q, k, v; norm -> gate, up; up -> down; v -> o."""
+    attention, mlp = "self_attn", "mlp"
+    groups = [
+        ScalingGroup("input_layernorm", tuple(f"{attention}.{part}_proj" for part in "qkv"), attention),
+        ScalingGroup("post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), mlp),
+        ScalingGroup(f"{mlp}.up_proj", (f"{mlp}.down_proj",), f"{mlp}.down_proj"),
+    ]
+    v, o = (layer.get_submodule(f"{attention}.{part}_proj") for part in "vo")
+    if v.weight.shape == o.weight.shape:  # with grouped-query attention one row of v feeds several columns of o
+        groups.append(ScalingGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), f"{attention}.o_proj"))
+    return groups
+
+
+def empty_decoder(config) -> Llava:
+    """Return the decoder that a LLaVA config describes, without weights (on the meta device)."""
+    with torch.device("meta"):
+        return AutoModel.from_config(config.text_config, attn_implementation="sdpa").eval()
+
+
+def linear_shapes(config) -> dict[str, tuple[int, int]]:
+    """Return the linears of one decoder layer of a LLaVA config: name -> (outputs, inputs)."""
+    layer = empty_decoder(config).layers[0]
+    return {name: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def check_quantizable(config, settings: QuantizeSettings) -> None:
+    """Refuse, from a LLaVA checkpoint's config alone, what the method cannot do.
+
+    ValueError: quantized already, a decoder layer that awq does not know, or a linear's size that does not divide.
+    """
+    if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
+        raise ValueError("The checkpoint is quantized already: quantize the original.")
+    kind = config.text_config.model_type
+    if settings.method == "awq" and kind not in AWQ_LAYERS:
+        raise ValueError(
+            f"awq does not know the decoder layers of {kind!r} (only of {', '.join(AWQ_LAYERS)}): "
+            "choose --quantize.method nf4, int8, hqq or rtn."
+        )
+    if settings.method in ("nf4", "int8"):
+        return
+    for name, (outputs, inputs) in linear_shapes(config).items():
+        if inputs % settings.group_size:
+            raise ValueError(
+                f"{settings.method} cannot round {name} of {inputs} inputs in groups of {settings.group_size}: "
+                "choose a quantize.group_size that divides it."
+            )
+        clips = settings.method == "awq" and settings.awq_search == "autoawq" and settings.clip
+        if clips and name not in NEVER_CLIPPED and outputs % CLIP_BLOCK:
+            raise ValueError(
+                f"autoawq cannot clip {name} of {outputs} outputs, which {CLIP_BLOCK} does not divide: "
+                "set quantize.awq_search to layerwise, or quantize.clip to false."
+            )

@@ -1,0 +1,64 @@
+"""What the tests of the quantizers share: settings, logits of a checkpoint, and the classes of its modules."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from actors.conversations import collate
+from actors.loading import load_model, load_processor
+from actors.quantizers.quantizer import Quantizer
+from actors.specs import ModelSpec, QuantizeSettings
+from actors.trainer import language_linears
+from tests.tiny import draw_conversations
+
+BITS = {"int8": 8}
+PACKED = {
+    **dict.fromkeys(("rtn", "awq"), "AwqTorchLinear"),
+    **{"nf4": "Linear4bit", "int8": "Linear8bitLt", "hqq": "HqqLinear"},
+}
+
+
+def settings(method: str, **changes) -> QuantizeSettings:
+    made = QuantizeSettings(method, BITS.get(method, 4), group_size=64, clip=True, awq_search="layerwise")
+    return replace(made, **changes)
+
+
+def quantize(path: str, out: Path, method: str, calibration=(), **changes) -> dict:
+    out.mkdir(exist_ok=True)
+    return Quantizer().quantize(ModelSpec(path), settings(method, **changes), list(calibration), str(out))
+
+
+def check_modules(path: str, source: str, method: str) -> None:
+    """The source's decoder linears are of the method's class, its other linears are ordinary ones."""
+    before, after = load_model(source), load_model(path)
+    ours = set(language_linears(before))
+    kinds = {name: type(module).__name__ for name, module in after.named_modules()}
+    assert {kinds[name] for name in ours} == {PACKED[method]}
+    plain = {name: type(module).__name__ for name, module in before.named_modules() if isinstance(module, nn.Linear)}
+    others = {name: kind for name, kind in plain.items() if name not in ours}
+    assert {"lm_head", "model.multi_modal_projector.linear_1"} < set(others)
+    assert any(name.startswith("model.vision_tower.") for name in others)
+    assert {name: kinds[name] for name in others} == others
+    assert sum(kind == PACKED[method] for kind in kinds.values()) == len(ours)
+
+
+def image_logits(path: str, root: Path, count: int = 6) -> torch.Tensor:
+    """Logits of a checkpoint in float32 for conversations about drawn images."""
+    return model_logits(load_model(path), load_processor(path), root, count)
+
+
+@torch.inference_mode()
+def model_logits(model, processor, root: Path, count: int = 6) -> torch.Tensor:
+    batch = collate(processor, draw_conversations(root, count))
+    return model(**batch).logits.float()[batch["attention_mask"].bool()]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def methods(name: str) -> list[str]:
+    """The methods that an architecture is tested with; awq does not know Phi."""
+    return [m for m in PACKED if not (m == "awq" and "phi" in name)]
