@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers bench-half bench-gpu clean
+.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -16,13 +16,14 @@ help:
 	@echo "make bench-ablation  the ablation engine against plain generate"
 	@echo "make bench-replicas  64 simulated replicas; two real ones against one"
 	@echo "make bench-quantizers  seconds and memory of every quantizer"
+	@echo "make study-quantizers  what every quantizer costs on derm-tiny, at 4 and 3 bits"
 	@echo "make bench-half  how exact the engine is in half precision"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
 	touch $@
 
@@ -55,6 +56,9 @@ bench-gpu: $(INSTALLED)
 
 bench-quantizers: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.quantizers
+
+study-quantizers: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.quantizer_study
 
 clean:
 	rm -rf .venv runs

@@ -14,7 +14,7 @@ def reply_ids(tokenizer, reference: str) -> list[int]:
 
 
 def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-    """Return input_ids, attention_mask, labels [B, T] (-100 where nothing is learnt) and pixel_values.
+    """Return input_ids, attention_mask, labels [B, T] (-100 where nothing is learnt) and, of images, pixel_values.
 
     The prompt is the chat template's; the learnt part is the reference and the end-of-sequence token. Padded on
     the right, so that positions are those of an unpadded row.
@@ -22,13 +22,15 @@ def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch
     tokenizer = processor.tokenizer
     rows, pixels = [], []
     for item in conversations:
-        content = [{"type": "image"}, {"type": "text", "text": item.question}]
-        turn = [{"role": "user", "content": content}]
+        image = [] if item.image is None else [{"type": "image"}]
+        turn = [{"role": "user", "content": [*image, {"type": "text", "text": item.question}]}]
         prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
-        made = processor(images=open_image(item.image), text=prompt, return_tensors="pt")
+        given = {"images": open_image(item.image)} if item.image is not None else {}
+        made = processor(**given, text=prompt, return_tensors="pt")
         reply = reply_ids(tokenizer, item.reference)
         rows.append((made["input_ids"][0], torch.tensor(reply)))
-        pixels.append(made["pixel_values"])
+        if item.image is not None:
+            pixels.append(made["pixel_values"])
     longest = max(len(prompt) + len(reply) for prompt, reply in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.full((len(rows), longest), pad)
@@ -39,4 +41,5 @@ def collate(processor, conversations: Sequence[Conversation]) -> dict[str, torch
         ids[row, :end] = torch.cat([prompt, reply])
         mask[row, :end] = 1
         labels[row, len(prompt) : end] = reply
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": torch.cat(pixels)}
+    images = {"pixel_values": torch.cat(pixels)} if pixels else {}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, **images}

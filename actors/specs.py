@@ -14,6 +14,10 @@ _PARTS = ("vision_tower", "multi_modal_projector", "lm_head")
 NOT_ROUNDED = [*_PARTS, *(f"model.{name}" for name in _PARTS), "language_model.lm_head"]
 
 
+class GateError(ValueError):
+    """A checkpoint that must not be published, and why."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Which checkpoint to load, and how: see `actors.loading.load_model`."""
@@ -36,10 +40,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question about one image, and its reference answer."""
+    """One question about one image (None: about none), and its reference answer."""
 
     id: str
-    image: str
+    image: str | None
     question: str
     reference: str
 

@@ -1,51 +1,105 @@
-"""Round a model's language layers to 4 bits: AWQ, bitsandbytes NF4, or round to nearest; group 64.
+"""Round a model's language layers: AWQ, NF4 or int8 (bitsandbytes), HQQ, or round to nearest; group 64.
 
     python -m jobs.quantize --config configs/derm-tiny.yaml --quantize.method nf4
     python -m jobs.quantize --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/recover-...
 
-The vision tower, the projector, the embeddings and the head keep 16 bits.
+The vision tower, the projector, the embeddings and the head keep 16 bits. awq and rtn with other bits than 4 are
+simulated: the weights are rounded, but stored in 16 bits (config.json and the manifest say so).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from actors.specs import QuantizeSettings
-from jobs import prepare
+from jobs import card, prepare, verify
 from jobs.command import main
 from jobs.recover import training_conversations
 from jobs.run import Run, Source, Stage
 
 
-def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
-    """Return the stage that quantizes `model`; only AWQ looks at the data (training split)."""
+def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
+    """Return the stage that quantizes `model` (`model` itself for method none); only AWQ looks at the data.
+
+    ValueError: the method cannot do this, as far as the config and the base model's config.json tell.
+    """
     quantize = run.config.quantize
-    settings: dict = {"method": quantize.method, "bits": quantize.bits, "group_size": quantize.group_size}
+    if quantize.method == "none":
+        return model
+    chosen = chosen_settings(run)
+    settings: dict = {"method": quantize.method}
     parents: tuple = (model,)
+    if quantize.method in ("awq", "hqq", "rtn"):
+        settings |= {"bits": quantize.bits, "group_size": quantize.group_size}
     if quantize.method == "awq":
         parents = (model, data)
         settings |= {
+            "awq_search": quantize.awq_search,
             "calibration_samples": quantize.calibration_samples,
+            "calibration_images": quantize.calibration_images,
             "clip": quantize.clip,
             "dtype": run.config.model.dtype,
             "seed": run.config.seed,
         }
-    return Stage("quantize", 1, settings, parents, lambda r, folder, facts: build(r, model, data, folder, facts))
+    made = Stage(
+        "quantize", 3, settings, parents, lambda r, folder, facts: build(r, model, data, settings, folder, facts)
+    )
+    if run.missing([made]):
+        check(run, chosen)
+    return made
 
 
-def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
-    """Quantize in one worker."""
+def chosen_settings(run: Run) -> QuantizeSettings:
+    """Return what crosses to the worker; ValueError: bits or a group size that the method does not have."""
+    q = run.config.quantize
+    return QuantizeSettings(q.method, q.bits, q.group_size, q.clip, q.awq_search)
+
+
+def check(run: Run, settings: QuantizeSettings) -> None:
+    """Refuse what the config.json of the base model shows to be impossible, before hours of other stages."""
+    from transformers import AutoConfig
+
+    from actors.quantizers.structure import check_quantizable
+
+    base = run.base_model()
+    trusted = run.config.model.trust_remote_code
+    config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trusted)
+    check_quantizable(config, settings)
+
+
+def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: Path, facts: dict) -> None:
+    """Quantize in one worker; `settings` are the stage's."""
     quantize = run.config.quantize
     calibration = []
     if quantize.method == "awq":
         calibration = training_conversations(run.make(data))
         picks = np.random.default_rng(run.config.seed).permutation(len(calibration))[: quantize.calibration_samples]
         calibration = [calibration[i] for i in picks]
-    settings = QuantizeSettings(quantize.method, quantize.bits, quantize.group_size, quantize.clip)
+        if not quantize.calibration_images:
+            calibration = [replace(item, image=None) for item in calibration]
     spec = run.model_spec(model)
     with run.worker("actors.quantizers.quantizer:Quantizer") as worker:
-        facts.update(worker.call("quantize", spec, settings, calibration, str(folder)))
-    print(f"quantize: {facts['linears']} linears at {quantize.bits} bits by {quantize.method}", flush=True)
+        facts.update(worker.call("quantize", spec, chosen_settings(run), calibration, str(folder)))
+    facts["gate"] = verify.passed(run, folder, model)
+    step = {
+        "kind": "quantize",
+        "method": quantize.method,
+        "settings": settings,
+        **{key: facts[key] for key in ("bits_per_weight", "simulated")},
+        "bits": quantize.bits,
+        "calibration": None,
+    }
+    if calibration:
+        ids = [c.id for c in calibration]
+        step["calibration"] = {"conversations": len(ids), "digest": card.conversations_digest(run.make(data), ids)}
+    card.finish(run, model, folder, facts, step)
+    simulated = " (simulated: stored in 16 bits)" if facts["simulated"] else ""
+    print(
+        f"quantize: {facts['linears']} linears at {facts['bits_per_weight']:.2f} bits a weight by "
+        f"{quantize.method}{simulated}",
+        flush=True,
+    )
 
 
 def job(run: Run) -> None:

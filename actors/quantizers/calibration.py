@@ -24,10 +24,10 @@ def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversa
     batch = collate(processor, [conversations[i] for i in order])
     shortest = min(lengths[i] for i in order)
     device = model.lm_head.weight.device
-    return {
-        "input_ids": batch["input_ids"][:, :shortest].to(device),
-        "pixel_values": batch["pixel_values"].to(device, pixel_dtype(model)),
-    }
+    rows = {"input_ids": batch["input_ids"][:, :shortest].to(device)}
+    if "pixel_values" in batch:
+        rows["pixel_values"] = batch["pixel_values"].to(device, pixel_dtype(model))
+    return rows
 
 
 class _Recorder(nn.Module):

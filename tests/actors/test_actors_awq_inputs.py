@@ -1,5 +1,6 @@
 """What AWQ's search is given: real prompts with image features in place, and every layer's own arguments."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,16 @@ def test_inputs_without_the_layers(name, tmp_path, conversations):
 def _tensors(kwargs: dict) -> list[torch.Tensor]:
     mask = [] if kwargs["attention_mask"] is None else [kwargs["attention_mask"]]
     return [*mask, kwargs["position_ids"], *kwargs["position_embeddings"]]
+
+
+def test_calibration_without_images_has_no_image_tokens(tiny_path, lesions):
+    """The text alone: the same questions and answers, shorter by the image's tokens."""
+    model, processor = load_model(tiny_path), load_processor(tiny_path)
+    conversations = draw_conversations(lesions, 4)
+    seen = calibration_inputs(model, processor, conversations)
+    blind = calibration_inputs(model, processor, [replace(item, image=None) for item in conversations])
+    image = model.config.image_token_id
+    assert (seen["input_ids"] == image).any() and not (blind["input_ids"] == image).any()
+    assert set(blind) == {"input_ids"} and blind["input_ids"].shape[1] < seen["input_ids"].shape[1]
+    hidden, _ = decoder_inputs(model, blind, 2)
+    assert hidden.shape[:2] == blind["input_ids"].shape and torch.isfinite(hidden).all()
