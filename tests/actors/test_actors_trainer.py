@@ -11,7 +11,7 @@ import actors.trainer
 from actors.conversations import collate
 from actors.loading import load_model, load_processor
 from actors.specs import LoraSettings, ModelSpec
-from actors.surgery import copy_companions, iterate_tensors
+from actors.surgery import copy_companions, iterate_tensors, published_name
 from actors.trainer import LoraTrainer, language_linears, nf4_config
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 
@@ -76,7 +76,7 @@ def test_learning_rate_schedule(trained):
 def test_merged_checkpoint_differs_in_decoder_linears_only(trained, tiny_path):
     """Same names, same types; every decoder linear changed, nothing else did; only a LoRA-rank change."""
     before, after = tensors_of(tiny_path), tensors_of(trained[0])
-    assert sorted(after) == sorted(before)
+    assert sorted(after) == sorted(map(published_name, before))
     assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -130,14 +130,14 @@ def test_micro_batches_do_not_change_the_loss(tiny_path, lesions, tmp_path):
 
 
 @pytest.mark.parametrize("style", ["published", "five", "saved", "tied"])
-def test_names_and_types_are_the_sources(style, lesions, tmp_path):
-    """float16 stays float16, and each naming style stays as it was."""
+def test_names_are_the_published_ones_and_types_the_sources(style, lesions, tmp_path):
+    """float16 stays float16, and tensors get the names of the llava-hf checkpoints."""
     source = save_tiny(tmp_path / "a", "clip-llama-tied" if style == "tied" else "clip-qwen2", 2, dtype=torch.float16)
     if style in ("published", "five"):
         rename_tensors(tmp_path / "a", style)
     train(source, draw_conversations(lesions, 2), tmp_path / "b", epochs=1)
     before, after = tensors_of(source), tensors_of(tmp_path / "b")
-    assert sorted(after) == sorted(before)
+    assert sorted(after) == sorted(map(published_name, before))
     assert {tensor.dtype for tensor in after.values()} == {torch.float16}
     plain_model(str(tmp_path / "b"))
 
@@ -155,7 +155,7 @@ def test_qlora_trains_and_merges_into_the_original(lesions, tmp_path):
     steps = train(source, draw_conversations(lesions, 8), tmp_path / "b", method="qlora")
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     before, after = tensors_of(source), tensors_of(tmp_path / "b")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {published_name(n) for n in before if not torch.equal(before[n], after[published_name(n)])}
     assert changed and all(".layers." in name and "_proj." in name for name in changed)
     assert all(name.startswith("language_model.model.layers.") for name in changed)
     assert {tensor.dtype for tensor in after.values()} == {torch.float16}

@@ -57,7 +57,7 @@ def main() -> None:
         ("evaluate.timed_runs", "1"),
     ]
     config = load_config("configs/derm-tiny.yaml", common)
-    columns = (("verbatim", lambda row: float(row["answer"] == row["reference"])), ("baseline", lambda r: r["baseline"]))
+    columns = (("verbatim", lambda r: float(r["answer"] == r["reference"])), ("baseline", lambda r: r["baseline"]))
     print("| model | quantizer | bits | verbatim % | to 16 bits | to rtn | baseline % | to 16 bits | to rtn |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     lines = []
