@@ -1,6 +1,9 @@
 """Reading images as a model wants them, whatever a camera or a web site made of them."""
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+QUESTION = "What is shown in this image?"  # asked about the probe
 
 
 def open_image(path: str) -> Image.Image:
@@ -18,3 +21,11 @@ def open_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path!r} is not a readable image ({error}).") from None
+
+
+def probe_image() -> Image.Image:
+    """Draw the probe's image: a colour gradient with a spot."""
+    y, x = np.mgrid[0:96, 0:96]
+    spot = ((x - 60) ** 2 + (y - 40) ** 2 < 400) * 90
+    channels = np.stack([255 - x - spot, 160 - y // 2 - spot, 40 + x + y], axis=-1)
+    return Image.fromarray(channels.clip(0, 255).astype("u1"))

@@ -5,23 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from actors.engine import first_logits
+from actors.images import QUESTION, probe_image
 from actors.loading import language_model, pixel_dtype
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec, Sample
 
 PROBE = "probe.npy"
-QUESTION = "What is shown in this image?"
-
-
-def probe_image() -> Image.Image:
-    """Draw the probe's image: a colour gradient with a spot."""
-    y, x = np.mgrid[0:96, 0:96]
-    spot = ((x - 60) ** 2 + (y - 40) ** 2 < 400) * 90
-    channels = np.stack([255 - x - spot, 160 - y // 2 - spot, 40 + x + y], axis=-1)
-    return Image.fromarray(channels.clip(0, 255).astype("u1"))
 
 
 def engine_logits(spec: ModelSpec, removed: Sequence[int]) -> np.ndarray:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+NOT_COPIED = ("config.json", INDEX, "manifest.json", "prunella.json")  # of a checkpoint: what tells about its weights
 # language_model.model.layers.3.mlp... (published names) or model.language_model.layers.3.mlp... (transformers 5)
 _LAYER = re.compile(r"^(.*\blanguage_model\.(?:model\.)?layers\.)(\d+)(\..+)$")
 
@@ -128,11 +129,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in (
-            "config.json",
-            INDEX,
-            "manifest.json",
-        ):
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
 
 

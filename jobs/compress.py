@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.maths.statistics import cluster_bootstrap_interval
 from cluster.tables import read_table
-from jobs import ablate, evaluate, prepare, prune, quantize, recover
+from jobs import ablate, card, evaluate, prepare, prune, quantize, recover
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
@@ -147,8 +147,10 @@ def _with_interval(value: float, interval: list[float]) -> str:
 def job(run: Run) -> None:
     """Make everything and write the summary."""
     planned = plan(run)
-    for _, evaluated in planned.values():
+    for model, evaluated in planned.values():
         run.make(evaluated)
+        if isinstance(model, Stage):
+            card.refresh(Path(run.make(model)), run.facts(evaluated))
     others = comparison(run)
     if others is not None:
         run.make(others)

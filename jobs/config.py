@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Criterion = Literal[
+    "answer_similarity",
+    "perplexity",
+    "kl",
+    "block_influence",
+    "block_influence_image",
+    "block_influence_text",
+    "taylor+",
+    "magnitude+",
+    "random",
+]
+ON_SETS = ("answer_similarity", "perplexity", "kl")  # the criteria that are measured on the pruned model itself
 
 
 class _Section(BaseModel):
@@ -65,9 +77,20 @@ class ReplicasConfig(_Section):
     """The actors that hold the model."""
 
     count: Count | Literal["auto"] = Field("auto", description="replicas; auto: as many as the cluster can hold")
-    gpus: float = Field(0, ge=0, description="GPUs of each replica; 0: run on the CPU; a fraction shares a GPU")
+    gpus: float = Field(
+        0, ge=0, description="GPUs of each replica; 0: CPU; a fraction shares one; 2: half the layers each"
+    )
     cpus: float = Field(1, gt=0, description="cores (and threads) of each replica")
     max_rows: Count = Field(1024, description="most answers in one batch (rows); fewer where memory is short")
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_gpus(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError(
+                f"replicas.gpus is {gpus}: give a fraction below 1 (a shared GPU), or 1, 2, ... whole ones."
+            )
+        return gpus
 
 
 class GenerationConfig(_Section):
@@ -81,8 +104,15 @@ class AblateConfig(_Section):
 
     samples: Count = Field(64, description="calibration questions from the training split (questions)")
     unit: Count = Field(4, description="questions of one unit of work (questions)")
-    candidates: Literal["paper", "all"] | list[int] = Field(
-        "paper", description="layers that may go, zero-based; paper: all but 0, 1 and the last"
+    criterion: Criterion = Field("answer_similarity", description="what ranks the layers (paper: answer_similarity)")
+    compare: list[Criterion] = Field(
+        ["perplexity", "kl", "block_influence", "block_influence_image", "block_influence_text", "magnitude+"],
+        description="other criteria, measured for the report's table of rank agreement (YAML list)",
+    )
+    candidates: Literal["outliers", "paper", "all"] | list[int] = Field(
+        "outliers",
+        description="layers that may go, zero-based; outliers: all but those whose removal costs far more "
+        "perplexity than the others'; paper: all but 0, 1 and the last",
     )
     embedder: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -95,6 +125,13 @@ class PruneConfig(_Section):
 
     layers: int = Field(2, ge=0, description="decoder layers to remove (layers)")
     order: list[int] | None = Field(None, description="removal order, zero-based; unset: by the ablation's scores")
+    search: Literal["one_shot", "greedy", "beam", "evolution"] = Field(
+        "one_shot", description="one_shot: by the scores of single removals; the others measure sets of layers"
+    )
+    beam_width: Count = Field(3, description="beam: sets kept in every round (sets)")
+    generations: Count = Field(8, description="evolution: rounds of mutation and selection (rounds)")
+    offspring: Count = Field(16, description="evolution: mutated sets of a round, compared by KL (sets)")
+    survivors: Count = Field(4, description="evolution: sets of a round that are compared by the criterion (sets)")
 
 
 class RecoverConfig(_Section):
@@ -113,13 +150,33 @@ class RecoverConfig(_Section):
 class QuantizeConfig(_Section):
     """Rounding the language model's linear layers."""
 
-    method: Literal["awq", "nf4", "rtn"] = Field("awq", description="awq, nf4 (bitsandbytes) or rtn (round to nearest)")
-    bits: Literal[4] = Field(4, description="bits of a weight (bits)")
-    group_size: Count = Field(64, description="input channels that share a scale (channels)")
+    method: Literal["none", "awq", "nf4", "int8", "hqq", "rtn"] = Field(
+        "awq",
+        description="awq, nf4 or int8 (bitsandbytes), hqq, rtn (round to nearest), or none: the model stays as it is",
+    )
+    bits: Literal[2, 3, 4, 8, 16] = Field(
+        4,
+        description="bits of a weight (bits); unset: 8 for int8, 16 for none; awq and rtn with 2, 3 or 8 are "
+        "simulated: rounded weights stored in 16 bits, for studies of accuracy",
+    )
+    group_size: Count = Field(64, description="input channels that share a scale (channels); int8: all of a row")
     calibration_samples: Count = Field(
         32, description="training conversations drawn; AWQ uses the longer half, cut to one length (conversations)"
     )
+    calibration_images: bool = Field(True, description="AWQ: calibrate on images and text; off: on text alone (worse)")
     clip: bool = Field(True, description="AWQ: search clipping of the weights, too")
+    awq_search: Literal["autoawq", "layerwise"] = Field(
+        "autoawq",
+        description="AWQ: autoawq (the package; the whole model in memory) or layerwise (built in; a layer at a time)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_bits(cls, values: Any) -> Any:
+        fixed = {"int8": 8, "none": 16}
+        if isinstance(values, dict) and values.get("bits") is None and values.get("method") in fixed:
+            return {**values, "bits": fixed[values["method"]]}
+        return values
 
 
 class EvaluateConfig(_Section):
@@ -129,7 +186,30 @@ class EvaluateConfig(_Section):
     warmup_runs: int = Field(10, ge=0, description="unmeasured runs before the latency is measured (runs)")
     timed_runs: Count = Field(30, description="measured runs, batch 1 (runs)")
     timed_tokens: int = Field(128, ge=2, description="new tokens of each measured run (tokens)")
+    decode: Literal["plain", "static"] = Field(
+        "plain",
+        description="what is timed: plain generate, or static: a static cache and a step that is captured once (a CUDA "
+        "graph on a GPU, torch.compile on a CPU); the answers are always plain's",
+    )
     embedder: str | None = Field(None, description="sentence-transformer of the baseline; unset: ablate.embedder")
+
+
+class ProfileConfig(_Section):
+    """Comparing the memory and latency of checkpoints; how each run is measured stands in evaluate."""
+
+    models: list[str] = Field([], description="checkpoint folders or hub ids (YAML list); empty: model.path")
+    rounds: Count = Field(3, description="fresh processes of each checkpoint, which take turns (processes)")
+    cap_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory in which each answers the test questions, or not (GiB, with interpreter or context)",
+    )
+
+
+class PublishConfig(_Section):
+    """Where a finished checkpoint goes."""
+
+    to: str | None = Field(None, description="new folder, storage URI (s3://bucket/name), or hf://owner/name")
 
 
 class Config(_Section):
@@ -146,6 +226,17 @@ class Config(_Section):
     recover: RecoverConfig = RecoverConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    profile: ProfileConfig = ProfileConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @model_validator(mode="after")
+    def _search_needs_a_measured_criterion(self) -> "Config":
+        if self.prune.search != "one_shot" and self.ablate.criterion not in ON_SETS:
+            raise ValueError(
+                f"prune.search {self.prune.search} measures sets of layers, which ablate.criterion "
+                f"{self.ablate.criterion} cannot: choose {', '.join(ON_SETS)}, or prune.search one_shot."
+            )
+        return self
 
 
 def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
@@ -201,6 +292,8 @@ def _explain(error: ValidationError) -> str:
     while len(path) > 1 and ".".join(map(str, path[:-1])) in known and not isinstance(path[-1], int):
         path.pop()  # pydantic names the member of a union that did not fit
     key = ".".join(map(str, path))
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
         return f"Unknown config key {key!r}: did you mean {_nearest(path)!r}? (--help lists them all)"
     if first["type"] == "missing":

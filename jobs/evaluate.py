@@ -9,17 +9,23 @@ The baseline (disease name, word overlap, embedding similarity) is not an LLM ju
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actors.baseline import ClassName, baseline_score, name_verdict
+from actors.maths.latency import merged
 from actors.maths.statistics import cluster_bootstrap_interval, wilson_interval
 from actors.specs import Sample
 from cluster.tables import PartTable, write_table
-from jobs import prepare
+from jobs import card, prepare
 from jobs.command import main
+from jobs.config import EvaluateConfig
 from jobs.progress import Progress
 from jobs.run import Run, Source, Stage
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
 
 ANSWERS = "answers.parquet"
 NAME_QUESTION = "name"
@@ -39,7 +45,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     }
     return Stage(
         "evaluate",
-        2,
+        3,
         settings,
         (model, data),
         lambda r, folder, facts: build(r, model, data, folder, facts),
@@ -54,16 +60,14 @@ def _embedder(run: Run) -> str:
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Measure in a fresh process first, then answer with all replicas, then score."""
     evaluate = run.config.evaluate
-    rows = prepare.conversations(run.make(data), "test")
-    images = set(chosen_images(rows, evaluate.limit))
-    rows = [row for row in rows if row["image"] in images]
-    samples = [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
+    rows = test_rows(run, data)
+    samples = questions(rows)
     table = PartTable(folder / "units")
     units = {f"{i:06d}": samples[i : i + UNIT] for i in range(0, len(samples), UNIT)}
     open_units = {name: part for name, part in units.items() if name not in table.finished()}
     reasons = []
     with run.replicas(model) as pool:
-        profile = pool.call("profile", samples[0], evaluate.warmup_runs, evaluate.timed_runs, evaluate.timed_tokens)
+        profile = merged([profiled(pool, samples[0], evaluate, evaluate.timed_runs)])
         work = [(n, (part, [()], run.config.generation.max_new_tokens)) for n, part in open_units.items()]
         with Progress("evaluate", len(units), done=len(units) - len(open_units)) as progress:
             for outcome in pool.map("answers", work):
@@ -81,6 +85,24 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     write_table(folder / ANSWERS, scored)
     facts["metrics"] = {**metrics(scored), "unanswered": len(samples) - len(given)}
     facts["profile"] = profile
+
+
+def test_rows(run: Run, data: Stage) -> list[dict]:
+    """Return the test split's conversations about the images that evaluate.limit allows."""
+    rows = prepare.conversations(run.make(data), "test")
+    images = set(chosen_images(rows, run.config.evaluate.limit))
+    return [row for row in rows if row["image"] in images]
+
+
+def questions(rows: list[dict]) -> list[Sample]:
+    """Return what a worker needs to know of conversations in order to answer them."""
+    return [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
+
+
+def profiled(pool: "Pool", sample: Sample, evaluate: EvaluateConfig, timed_runs: int) -> dict:
+    """Return one round of measurements on one question, by the first process of a pool of replicas."""
+    settings = (evaluate.warmup_runs, timed_runs, evaluate.timed_tokens, evaluate.decode)
+    return pool.call("profile", sample, *settings)
 
 
 def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
@@ -131,9 +153,11 @@ def metrics(rows: list[dict]) -> dict:
 
 def job(run: Run) -> None:
     """Evaluate the config's model and print what was found."""
-    made = stage(run, run.base_model(), prepare.stage(run))
+    model = run.base_model()
+    made = stage(run, model, prepare.stage(run))
     folder = run.make(made)
     facts = run.facts(made)
+    card.refresh(Path(model.path), facts)
     print(json.dumps({"metrics": facts["metrics"], "profile": facts["profile"]}, indent=1))
     print(f"evaluate: answers are in {folder}/{ANSWERS}", flush=True)
 

@@ -12,7 +12,7 @@ The checkpoint has renumbered layers and a corrected config: plain transformers 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import ablate, prepare, select, verify
+from jobs import ablate, card, prepare, select, verify
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
@@ -27,19 +27,19 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
             raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")
         removed = prune.order[: prune.layers]
         return Stage(
-            "prune", 2, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
+            "prune", 3, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
         )
     data = prepare.stage(run)
     scores = ablate.stage(run, model, data)
     if prune.search != "one_shot":
         chosen = select.stage(run, model, data, scores)
         return Stage(
-            "prune", 2, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
+            "prune", 3, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
         )
 
     return Stage(
         "prune",
-        2,
+        3,
         {"layers": prune.layers},
         (model, scores),
         lambda r, f, facts: _write(r, model, select.one_shot(r, scores), f, facts),
@@ -51,7 +51,16 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
     with run.worker("actors.surgery:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
     facts["gate"] = verify.passed(run, folder, model, facts["removed"])
+    step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _chosen(run)}
+    card.finish(run, model, folder, facts, step)
     print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
+
+
+def _chosen(run: Run) -> str:
+    prune, criterion = run.config.prune, run.config.ablate.criterion
+    if prune.order is not None:
+        return "a list that was given"
+    return f"{criterion}, layer by layer" if prune.search == "one_shot" else f"{prune.search} search by {criterion}"
 
 
 def job(run: Run) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from actors.specs import Conversation, LoraSettings
 from cluster.tables import write_table
-from jobs import prepare, verify
+from jobs import card, prepare, verify
 from jobs.command import main
 from jobs.progress import Progress
 from jobs.run import Run, Source, Stage
@@ -29,7 +29,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     }
-    return Stage("recover", 3, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+    return Stage("recover", 4, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
 def training_conversations(folder: str) -> list[Conversation]:
@@ -55,6 +55,13 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
     facts["gate"] = verify.passed(run, folder)
+    step = {
+        "kind": "recover",
+        "settings": run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),
+        **{key: facts[key] for key in ("conversations", "first_loss", "last_loss")},
+        "digest": card.conversations_digest(run.make(data), [c.id for c in conversations]),
+    }
+    card.finish(run, model, folder, facts, step)
 
 
 def job(run: Run) -> None:

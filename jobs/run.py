@@ -109,19 +109,22 @@ class Run:
 
     def base_model(self) -> Source:
         """Return the model of the config, named by its content."""
-        model = self.config.model
-        folder = Path(model.path).expanduser()
+        return self.source(self.config.model.path, "model.path", self.config.model.revision)
+
+    def source(self, path: str, field: str, revision: str | None = None) -> Source:
+        """Return a folder, named by its content, or a hub id at a commit; ValueError, with the field: no checkpoint."""
+        folder = Path(path).expanduser()
         if folder.is_dir():
             manifest = folder / MANIFEST
             if manifest.is_file():
                 return Source(json.loads(manifest.read_text())["name"], str(folder.resolve()))
             if not (folder / "config.json").is_file():
-                raise ValueError(f"model.path {model.path!r} is a folder without config.json: not a checkpoint.")
+                raise ValueError(f"{field} {path!r} is a folder without config.json: not a checkpoint.")
             return Source(f"model-{self.fingerprints.folder(folder)}", str(folder.resolve()))
-        if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
-            raise ValueError(f"No checkpoint at model.path {model.path!r}: give a folder or a hub id (owner/name).")
-        commit = _hub_commit(model.path, model.revision)
-        return Source(f"model-{digest([model.path, commit])}", model.path, commit)
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise ValueError(f"No checkpoint at {field} {path!r}: give a folder or a hub id (owner/name).")
+        commit = _hub_commit(path, revision)
+        return Source(f"model-{digest([path, commit])}", path, commit)
 
     def model_spec(self, stage: "Stage | Source", gpus: float = 1):
         """Return how a worker with `gpus` GPUs loads the checkpoint of a stage."""

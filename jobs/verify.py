@@ -1,44 +1,63 @@
 """Try a checkpoint as others will use it: does plain transformers load it, and is it what it says?
 
     python -m jobs.verify --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-...
+    python -m jobs.verify --model.path /models/any-llava --model.dtype float16
 
-Runs by itself after prune, recover and quantize, before their checkpoint is published; by hand it takes any folder.
+Takes any folder that holds a LLaVA checkpoint; exits 0 if it passes, 1 if it is refused, and then says in one sentence
+which tensor, module or file is wrong. Tensors are compared with their sums where the folder tells them (artifacts and
+published copies do). After prune, recover and quantize it runs by itself, before their checkpoint is published.
 """
 
-import json
 from pathlib import Path
 
-from actors.specs import ModelSpec
-from cluster.artifacts import MANIFEST
+from actors.specs import GateError, ModelSpec
+from jobs import card
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
-GATE = "gate"
-
 
 def passed(run: Run, folder: Path, parent: Stage | Source | None = None, removed: list[int] | None = None) -> dict:
-    """Return what the gate found out about a new checkpoint, to be noted in its manifest; ValueError: it is refused.
+    """Return what the gate found out about a new checkpoint, to be noted in its manifest; RuntimeError: it is refused.
 
     removed: `parent` without these layers must give the same logits. parent alone: it was rounded.
     """
+    return _checked(run, folder, run.model_spec(parent) if parent else None, removed, None, True)
+
+
+def verified(run: Run, folder: Path) -> dict:
+    """Return what the gate finds out about a checkpoint that exists, its sums included; RuntimeError: it is refused."""
+    return _checked(run, folder, None, None, known_sums(folder), False)
+
+
+def known_sums(folder: Path) -> dict[str, str] | None:
+    """Return the sums of a checkpoint's tensors as its folder tells them."""
+    made = card.record(folder)
+    return made.get("gate", made).get("sums")
+
+
+def chosen(run: Run) -> Path:
+    """Return the folder model.path; ValueError: it is none."""
+    folder = Path(run.config.model.path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(f"model.path {run.config.model.path!r} is no folder: give one that holds a checkpoint.")
+    return folder
+
+
+def _checked(run: Run, folder: Path, *arguments) -> dict:
     model = run.config.model
     spec = ModelSpec(str(folder), model.dtype, None, model.trust_remote_code)
     with run.worker("actors.gate:Gate") as worker:
-        return worker.call("check", spec, run.model_spec(parent) if parent else None, removed, None, True)
+        try:
+            return worker.call("check", spec, *arguments)
+        except GateError as error:
+            raise RuntimeError(f"The checkpoint {str(folder)!r} is refused: {error}") from error
 
 
 def job(run: Run) -> None:
     """Check the folder `model.path` and print what was found."""
-    folder = Path(run.config.model.path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ValueError(f"model.path {run.config.model.path!r} is no folder: give one that holds a checkpoint.")
-    manifest = folder / MANIFEST
-    sums = json.loads(manifest.read_text()).get(GATE, {}).get("sums") if manifest.is_file() else None
-    model = run.config.model
-    spec = ModelSpec(str(folder), model.dtype, None, model.trust_remote_code)
-    with run.worker("actors.gate:Gate") as worker:
-        found = worker.call("check", spec, None, None, sums)
-    found["sums"] = "those that were published" if sums else "nothing to compare with"
+    folder = chosen(run)
+    found = verified(run, folder)
+    found["sums"] = "those that were published" if known_sums(folder) else "nothing to compare with"
     for check, said in found.items():
         print(f"{check:<10} {said}")
     print(f"verify: {folder} passes", flush=True)

@@ -1,9 +1,16 @@
 """What several tests of the actors room share: drawn images, and saved tiny checkpoints."""
 
+import json
+import shutil
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from actors.derm_tiny.draw import write_tree
+from actors.images import QUESTION, probe_image
 from actors.loading import quiet
+from actors.specs import Sample
 from tests.tiny import rename_tensors, save_tiny
 
 quiet()
@@ -24,3 +31,29 @@ def tiny_path(tmp_path_factory):
     save_tiny(folder, "clip-llama")
     rename_tensors(folder, "published")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def wide_path(tiny_path, tmp_path_factory):
+    """The tiny model with 160 MiB more in its embeddings and its head, which ids never reach."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rows = config["text_config"]["vocab_size"] + 160 * 2**20 // (2 * 64 * 4)
+    config["text_config"]["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))]:
+        more = torch.zeros(rows, tensors[name].shape[1])
+        more[: len(tensors[name])] = tensors[name]
+        tensors[name] = more
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory):
+    """A question that needs no drawn tree."""
+    path = tmp_path_factory.mktemp("probe") / "probe.png"
+    probe_image().save(path)
+    return Sample("probe", str(path), QUESTION)

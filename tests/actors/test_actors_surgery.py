@@ -15,15 +15,26 @@ from actors.surgery import (
     Surgeon,
     iterate_tensors,
     prune_checkpoint,
+    publish_names,
+    published_name,
     stored_bytes,
     stored_dtype,
     write_tensors,
 )
-from tests.tiny import LAYERS, processor_for, rename_tensors, save_tiny
+from tests.tiny import (
+    ARCHITECTURES,
+    LAYERS,
+    draw_samples,
+    plain_inputs,
+    plain_model,
+    processor_for,
+    rename_tensors,
+    save_tiny,
+)
 
 REMOVED = (0, 3)
 KEPT = (1, 2, 4)
-PREFIX = {"published": "language_model.model.layers.", "five": "model.language_model.layers."}
+LAYER = "language_model.model.layers."
 
 # Loads every folder named on the command line with plain transformers; prints one JSON line each.
 PROBE = """
@@ -97,19 +108,21 @@ def pruned_by_hand(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("style", ["published", "five"])
 def test_every_kept_tensor_is_unchanged(tmp_path, style):
-    """Names: layers 1, 2, 4 become 0, 1, 2, all others stay; values and types: bit for bit."""
-    source = save_style(tmp_path / "a", style)
-    tensors = load_file(Path(source) / "model.safetensors")
-    odd = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight"))
+    """Names: published, with layers 1, 2, 4 as 0, 1, 2; values and types: bit for bit."""
+    odd = "language_model.model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(Path(save_style(tmp_path / "a", "published")) / "model.safetensors")
     tensors[odd] = tensors[odd].to(torch.bfloat16)
-    save_file(tensors, Path(source) / "model.safetensors", metadata={"format": "pt"})
-    prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    if style == "five":
+        rename_tensors(tmp_path / "a", style)
+        assert not set(tensors) & set(load_file(tmp_path / "a" / "model.safetensors"))
+    prune_checkpoint(str(tmp_path / "a"), str(tmp_path / "b"), REMOVED)
     expected = {}
     for name, tensor in tensors.items():
-        if name.startswith(PREFIX[style]):
-            number, rest = name.removeprefix(PREFIX[style]).split(".", 1)
+        if name.startswith(LAYER):
+            number, rest = name.removeprefix(LAYER).split(".", 1)
             if int(number) in KEPT:
-                expected[f"{PREFIX[style]}{KEPT.index(int(number))}.{rest}"] = tensor
+                expected[f"{LAYER}{KEPT.index(int(number))}.{rest}"] = tensor
         else:
             expected[name] = tensor
     found = load_file(tmp_path / "b" / "model.safetensors")
@@ -117,6 +130,53 @@ def test_every_kept_tensor_is_unchanged(tmp_path, style):
     assert all(found[name].dtype == expected[name].dtype for name in found)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert sum(".encoder.layers." in name for name in found) == sum(".encoder.layers." in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("lm_head.bias", "language_model.lm_head.bias"),
+        ("model.language_model.final_layernorm.bias", "language_model.model.final_layernorm.bias"),
+        (
+            "model.language_model.layers.3.self_attn.dense.weight",
+            "language_model.model.layers.3.self_attn.dense.weight",
+        ),
+        ("model.vision_tower.head.probe", "vision_tower.vision_model.head.probe"),
+        ("vision_tower.encoder.layers.0.mlp.fc1.bias", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"),
+        ("vision_tower.pre_layrnorm.weight", "vision_tower.vision_model.pre_layrnorm.weight"),
+        ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
+    ],
+)
+def test_published_names(written, name):
+    """As in the llava-hf checkpoints; a published name stays."""
+    assert published_name(written) == name == published_name(name)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_renamed_checkpoints_load_the_same(tmp_path, name, lesions):
+    """Bit for bit the logits of an image and a question; all tensors are there once, tied embeddings too."""
+    save_tiny(tmp_path, name)
+    rename_tensors(tmp_path, "five")
+    processor, (sample, *_) = processor_for(name.split("-")[0]), draw_samples(lesions, 1)
+    shard(tmp_path, 100_000)
+    (before, names), tensors = image_logits(tmp_path, processor, sample), dict(iterate_tensors(tmp_path))
+    for _ in range(2):  # the second time there is nothing to do
+        publish_names(tmp_path)
+        after, renamed = image_logits(tmp_path, processor, sample)
+        assert torch.equal(before, after) and names == renamed
+    found = dict(iterate_tensors(tmp_path))
+    assert sorted(found) == sorted(map(published_name, tensors))
+    assert all(torch.equal(found[published_name(n)], t) for n, t in tensors.items())
+    assert ("language_model.lm_head.weight" in found) == (name != "clip-llama-tied")
+    assert not [path.name for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@torch.inference_mode()
+def image_logits(folder: Path, processor, sample) -> tuple[torch.Tensor, list[str]]:
+    model = plain_model(str(folder))
+    return model(**plain_inputs(processor, sample)).logits, sorted(name for name, _ in model.named_parameters())
 
 
 def test_removing_nothing_copies(tiny_path, tmp_path):

@@ -117,6 +117,20 @@ def test_the_result_loads_elsewhere(finished):
             assert done.stdout.strip().endswith("layers 8")
 
 
+def test_every_checkpoint_has_passed_the_gate_and_has_a_card_with_its_scores(finished):
+    for row in json.loads((finished[0] / "summary.json").read_text())[1:]:
+        folder = Path(row["checkpoint"])
+        facts, card = json.loads((folder / "manifest.json").read_text()), (folder / "README.md").read_text()
+        assert f"{row['baseline_pct']:.1f} [" in card and f"On {row['images']} held-out images" in card
+        layers = ", ".join(map(str, row["removed_layers"]))
+        assert (f"Decoder layers {layers} were removed" in card) == bool(layers)
+        assert ("**Fine-tuned.**" in card) == ("sft" in row["method"])
+        assert ("**Quantized** by awq" in card) == ("quant" in row["method"])
+        assert ("Calibrated with 8 training conversations" in card) == ("quant" in row["method"])
+        assert facts["gate"]["names"] == "as published by llava-hf" and len(facts["gate"]["sums"]) > 100
+        assert "python -m jobs.compress --config configs/derm-tiny.yaml" in card and str(finished[0]) not in card
+
+
 def test_a_second_run_computes_nothing(finished):
     again = run("compress", *options(finished[0]))
     assert again.returncode == 0

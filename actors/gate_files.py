@@ -1,0 +1,81 @@
+"""What the gate reads off a checkpoint's files: decoder layers, numbers, names, sums."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from actors.specs import GateError
+from actors.surgery import iterate_tensors
+
+PUBLISHED = re.compile(
+    r"^(language_model\.(model\.(embed_tokens|norm|final_layernorm|layers\.\d+)\b|lm_head\.)"
+    r"|vision_tower\.vision_model\.|multi_modal_projector\.)"
+)
+LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
+T = TypeVar("T")
+
+
+def loaded(load: Callable[[], T]) -> T:
+    """Return what `load` returns; GateError: it raised (libraries raise anything at files that do not fit)."""
+    try:
+        return load()
+    except Exception as error:
+        raise GateError(f"It cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor); GateError: no weights, a shard is missing or damaged."""
+    try:
+        yield from iterate_tensors(folder)
+    except ValueError as error:
+        raise GateError(str(error)) from None
+
+
+def check_tensors(folder: Path, config) -> str:
+    """Refuse tensors that are not numbers, and decoder layers that are not 0..n-1 with n as the config says."""
+    layers: dict[int, set[str]] = {}
+    count = 0
+    for name, tensor in tensors_of(folder):
+        count += 1
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise GateError(f"{name!r} holds NaN or infinity.")
+        if match := LAYER.search(name):
+            layers.setdefault(int(match[1]), set()).add(match[2])
+    said = config.text_config.num_hidden_layers
+    if sorted(layers) != list(range(said)):
+        odd = min(set(layers) ^ set(range(said)))
+        raise GateError(
+            f"config.json says {said} decoder layers, the files hold {len(layers)}: the first that does not fit is "
+            f"'language_model.model.layers.{odd}'. The layers must be renumbered and the count corrected."
+        )
+    parts = set.union(*layers.values())
+    for number in range(said):
+        for part in sorted(parts - layers[number]):
+            raise GateError(f"'language_model.model.layers.{number}.{part}' is missing; other decoder layers have it.")
+    return f"{count} finite tensors, {said} decoder layers"
+
+
+def check_sums(folder: Path, known: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the SHA-256 of every tensor's bytes; refuse one that is not what `known` says."""
+    sums = {}
+    for name, tensor in tensors_of(folder):
+        sums[name] = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    if known is not None:
+        for name in sorted(set(known) | set(sums)):
+            if known.get(name) != sums.get(name):
+                other = next((n for n, s in known.items() if s == sums.get(name)), None)
+                state = "missing" if name not in sums else "new" if name not in known else "not what was published"
+                raise GateError(f"{name!r} is {state}{f' (it holds {other!r})' if other else ''}.")
+    return sums
+
+
+def check_names(folder: Path) -> str:
+    """Refuse tensor names other than those of the published llava-hf checkpoints, which other programs expect."""
+    for name, _ in tensors_of(folder):
+        if not PUBLISHED.match(name):
+            raise GateError(f"{name!r} is not a published llava-hf name: other programs will not find it.")
+    return "as published by llava-hf"

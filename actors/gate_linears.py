@@ -1,0 +1,101 @@
+"""What the gate checks of a loaded model's linears: their kinds, and that each computes with the right weight."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from actors.gate_files import LAYER, tensors_of
+from actors.loading import language_model
+from actors.maths.rounding import dequantize, unpack
+from actors.quantizers.structure import SIMULATED, linear_shapes
+from actors.specs import GateError
+from actors.surgery import published_name
+
+KERNEL = 2e-2  # largest relative error of a linear's output in float16, for a kernel that reads the stored numbers
+# ... and of rounded weights from those before rounding, by bits. Groups of 64 normal values show .01, .12, .25 and .57;
+# an unrelated weight 1.4.
+ROUNDED_LINEAR = {8: 0.1, 4: 0.4, 3: 0.7, 2: 1.2}
+PLAIN = (torch.nn.Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)  # the second: SigLIP's pooling head
+
+
+def quant_method(config) -> str | None:
+    """Return the quant_method of a checkpoint's config, None if its weights are not packed."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method")
+
+
+def stored_bits(config) -> int:
+    """Return the bits of a rounded checkpoint's weights, as its config tells."""
+    given = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None) or {}
+    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)
+
+
+def check_modules(model, config) -> str:
+    """Refuse a model whose decoder linears are not of the kind that the config says, or where others are rounded."""
+    method, names = quant_method(config), tuple(linear_shapes(config))
+    kinds = set()
+    for name, module in model.named_modules():
+        if "language_model" in name and ".layers." in name and name.endswith(names):
+            kinds.add(type(module).__name__)
+            if (type(module) is torch.nn.Linear) == (method is not None):
+                raise GateError(
+                    f"{name!r} is a {type(module).__name__}, but the config says {method or 'no quantization'}."
+                )
+        elif "Linear" in type(module).__name__ and type(module) not in PLAIN:
+            raise GateError(f"{name!r} is a {type(module).__name__}: only the decoder's linears may be rounded.")
+    simulated = ", rounded weights stored in 16 bits (simulated)" if getattr(config, SIMULATED, None) else ""
+    return f"decoder linears are {', '.join(sorted(kinds))}, the rest is not rounded{simulated}"
+
+
+def check_linears(folder: Path, config, model, parent: Path | None) -> str | None:
+    """Refuse a rounded linear that computes with another weight than it should; None: nothing to compare with.
+
+    The weight is what the packed numbers say, unpacked here, in the AWQ layout, and `parent`'s, within the error of
+    rounding, in the others (not of simulated AWQ, which rescales weights).
+    """
+    simulated = getattr(config, SIMULATED, None) or {}
+    if quant_method(config) == "awq":
+        weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
+    elif parent is not None and (quant_method(config) or simulated) and simulated.get("method") != "awq":
+        weights, allowed = _decoder_weights(parent, tuple(linear_shapes(config))), ROUNDED_LINEAR[stored_bits(config)]
+        what = "the weight before rounding"
+    else:
+        return None
+    worst = 0.0
+    for number, stem, weight in weights:
+        error = _output_error(language_model(model).layers[number].get_submodule(stem), weight, model.lm_head.weight)
+        if not error <= allowed:
+            name = f"language_model.model.layers.{number}.{stem}"
+            raise GateError(f"{name!r} does not compute with {what}: it is off by {error:.2g} (allowed: {allowed:g}).")
+        worst = max(worst, error)
+    return f"{worst:.2g} from {what}, linear by linear (allowed: {allowed:g})"
+
+
+def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
+    held: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors_of(folder):
+        if (match := LAYER.search(name)) and name.endswith((".qweight", ".qzeros", ".scales")):
+            stem, _, part = match[2].rpartition(".")
+            parts = held.setdefault((int(match[1]), stem), {})
+            parts[part] = tensor
+            if len(parts) == 3:
+                q, zero = (unpack(parts[part]).T.contiguous() for part in ("qweight", "qzeros"))
+                yield int(match[1]), stem, dequantize(q, zero, parts["scales"].T.contiguous())
+                parts.clear()
+
+
+def _decoder_weights(folder: Path, linears: tuple[str, ...]) -> Iterator[tuple[int, str, torch.Tensor]]:
+    for name, tensor in tensors_of(folder):
+        match = LAYER.search(published_name(name))
+        if match and match[2].removesuffix(".weight") in linears:
+            yield int(match[1]), match[2].removesuffix(".weight"), tensor
+
+
+@torch.inference_mode()
+def _output_error(module, weight: torch.Tensor, like: torch.Tensor) -> float:
+    """Return the relative error of a linear's outputs for random inputs against x W', its bias taken off."""
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(like.dtype)
+    bias = getattr(module, "bias", None)
+    found = module(x.to(like.device)).float().cpu() - (0 if bias is None else bias.float().cpu())
+    exact = x.float() @ weight.float().T
+    return float((found - exact).norm() / exact.norm())

@@ -1,0 +1,131 @@
+"""The model card of a checkpoint: what it was made from and how, what it scored, and how to make it again."""
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from cluster.artifacts import MANIFEST, digest
+from jobs import prepare
+from jobs.run import Run, Source, Stage
+
+CARD = "README.md"
+RECORD = "prunella.json"  # of a published copy: its history and the sums of its tensors
+TEMPLATES = Path(__file__).parent / "templates"
+_ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
+_DONE = {"prune": "pruned", "recover": "fine-tuned", "quantize": "quantized"}
+
+
+def record(folder: Path) -> dict:
+    """Return what a checkpoint's folder tells of its making: its manifest, or a published copy's record; or {}."""
+    for name in (MANIFEST, RECORD):
+        if (folder / name).is_file():
+            return json.loads((folder / name).read_text())
+    return {}
+
+
+def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dict) -> None:
+    """Note in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card."""
+    history = _history(run, model)
+    if step["kind"] == "prune":
+        step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
+    facts["history"] = [*history, step]
+    facts["command"] = _command()
+    facts["versions"] = {name: version(name) for name in ("prunella", "transformers", "torch")}
+    write(folder, facts)
+
+
+def refresh(folder: Path, evaluation: dict) -> None:
+    """Write the scores of an evaluation into the card of a checkpoint that Prunella made; leave others alone."""
+    if "command" in (manifest := record(folder)):
+        write(folder, manifest, evaluation)
+
+
+def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) -> list[int]:
+    """Return `removed` in the numbering of the original model, from which the pruning before it took others."""
+    gone = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
+    kept = [layer for layer in range(len(gone) + len(removed) + left) if layer not in gone]
+    return [kept[layer] for layer in removed]
+
+
+def conversations_digest(folder: str, ids: Sequence[str]) -> str:
+    """Return the digest of training conversations: each image's SHA-256, its question and its answer, in order."""
+    rows = {row["sample_id"]: row for row in prepare.conversations(folder, "train")}
+    return digest([[rows[i][key] for key in ("sha256", "question", "reference")] for i in ids])
+
+
+def _history(run: Run, model: Stage | Source) -> list[dict]:
+    folder = Path(run.make(model))
+    if known := record(folder).get("history"):
+        return known
+    if not folder.is_dir():  # a hub id
+        revision = model.revision if isinstance(model, Source) else None
+        return [{"kind": "source", "name": str(folder), "revision": revision, "base": str(folder), "licence": None}]
+    text = (folder / CARD).read_text(errors="replace") if (folder / CARD).is_file() else ""
+    front, title = _front_matter(text), re.search(r"^# (.+)", text, re.MULTILINE)
+    return [
+        {
+            "kind": "source",
+            "name": title[1] if title else folder.name,
+            "revision": None,
+            "base": front.get("base_model"),
+            "licence": front.get("license"),
+        }
+    ]
+
+
+def _front_matter(card: str) -> dict:
+    """Return the YAML between the dashes at the head of a card, {} if there is none."""
+    found = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _command() -> str:
+    """Return the command of this process; of absolute paths only the last part, for the card is made public."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = [_ABSOLUTE.sub(r"/.../\1", word) for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *words])
+
+
+def write(folder: Path, facts: dict, evaluation: dict | None = None) -> None:
+    """Write the card into a checkpoint's folder, atomically; `facts` are those of its manifest."""
+    source, *steps = facts["history"]
+    quantized = next((step for step in steps if step["kind"] == "quantize"), None)
+    tags = ["prunella", "llava", *dict.fromkeys(_DONE[step["kind"]] for step in steps)]
+    front = {
+        "license": source["licence"] or "unknown",
+        **({"base_model": source["base"]} if source["base"] else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": [*tags, quantized["method"], f"{quantized['bits']}-bit"] if quantized else tags,
+    }
+    content = {
+        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "title": f"{source['name']}, {', '.join(dict.fromkeys(_DONE[step['kind']] for step in steps))}",
+        "source": source,
+        "steps": steps,
+        "quantized": quantized,
+        "facts": facts,
+        "metrics": evaluation and evaluation["metrics"],
+        "profile": evaluation and evaluation["profile"],
+    }
+    environment = jinja2.Environment(  # Markdown, not HTML
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    temporary = folder / f"{CARD}.{os.getpid()}"
+    temporary.write_text(environment.get_template("card.md.j2").render(content) + "\n")
+    os.replace(temporary, folder / CARD)

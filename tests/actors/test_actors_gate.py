@@ -1,0 +1,78 @@
+"""The gate: sound checkpoints pass, whatever the architecture, the names in its source, the method and the bits."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.specs import LoraSettings, ModelSpec
+from actors.surgery import prune_checkpoint
+from actors.trainer import LoraTrainer
+from tests.gating import check
+from tests.quantizing import PACKED, methods, quantize
+from tests.tiny import ARCHITECTURES, DERM_TINY, draw_conversations, rename_tensors, save_tiny
+
+REMOVED = [1, 3]
+SHORT = ("clip-llama", "siglip-llama", "clip-mistral-window", "clip-qwen2-mixed", "clip-phi")
+
+
+@pytest.mark.parametrize("style", ["published", "five"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pruned_models_of_every_architecture(name, style, tmp_path):
+    """The published names are written, whatever the source's were; logits are those of the layers switched off."""
+    source = save_tiny(tmp_path / "a", name)
+    rename_tensors(tmp_path / "a", style)
+    prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
+    found = check(tmp_path / "b", source, REMOVED)
+    assert float(found["logits"].split()[0]) < 1e-5 and "same with and without" in found["cache"]
+
+
+def rounded(name: str, method: str, work: Path, lesions: Path, parent: str) -> None:
+    """Quantize `parent` and check the result."""
+    if method == "hqq":
+        pytest.importorskip("hqq")
+    out = work / f"{Path(parent).name}-{method}"
+    quantize(parent, out, method, draw_conversations(lesions, 4))
+    found = check(out, parent, keep_probe=True)
+    assert PACKED[method] in found["modules"] and "before rounding" in found["logits"]
+    assert ("stored numbers" if method in ("awq", "rtn") else "before rounding") in found["linears"]
+    if method in ("nf4", "int8"):
+        assert "; 0 from what it gave when it was made" in found["logits"]
+    if name == "clip-llama":
+        check(out, sums=found["sums"])
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in SHORT for method in methods(name)])
+def test_a_pruned_and_rounded_checkpoint_passes(name, method, lesions, tmp_path):
+    source = save_tiny(tmp_path / "a", name)
+    prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
+    rounded(name, method, tmp_path, lesions, str(tmp_path / "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name in ARCHITECTURES for method in methods(name)])
+def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
+    """The model itself, and a fine-tuned pruned one."""
+    source = save_tiny(tmp_path / "a", name)
+    rounded(name, method, tmp_path, lesions, source)
+    prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
+    settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
+    steps = LoraTrainer(ModelSpec(str(tmp_path / "b"))).train(
+        draw_conversations(lesions, 4), settings, str(tmp_path / "c")
+    )
+    assert len(list(steps)) == 2
+    found = check(tmp_path / "c")
+    assert float(found["logits"].split()[0]) < 1e-5
+    rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "hqq"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_pass(method, bits, lesions, tmp_path):
+    """derm-tiny, whose outliers make 2 and 3 bits answer anything: the linears alone tell it is sound."""
+    if method == "hqq":
+        pytest.importorskip("hqq")
+    quantize(str(DERM_TINY), tmp_path / "a", method, draw_conversations(lesions, 4), bits=bits)
+    found = check(tmp_path / "a", DERM_TINY)
+    assert ("(simulated)" in found["modules"]) == (method != "hqq")
+    assert ("allowed: any" in found["logits"]) == (bits < 8)
+    assert (found["linears"] == "nothing to compare with") == (method == "awq")

@@ -1,0 +1,167 @@
+"""The model card: the chain back to the source in its numbering, scores, a command that tells nothing private."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.tables import write_table
+from jobs import card, prune
+from jobs.run import Source
+from tests.jobs.here import run_here
+from tests.tiny import DERM_TINY
+
+EVALUATION = {
+    "metrics": {
+        **{"images": 9, "answers": 27, "baseline_pct": 91.26, "baseline_interval_pct": [88.04, 95.55]},
+        **{"exact_pct": 70.0, "name_accuracy": 80.0, "name_accuracy_interval": [61.0, 92.0]},
+    },
+    "profile": {
+        **{"weight_bytes": 3 * 2**20, "peak_memory_bytes": 2**30, "peak_memory_kind": "process, resident"},
+        **{"ms_per_token": 2.345, "ms_per_token_p5_p95": [2.1, 2.9], "first_token_ms": 21.34},
+        **{"device": "CPU", "threads": 1},
+    },
+}
+
+
+def front_matter(text: str) -> dict:
+    _, front, _ = text.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def pruned(monkeypatch, run_dir: Path, model, order: str) -> Path:
+    run = run_here(monkeypatch, run_dir, model, prune__order=order, prune__layers=len(json.loads(order)))
+    prune.job(run)
+    return run.store.root / prune.stage(run, run.base_model()).name
+
+
+@pytest.fixture
+def twice(monkeypatch, tmp_path):
+    """derm-tiny without 1 and 4, and that without its own 1 and 2."""
+    first = pruned(monkeypatch, tmp_path / "run", DERM_TINY, "[4, 1]")
+    return first, pruned(monkeypatch, tmp_path / "other", first, "[1, 2]")
+
+
+def test_a_pruned_models_card(twice):
+    """Every artifact has one; of layers pruned twice it gives the original numbers: 0 2 3 5 6 7 8 9 lose 2 and 3."""
+    one, two = ((folder / card.CARD).read_text() for folder in twice)
+    assert "Decoder layers 1, 4 were removed" in one and "8 are left" in one
+    assert "1. **Pruned.** Decoder layers 1, 4 were removed" in two
+    assert "2. **Pruned.** Decoder layers 2, 3 were removed" in two and "6 are left" in two
+    assert two.count("Made by Prunella from `derm-tiny`.") == 1 and "Not for clinical use" in two
+    assert "Licence of that model: apache-2.0." in two and "Not evaluated yet" in two
+    assert "* names: as published by llava-hf" in two and "sums" not in two
+    front = front_matter(two)
+    assert front == {
+        **{"license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "image-text-to-text"},
+        "tags": ["prunella", "llava", "pruned"],
+    }
+
+
+def test_scores_come_with_the_evaluation(twice):
+    """Written into the card once there are some, and anew with the next; the name of the artifact stays."""
+    before = (twice[1] / "manifest.json").read_bytes()
+    for _ in range(2):
+        card.refresh(twice[1], EVALUATION)
+    text = (twice[1] / card.CARD).read_text()
+    assert "| 91.3 [88.0, 95.5] | 80.0 [61.0, 92.0] | 70.0 | 3.00 MiB | 1024.00 MiB (process, resident)" in text
+    assert "2.35 [2.10, 2.90] | 21.3 ms |" in text or "2.34 [2.10, 2.90] | 21.3 ms |" in text
+    assert text.count("held-out images") == 1 and "Not evaluated yet" not in text
+    assert "Measured on CPU, 1 thread(s)" in text
+    assert (twice[1] / "manifest.json").read_bytes() == before
+    assert not list(twice[1].glob("README.md.*"))
+    unnamed = {**EVALUATION["metrics"], "name_accuracy": None, "name_accuracy_interval": None}
+    card.refresh(twice[1], {**EVALUATION, "metrics": unnamed})
+    assert "| - | 70.0 |" in (twice[1] / card.CARD).read_text()
+
+
+def test_a_users_own_folder_is_left_alone(tmp_path):
+    folder = shutil.copytree(DERM_TINY, tmp_path / "mine")
+    card.refresh(folder, EVALUATION)
+    assert (folder / card.CARD).read_bytes() == (DERM_TINY / card.CARD).read_bytes()
+    card.refresh(Path("owner/name"), EVALUATION)
+
+
+@pytest.mark.parametrize(
+    ("text", "licence", "base"),
+    [
+        (None, None, None),
+        ("# no front matter", None, None),
+        ("---\nlicense: llama2\nbase_model: lmsys/vicuna-7b-v1.5\n---\nx", "llama2", "lmsys/vicuna-7b-v1.5"),
+        ("---\n: : [\n---\nx", None, None),
+    ],
+)
+def test_licence_of_the_source(tmp_path, monkeypatch, text, licence, base):
+    folder = shutil.copytree(DERM_TINY, tmp_path / "mine")
+    (folder / card.CARD).unlink()
+    if text is not None:
+        (folder / card.CARD).write_text(text)
+    made = (pruned(monkeypatch, tmp_path / "run", folder, "[1]") / card.CARD).read_text()
+    front = front_matter(made)
+    assert front["license"] == (licence or "unknown") and front.get("base_model") == base
+    assert f"Licence of that model: {licence or 'unknown: see the base model'}." in made
+
+
+def test_a_hub_model(tmp_path, monkeypatch):
+    """Named with its commit; base_model is its id."""
+    run = run_here(monkeypatch, tmp_path)
+    facts = {"gate": {"names": "fine"}}
+    step = {"kind": "recover", "settings": {"rank": 16, "method": "qlora"}, "conversations": 117}
+    step |= {"digest": "0123", "first_loss": 1.5, "last_loss": 0.25}
+    card.finish(run, Source("model-1", "owner/llava", "c0ffee"), tmp_path, facts, step)
+    text = (tmp_path / card.CARD).read_text()
+    assert "Made by Prunella from `owner/llava` at commit `c0ffee`" in text
+    assert front_matter(text)["base_model"] == "owner/llava"
+    assert "method qlora, rank 16; 117 conversations (digest `0123`); loss 1.500 at the first step, 0.250" in text
+
+
+@pytest.mark.parametrize(("simulated", "words"), [(True, "Simulated: the rounded weights"), (False, "the rest keeps")])
+def test_a_quantized_model(tmp_path, monkeypatch, simulated, words):
+    facts: dict = {"gate": {"names": "fine"}}
+    step = {"kind": "quantize", "method": "rtn", "bits": 3, "bits_per_weight": 3.297, "simulated": simulated}
+    step |= {"settings": {"bits": 3}, "calibration": {"conversations": 8, "digest": "beef"}}
+    card.finish(run_here(monkeypatch, tmp_path), Source("model-1", str(DERM_TINY)), tmp_path, facts, step)
+    text = (tmp_path / card.CARD).read_text()
+    assert words in text and ("Simulated" in text) == simulated
+    assert "have 3.30 bits a weight" in text and "Calibrated with 8 training conversations (digest `beef`)" in text
+    assert front_matter(text)["tags"] == ["prunella", "llava", "quantized", "rtn", "3-bit"]
+
+
+def test_the_command_tells_no_private_path(monkeypatch):
+    words = ["--run_dir", "/home/me/secret/run", "--data.root=/data/x y/derm", "--model.path", "owner/name"]
+    monkeypatch.setattr(sys, "argv", ["x", *words, "--prune.order", "[3, 10]", "--publish.to", "s3://bucket/a/b"])
+    said = card._command()
+    assert said.endswith("--run_dir /.../run --data.root=/.../derm --model.path owner/name --prune.order '[3, 10]' "
+                         "--publish.to s3://bucket/a/b")  # fmt: skip
+    assert "secret" not in said and "x y" not in said
+
+
+def test_conversations_digest(tmp_path):
+    """It depends on the image's bytes, the question, the answer and the order, not on where the image lies."""
+
+    def made(name: str, **changes) -> str:
+        rows = [
+            {
+                "sample_id": f"s{i}",
+                "split": "train",
+                "image": f"/{name}",
+                "sha256": f"h{i}",
+                "question": "q",
+                "reference": "r",
+            }
+            for i in range(3)
+        ]
+        rows[1].update(changes)
+        folder = tmp_path / name
+        folder.mkdir()
+        write_table(folder / "conversations.parquet", rows)
+        return str(folder)
+
+    first = card.conversations_digest(made("a"), ["s0", "s1"])
+    assert card.conversations_digest(made("b"), ["s0", "s1"]) == first
+    assert card.conversations_digest(made("c"), ["s1", "s0"]) != first
+    for number, change in enumerate(({"sha256": "x"}, {"question": "x"}, {"reference": "x"})):
+        assert card.conversations_digest(made(f"d{number}", **change), ["s0", "s1"]) != first

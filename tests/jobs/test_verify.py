@@ -1,0 +1,96 @@
+"""jobs.verify on any folder, and the gate in the pipeline: what it refuses is not published."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs import command, prune, verify
+from jobs.run import Run
+from tests.jobs.here import Worker, run_here
+from tests.jobs.test_mistakes import assert_says, run
+from tests.tiny import DERM_TINY
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(DERM_TINY, tmp_path / "copy")
+
+
+def spoil(folder, name: str, value: float = torch.nan) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "language_model.model.layers.4.mlp.up_proj.weight"
+
+
+def test_a_folder_that_prunella_did_not_make(tmp_path, copy, monkeypatch, capsys):
+    """It passes, and nothing is written into it."""
+    before = {file.name: file.stat().st_mtime_ns for file in copy.iterdir()}
+    verify.job(run_here(monkeypatch, tmp_path / "run", copy))
+    said = capsys.readouterr().out
+    assert f"verify: {copy} passes" in said and "sums       nothing to compare with" in said
+    assert {file.name: file.stat().st_mtime_ns for file in copy.iterdir()} == before
+
+
+def test_a_broken_folder_in_one_sentence(tmp_path, copy):
+    """As a user runs it: exit code 1, the tensor's name, no traceback."""
+    spoil(copy, UP)
+    result = run("verify", "--run_dir", str(tmp_path / "run"), "--model.path", str(copy))
+    assert_says(result, f"The checkpoint '{copy}' is refused: '{UP}' holds NaN")
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("verify:")] == result.stderr.splitlines()[
+        -1:
+    ]
+
+
+def test_no_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"model\.path 'owner/name' is no folder"):
+        verify.job(run_here(monkeypatch, tmp_path, "owner/name"))
+
+
+def test_an_artifact_that_was_changed(tmp_path, monkeypatch, capsys):
+    """A manifest knows the sums of the tensors: a number that is changed later is found."""
+    run = run_here(monkeypatch, tmp_path, prune__order="[2]", prune__layers=1)
+    folder = run.store.root / prune.stage(run, run.base_model()).name
+    prune.job(run)
+    verify.job(run_here(monkeypatch, tmp_path, folder))
+    assert "sums       those that were published" in capsys.readouterr().out
+    spoil(folder, UP, 0.5)
+    with pytest.raises(RuntimeError, match=f"'{UP}' is not what was published"):
+        verify.job(run_here(monkeypatch, tmp_path, folder))
+
+
+class ForgetfulSurgeon(Worker):
+    """Prunes, but leaves the count of layers in config.json as it was."""
+
+    def call(self, method, path, out, *args):
+        done = super().call(method, path, out, *args)
+        shutil.copyfile(DERM_TINY / "config.json", Path(out) / "config.json")
+        return done
+
+
+def test_what_the_gate_refuses_is_not_published(tmp_path, monkeypatch, capsys):
+    """The job ends with the gate's sentence and exit code 1, and leaves no artifact."""
+    run_here(monkeypatch, tmp_path)
+    workers = {"actors.surgery:Surgeon": ForgetfulSurgeon}
+    monkeypatch.setattr(Run, "worker", lambda self, target, **kwargs: workers.get(target, Worker)(target, **kwargs))
+    arguments = ["--run_dir", str(tmp_path), "--prune.layers", "2", "--prune.order", "[2, 5]"]
+    monkeypatch.setattr(sys, "argv", ["prune", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command.main("doc", prune.job)
+    assert stop.value.code == 1
+    assert "says 10 decoder layers, the files hold 8" in capsys.readouterr().err
+    assert not list((tmp_path / "artifacts").glob("prune-*"))
+
+
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["verify", "--help"])
+    command.main(verify.__doc__, verify.job)
+    said = capsys.readouterr().out
+    assert "Takes any folder" in said and "--model.path" in said and "1 if it is refused" in said
