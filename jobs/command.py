@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from pydantic_core import PydanticUndefined
 
-from jobs.config import Config, fields, load_config
+from jobs.config import Config
+from jobs.options import fields, load_config
 from jobs.run import Run
 
 USAGE = """{doc}

@@ -11,7 +11,7 @@ from collections import deque
 
 from jobs import compress, report
 from jobs.command import one_sentence
-from jobs.config import load_config
+from jobs.options import load_config
 from jobs.run import Run
 
 CONFIG = "configs/derm-tiny.yaml"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from jobs.command import parse
-from jobs.config import valid_keys
+from jobs.options import valid_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VM = REPOSITORY / "cluster/vm/cluster.yaml"

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from jobs.config import load_config
+from jobs.options import load_config
 from jobs.run import Run
 from tests.tiny import DERM_TINY
 

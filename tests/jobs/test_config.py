@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import command
-from jobs.config import fields, load_config, valid_keys
+from jobs.options import fields, load_config, valid_keys
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 

@@ -10,8 +10,8 @@ import pytest
 from actors.specs import Conversation, Known
 from cluster.pool import Outcome
 from cluster.tables import read_table
-from jobs.config import load_config
 from jobs.measurements import Measurements
+from jobs.options import load_config
 from jobs.run import Run, Source, Stage
 from jobs.select import beam, evolve, mutants
 

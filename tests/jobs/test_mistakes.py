@@ -152,7 +152,7 @@ def test_a_gpu_that_is_not_there(tmp_path, images, job):
 def test_interrupted_drawing_leaves_no_half_collection(tmp_path, monkeypatch):
     from actors.derm_tiny import draw
     from jobs import prepare
-    from jobs.config import load_config
+    from jobs.options import load_config
     from jobs.run import Run
 
     def interrupted(root, per_class, seed):

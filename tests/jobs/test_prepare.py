@@ -8,7 +8,7 @@ from PIL import Image
 
 from cluster.tables import read_table
 from jobs import prepare
-from jobs.config import load_config
+from jobs.options import load_config
 from jobs.run import Run
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import quantize
-from jobs.config import load_config
+from jobs.options import load_config
 from jobs.run import Run, Stage
 from tests.tiny import DERM_TINY, tiny_config
 

@@ -4,7 +4,7 @@ import pytest
 
 import cluster.connection
 import cluster.pool
-from jobs.config import load_config
+from jobs.options import load_config
 from jobs.run import Run
 
 
