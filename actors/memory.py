@@ -13,6 +13,10 @@ TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room ke
 GIB = 2**30
 
 
+class TooLittleMemory(ValueError):
+    """A checkpoint needs more than is free, or more than a replica's share."""
+
+
 def meta_model(config, trust_remote_code: bool = False):
     """Return the unquantized model that a config describes, on the meta device: shapes without numbers."""
     config = copy.deepcopy(config)
@@ -50,14 +54,14 @@ def cached_bytes(text_config, layers: int, itemsize: int) -> int:
 
 
 def check_fits(path: str, weights: int, config, itemsize: int, devices: Sequence[torch.device]) -> None:
-    """ValueError if the weights (bytes) and one row's keys and values are more than the devices' free memory."""
+    """TooLittleMemory if the weights (bytes) and one row's keys and values are more than the devices' free memory."""
     text = config.get_text_config()
     tokens = TEXT_TOKENS + (getattr(config, "image_seq_length", None) or 0)
     row = tokens * cached_bytes(text, text.num_hidden_layers, itemsize)
     free = sum(map(free_bytes, devices))
     if weights + row > free:
         place = "in main memory" if devices[0].type == "cpu" else f"on {len(devices)} GPU(s)"
-        raise ValueError(
+        raise TooLittleMemory(
             f"{path!r} needs {(weights + row) / GIB:.2f} GiB (weights {weights / GIB:.2f}, keys and values of one "
             f"answer {row / GIB:.2f}) and {free / GIB:.2f} GiB are free {place}: set model.dtype to float16, give a "
             "quantized checkpoint, more GPUs per replica (replicas.gpus) or fewer replicas per GPU."

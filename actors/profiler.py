@@ -1,85 +1,86 @@
-"""Memory and latency of one loaded model, batch 1, greedy, an exact number of new tokens."""
+"""Latency of one loaded model by phases: batch 1, greedy, an exact number of new tokens, synchronised clocks."""
 
-import resource
-import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from transformers import StoppingCriteria
+import transformers
+
+from actors.maths.latency import run_times
+from actors.quantizers.structure import SIMULATED
+from actors.specs import Llava
+
+Decoder = Callable[[dict, int, Callable[[], None]], list[int]]
 
 
-class _Clock(StoppingCriteria):
-    """Notes the time at which every new token is known; never stops the generation."""
+def measure(
+    model: Llava,
+    prepare: Callable[[], dict],
+    decoder: Decoder,
+    warmup_runs: int,
+    timed_runs: int,
+    new_tokens: int,
+) -> list[dict[str, float]]:
+    """Return the times of every measured run (ms, see `run_times`), after `warmup_runs` that are thrown away.
 
-    def __init__(self):
-        self.ticks: list[float] = []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        _synchronise()
-        self.ticks.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(model, inputs: dict, warmup_runs: int, timed_runs: int, new_tokens: int) -> dict:
-    """Run plain `generate` on one prompt and return its efficiency.
-
-    ms_per_token = (end to end - time to first token) / (new_tokens - 1), the median of `timed_runs`;
-    naive_ms_per_token = end to end / new_tokens, which is what the paper's column is. Peak memory (bytes) is
-    the allocators' on the GPUs, and the process's largest resident set on a CPU (libraries included).
+    prepare: makes the prompt's tensors on the device from the image; it is timed apart. RuntimeError: another number
+    of tokens than `new_tokens`.
     """
-    first, per_token, naive = [], [], []
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(device)
-    for run in range(warmup_runs + timed_runs):
-        clock = _Clock()
-        _synchronise()
-        start = time.perf_counter()
-        model.generate(
-            **inputs,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            stopping_criteria=[clock],
-        )
-        if run < warmup_runs:
-            continue
-        first.append((clock.ticks[0] - start) * 1e3)
-        per_token.append((clock.ticks[-1] - clock.ticks[0]) * 1e3 / (new_tokens - 1))
-        naive.append((clock.ticks[-1] - start) * 1e3 / new_tokens)
-    return {
-        "ms_per_token": statistics.median(per_token),
-        "ms_per_token_p5_p95": _p5_p95(per_token),
-        "naive_ms_per_token": statistics.median(naive),
-        "first_token_ms": statistics.median(first),
-        "timed_runs": timed_runs,
-        "timed_tokens": new_tokens,
-        **_peak_memory(),
-        **device_facts(),
-    }
+    runs = []
+    with _encoding(model) as encoding:
+        for run in range(warmup_runs + timed_runs):
+            encoding.clear()
+            ticks: list[float] = []
+            started = _now()
+            inputs = prepare()
+            prepared = _now()
+            ids = decoder(inputs, new_tokens, partial(_note, ticks))
+            if not len(ids) == len(ticks) == new_tokens:
+                raise RuntimeError(f"{len(ids)} tokens came where {new_tokens} were to be measured.")
+            if run >= warmup_runs:
+                begun, ended = encoding
+                runs.append(run_times(started, prepared, ended - begun, ticks))
+    return runs
 
 
-def _p5_p95(values: list[float]) -> list[float]:
-    if len(values) < 2:
-        return [values[0], values[0]]
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    return [cuts[0], cuts[-1]]
+@contextmanager
+def _encoding(model: Llava) -> Iterator[list[float]]:
+    """Note when the tower begins and when the projector ends."""
+    times: list[float] = []
+    hooks = [
+        model.model.vision_tower.register_forward_pre_hook(lambda *_: _note(times)),
+        model.model.multi_modal_projector.register_forward_hook(lambda *_: _note(times)),
+    ]
+    try:
+        yield times
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _peak_memory() -> dict:
-    if torch.cuda.is_available():
-        peak = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-        return {"peak_memory_bytes": peak, "peak_memory_kind": "GPU, allocated"}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_memory_bytes": resident, "peak_memory_kind": "process, resident"}
+def _note(times: list[float]) -> None:
+    times.append(_now())
+
+
+def _now() -> float:
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(number)
+    return time.perf_counter()
 
 
 def device_facts() -> dict:
-    """Name the device and the thread count that the numbers belong to."""
-    if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
-    return {"device": "CPU", "threads": torch.get_num_threads()}
+    """Name the device, the thread count and the library versions that the numbers belong to."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": device, "threads": torch.get_num_threads(), **versions}
+
+
+def weight_bits(config, stored: int) -> int:
+    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded."""
+    rounded = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None)
+    if not rounded:
+        return stored
+    given = rounded if isinstance(rounded, dict) else rounded.to_dict()
+    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)

@@ -6,11 +6,21 @@ from functools import partial
 
 import torch
 
+from actors import footprint
+from actors.decoding import DECODERS
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
-from actors.loading import language_model, layer_devices, load_model, load_processor, pixel_dtype, quiet
+from actors.loading import (
+    language_model,
+    layer_devices,
+    load_model,
+    load_processor,
+    pick_device,
+    pixel_dtype,
+    quiet,
+)
 from actors.memory import cached_bytes, count_parameters, free_bytes
-from actors.profiler import measure
+from actors.profiler import device_facts, measure, weight_bits
 from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
 
@@ -28,8 +38,11 @@ class LlavaReplica:
     def __init__(self, spec: ModelSpec, max_rows: int = 1024):
         quiet()
         self._spec = spec
+        device = pick_device() if spec.gpus else "cpu"
+        self._memory = {"baseline_bytes": footprint.taken(device)}
         self.model = load_model(**vars(spec))
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
+        self._memory["load_peak_bytes"] = footprint.peak(device)
         self.device = language_model(self.model).embed_tokens.weight.device
         self._max_rows = max_rows
         self.counts: Counter[str] = Counter()
@@ -171,14 +184,43 @@ class LlavaReplica:
         embeds[places] = features.to(embeds)
         return embeds, places
 
-    def profile(self, sample: Sample, warmup_runs: int, timed_runs: int, new_tokens: int) -> dict:
-        """Measure memory and latency of plain `generate` on one real question (see `actors.profiler.measure`)."""
-        inputs = self.inputs(sample)
-        inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(self.model))
-        facts = {
+    @torch.inference_mode()
+    def generated(self, sample: Sample, max_new_tokens: int) -> list[int]:
+        """Return the answer's token ids of plain `generate`, at batch 1 as a user of plain transformers runs it."""
+        inputs = self._pixels(sample)
+        out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def profile(self, sample: Sample, warmup_runs: int, timed_runs: int, new_tokens: int, decode: str) -> dict:
+        """Measure memory and latency on one real question: a round for `actors.maths.latency.merged`.
+
+        decode: "plain" or "static", see `actors.decoding`. Bytes: what was taken before loading (interpreter and
+        libraries, or the context), the peak of loading, and the peak of the runs (with loading, if `peak_restarted`
+        is false). `runs` has every measured run's times (ms).
+        """
+        device, path, revision = self.device.type, self._spec.path, self._spec.revision
+        decoder = DECODERS[decode](self.model)
+        restarted = footprint.restart_peak(device)
+        runs = measure(self.model, lambda: self._pixels(sample), decoder, warmup_runs, timed_runs, new_tokens)
+        steady, (place, kind) = footprint.peak(device), footprint.KINDS[device]
+        stored = 8 * stored_dtype(path, revision).itemsize
+        return {
             "params": count_parameters(self.model.config),
             "layers": self.layer_count(),
-            "stored_bits": 8 * stored_dtype(self._spec.path, self._spec.revision).itemsize,
-            "weight_bytes": stored_bytes(self._spec.path, self._spec.revision),
+            "bits": weight_bits(self.model.config, stored),
+            "stored_bits": stored,
+            "weight_bytes": stored_bytes(path, revision),
+            "decode": decode,
+            "timed_tokens": new_tokens,
+            **self._memory,
+            "steady_peak_bytes": steady,
+            "peak_restarted": restarted,
+            "peak_memory_bytes": steady[kind],
+            "peak_memory_kind": f"{place}, {kind}",
+            **device_facts(),
+            "runs": runs,
         }
-        return {**facts, **measure(self.model, inputs, warmup_runs, timed_runs, new_tokens)}
+
+    def _pixels(self, sample: Sample) -> dict[str, torch.Tensor]:
+        inputs = self.inputs(sample)
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(self.model))}
