@@ -18,10 +18,34 @@ from jobs.run import Run, Source, Stage
 
 
 def stage(run: Run, model: Stage | Source) -> Stage | Source:
-    """Return the stage that prunes `model`; with 0 layers to remove, `model` itself."""
-    prune = run.config.prune
-    if prune.layers == 0:
+    """Return the stage that prunes `model`; with 0 layers to remove, `model` itself.
+
+    ValueError: more layers than there are, or than may go, as far as the config and the model's config.json tell.
+    """
+    if run.config.prune.layers == 0:
         return model
+    made = _stage(run, model)
+    if run.missing([made]):
+        _check(run)
+    return made
+
+
+def _check(run: Run) -> None:
+    """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
+    prune, layers = run.config.prune, run.base_config().text_config.num_hidden_layers
+    for layer in prune.order or []:
+        if not 0 <= layer < layers:
+            raise ValueError(f"prune.order names layer {layer}: the model has layers 0 to {layers - 1}.")
+    most = layers - 1 if prune.order else min(layers - 1, len(ablate.candidate_layers(run.config.ablate, layers, [])))
+    if prune.layers > most:
+        raise ValueError(
+            f"prune.layers is {prune.layers}, but only {most} of {layers} layers may be removed "
+            f"(ablate.candidates: {run.config.ablate.candidates})."
+        )
+
+
+def _stage(run: Run, model: Stage | Source) -> Stage:
+    prune = run.config.prune
     if prune.order is not None:
         if len(prune.order) < prune.layers:
             raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")

@@ -58,14 +58,9 @@ def chosen_settings(run: Run) -> QuantizeSettings:
 
 def check(run: Run, settings: QuantizeSettings) -> None:
     """Refuse what the config.json of the base model shows to be impossible, before hours of other stages."""
-    from transformers import AutoConfig
-
     from actors.quantizers.structure import check_quantizable
 
-    base = run.base_model()
-    trusted = run.config.model.trust_remote_code
-    config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trusted)
-    check_quantizable(config, settings)
+    check_quantizable(run.base_config(), settings)
 
 
 def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: Path, facts: dict) -> None:

@@ -1,6 +1,7 @@
 """A job's run: its config, its artifacts, its workers; and the stages that make artifacts from artifacts."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -126,6 +127,13 @@ class Run:
         commit = _hub_commit(path, revision)
         return Source(f"model-{digest([path, commit])}", path, commit)
 
+    def base_config(self):
+        """Return the config.json of the config's model, as transformers reads it; no weights are loaded."""
+        from transformers import AutoConfig
+
+        base, trusted = self.base_model(), self.config.model.trust_remote_code
+        return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trusted)
+
     def model_spec(self, stage: "Stage | Source", gpus: float = 1):
         """Return how a worker with `gpus` GPUs loads the checkpoint of a stage."""
         from actors.specs import ModelSpec
@@ -165,6 +173,24 @@ class Run:
                 raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
             print(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}", flush=True)
         return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0))
+
+    def workers(self, target: str, **kwargs) -> "Pool":
+        """Return workers with one GPU each, on as many GPUs as replicas take; without GPUs replicas.count, one if auto.
+
+        With a single one this is `worker`.
+        """
+        from cluster.connection import room
+        from cluster.pool import Pool, Resources
+
+        self._connect()
+        wanted = self.config.replicas
+        count: int | str = wanted.count
+        if isinstance(count, int):
+            count = math.ceil(count * (wanted.gpus or 1))
+        fit = room(wanted.cpus, 1) if wanted.gpus else 1
+        if (fit if count == "auto" else count) <= 1:
+            return self.worker(target, **kwargs)
+        return Pool(target, kwargs, Resources(wanted.cpus, 1 if wanted.gpus else 0, count))
 
     def embedder_identity(self, name: str) -> str:
         """Return what names a sentence-transformer in a recipe: its content where it is here, else its hub id."""

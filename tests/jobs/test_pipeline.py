@@ -179,7 +179,7 @@ def test_removing_more_layers_than_may_go(finished):
 
 def test_an_order_with_a_layer_that_is_not_there(finished):
     result = run("prune", *options(finished[0], **{"prune.order": "[3, 10]"}))
-    assert_says(result, "Layer 10", "0 to 9")
+    assert_says(result, "layer 10", "0 to 9")
 
 
 def test_a_checkpoint_with_nan(finished, tmp_path):
