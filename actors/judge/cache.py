@@ -1,0 +1,48 @@
+"""The name of a verdict: the hash of everything that decides it, and of nothing else."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from actors.judge.calls import Request
+from actors.judge.ladder import RUNGS, request
+from actors.judge.prompt import RUBRIC_VERSION
+from actors.judge.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class JudgeIdentity:
+    """Which judge it is, all of it in words: a change of any makes other verdicts.
+
+    revision: model and commit; tokenizer: its commit or hash; chat_template: its text or hash; engine: name and
+    version; dtype: of the weights; sampling: its settings ("greedy", or temperature, top-p and seed).
+    """
+
+    revision: str
+    tokenizer: str
+    chat_template: str
+    engine: str
+    dtype: str
+    sampling: str
+
+
+def verdict_key(judge: JudgeIdentity, question: str, reference: str, candidate: str, replicate: int) -> str:
+    """Return the SHA-256 (hex) of the judge, the rubric, every call that the ladder may make, and the texts.
+
+    The calls hold prompt and schema as the judge sees them. Row numbers and the candidate's model are no part of it:
+    equal answers share a verdict. replicate: number of the repetition, 0 for the first.
+    """
+    calls: list[Request] = [request(question, reference, candidate, rung) for rung in RUNGS]
+    parts = {
+        "judge": asdict(judge),
+        "rubric": RUBRIC_VERSION,
+        "calls": [asdict(call) for call in calls],
+        "texts": [question, reference, candidate],
+        "replicate": replicate,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def may_be_cached(verdict: Verdict) -> bool:
+    """Tell whether a verdict is kept for other runs: failures are not, they are tried again."""
+    return verdict.scored

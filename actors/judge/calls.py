@@ -1,0 +1,46 @@
+"""What passes between the judge's ladder and an engine: plain values, which cross a process as they are.
+
+An engine is anything with `async def ask(request: Request) -> Reply | Failure`. Failures are values, not exceptions:
+the ladder decides by their kind.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# refused: asking again would not help (a wrong key, an unknown model, a prompt that is too long).
+FailureKind = Literal["rate_limit", "server_error", "timeout", "closed", "refused"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the judge: two messages, the JSON schema that constrains the output, its length (tokens)."""
+
+    system: str
+    user: str
+    schema: dict[str, Any]
+    max_tokens: int
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the judge wrote, and the probabilities of the labels 0-4 where it wrote the label (None: not offered).
+
+    The probabilities are those of the model before any constraint; their sum is the labels' mass.
+    """
+
+    text: str
+    probabilities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why no output came, and how long the server asks to wait (s; None: it did not say)."""
+
+    kind: FailureKind
+    message: str
+    retry_after: float | None = None

@@ -1,0 +1,161 @@
+"""A judge behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, a service): one call, no retries.
+
+The answers travel to wherever the URL points. The key comes from an environment variable only, is sent over https or
+to this machine only, and is blotted out of error messages.
+"""
+
+import asyncio
+import ipaddress
+import math
+import os
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Annotated
+
+import httpx2
+from pydantic import BaseModel, Field, ValidationError
+
+from actors.judge.calls import Failure, FailureKind, Reply, Request
+
+LABEL_DIGITS = "01234"
+TOP_LOGPROBS = 20  # what OpenAI allows at most and vLLM by default
+
+
+class _Likely(BaseModel):
+    token: str
+    logprob: float
+
+
+class Token(_Likely):
+    """A token of the output with the likeliest ones at its place."""
+
+    top_logprobs: list[_Likely]
+
+
+class _Logprobs(BaseModel):
+    content: list[Token] | None = None
+
+
+class _Message(BaseModel):
+    content: str | None  # null: the model refused
+
+
+class _Choice(BaseModel):
+    message: _Message
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(BaseModel):
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+
+
+class OpenAIJudge:
+    """Asks a chat-completions endpoint; use it with `async with`, within one event loop.
+
+    url: up to and with /v1; key_variable: environment variable that holds the key (None: no key); timeout: of a whole
+    call (s), however slowly bytes drip in; logprobs: whether the endpoint offers them. ValueError: no http(s) URL,
+    the variable is not set, or a key would travel in the clear to another machine.
+    """
+
+    def __init__(self, url: str, model: str, key_variable: str | None, timeout: float, logprobs: bool):
+        parsed = httpx2.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+        self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
+        if key_variable and not self._key:
+            raise ValueError(f"The judge's key is expected in the environment variable {key_variable}, which is empty.")
+        local = _is_loopback(parsed.host)
+        if self._key and parsed.scheme == "http" and not local:
+            raise ValueError(f"The judge's key would travel unencrypted to {parsed.host}: use https.")
+        self._url, self._model, self._timeout, self._logprobs = url.rstrip("/"), model, timeout, logprobs
+        # A new connection for each call: on a shared one, a server that answers twice answers the next question, too.
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=None,
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            trust_env=not local,
+        )
+
+    async def __aenter__(self) -> "OpenAIJudge":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def ask(self, request: Request) -> Reply | Failure:
+        """Return the judge's output, or why none came; never raises for what the endpoint does."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                response = await self._client.post(f"{self._url}/chat/completions", json=self._body(request))
+        except TimeoutError:
+            return Failure("timeout", f"no whole answer within {self._timeout:g} s")
+        except httpx2.RequestError as error:
+            return Failure("closed", self._blotted(f"{type(error).__name__}: {error}"))
+        if response.status_code != 200:
+            message = self._blotted(f"HTTP {response.status_code}: {response.text[:200]}")
+            return Failure(_kind(response.status_code), message, _retry_after(response.headers.get("retry-after")))
+        try:
+            choice = _Completion.model_validate_json(response.content).choices[0]
+        except ValidationError as error:
+            return Failure("server_error", f"not a chat completion: {error.errors()[0]['msg']}")
+        tokens = choice.logprobs.content if choice.logprobs else None
+        return Reply(choice.message.content or "", label_probabilities(tokens) if tokens else None)
+
+    def _body(self, request: Request) -> dict:
+        schema = {"name": "judgement", "strict": True, "schema": request.schema}
+        body = {
+            "model": self._model,
+            "messages": request.messages,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+        return body | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self._logprobs else {})
+
+    def _blotted(self, message: str) -> str:
+        return message.replace(self._key, "***") if self._key else message
+
+
+def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
+    """Return the probabilities of 0-4 at the place of the label, which is the output's last digit; None: not found.
+
+    A tokenizer may join the label with its neighbours (" 4", "4}"): then the same token with another digit counts.
+    Labels that are not among the likeliest tokens count as 0.
+    """
+    for token in reversed(tokens):
+        text = token.token.strip()
+        if any(sign.isdigit() for sign in text):
+            if sum(sign.isdigit() for sign in text) != 1:
+                return None
+            shapes = [text.translate({ord(sign): digit for sign in text if sign.isdigit()}) for digit in LABEL_DIGITS]
+            found = [sum(math.exp(t.logprob) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
+            return tuple(found)
+    return None
+
+
+def _kind(status: int) -> FailureKind:
+    if status == 429:
+        return "rate_limit"
+    if status == 408:
+        return "timeout"
+    return "server_error" if status >= 500 else "refused"
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, given as a number or as a date (RFC 9110, 10.2.3)."""
+    if header is None:
+        return None
+    if header.strip().isdigit():
+        return float(header)
+    try:
+        seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return None
+    return max(seconds, 0.0)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

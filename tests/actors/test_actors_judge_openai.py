@@ -1,0 +1,232 @@
+"""The chat client against a server on this machine that misbehaves by script."""
+
+import asyncio
+import json
+import math
+from email.utils import formatdate
+
+import pytest
+
+from actors.judge.calls import Failure, Reply, Request
+from actors.judge.ladder import judge
+from actors.judge.openai import OpenAIJudge, Token, label_probabilities
+
+ASKED = Request("system", "user", {"type": "object"}, 64)
+OUTPUT = '{"reason": "same", "label": 3}'
+
+
+def completion(text: str | None, logprobs: list | None = None) -> bytes:
+    """Return a chat completion's body."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": {"content": logprobs}}
+    return json.dumps({"id": "1", "choices": [choice]}).encode()
+
+
+def http(body: bytes, status: str = "200 OK", headers: str = "", length: int | None = None) -> bytes:
+    """Return a whole HTTP response; `length` lies about its body's."""
+    size = len(body) if length is None else length
+    return f"HTTP/1.1 {status}\r\nContent-Length: {size}\r\n{headers}\r\n".encode() + body
+
+
+class Server:
+    """Answers the n-th connection with the n-th item: bytes, or seconds to say nothing for; keeps what it was sent."""
+
+    def __init__(self, *script: bytes | float | list):
+        self.script, self.heard = list(script), []
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        """Read one request, play one item, hang up."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = next(
+            int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+        )
+        self.heard.append((head, json.loads(await reader.readexactly(size))))
+        item = self.script.pop(0)
+        for part in item if isinstance(item, list) else [item]:
+            if isinstance(part, bytes):
+                writer.write(part)
+            else:
+                await asyncio.sleep(part)
+        writer.close()
+
+
+def asked(*script, times: int = 1, timeout: float = 5.0, **settings) -> tuple[list, Server]:
+    """Ask a scripted server `times` times, one after the other."""
+
+    async def run():
+        async with Server(*script) as server:
+            arguments = {"key_variable": None, "logprobs": False} | settings
+            async with OpenAIJudge(server.url, "the-judge", timeout=timeout, **arguments) as client:
+                return [await client.ask(ASKED) for _ in range(times)], server
+
+    return asyncio.run(run())
+
+
+def test_request_and_reply():
+    """What the endpoint is sent: greedy, the schema, no logprobs unless offered, no key unless there is one."""
+    (reply,), server = asked(http(completion(OUTPUT)))
+    assert reply == Reply(OUTPUT)
+    head, body = server.heard[0]
+    assert head.startswith(b"POST /v1/chat/completions ") and b"authorization" not in head.lower()
+    assert body == {
+        "model": "the-judge",
+        "messages": [{"role": "system", "content": "system"}, {"role": "user", "content": "user"}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "judgement", "strict": True, "schema": {"type": "object"}},
+        },
+    }
+
+
+WHOLE = http(completion(OUTPUT))
+
+
+@pytest.mark.parametrize(
+    ("item", "kind", "says"),
+    [
+        (http(b"slow down", "429 Too Many Requests"), "rate_limit", "slow down"),
+        (http(b"", "500 Internal Server Error"), "server_error", "500"),
+        (http(b"", "503 Service Unavailable"), "server_error", "503"),
+        (http(b"no such key", "401 Unauthorized"), "refused", "no such key"),
+        (http(b"no such model", "404 Not Found"), "refused", "no such model"),
+        (http(b"too long", "400 Bad Request"), "refused", "too long"),
+        (http(b"", "302 Found", "Location: http://127.0.0.1:1/\r\n"), "refused", "302"),
+        (b"", "closed", "disconnect"),
+        (WHOLE[:-20], "closed", "incomplete|peer closed"),
+        (b"not http at all\r\n\r\n", "closed", "Protocol"),
+        (http(b"<html>busy</html>"), "server_error", "not a chat completion"),
+        (http(completion(OUTPUT)[:-10]), "server_error", "not a chat completion"),
+        (http(completion(OUTPUT) * 2), "server_error", "not a chat completion"),
+        (http(b'{"choices": []}'), "server_error", "not a chat completion"),
+        (http(b'{"error": "overloaded"}'), "server_error", "not a chat completion"),
+        (http(b'{"choices": [{"message": {"content": ["4"]}}]}'), "server_error", "not a chat completion"),
+        (http(b"\xff\xfe"), "server_error", "not a chat completion"),
+        (http(b"not gzip", headers="Content-Encoding: gzip\r\n"), "closed", "Decoding"),
+    ],
+)
+def test_misbehaviour(item, kind, says):
+    """Every kind becomes the failure that the ladder knows, and none a score."""
+    (failure,), _ = asked(item)
+    assert isinstance(failure, Failure) and failure.kind == kind
+    assert any(part.lower() in failure.message.lower() for part in says.split("|"))
+
+
+@pytest.mark.parametrize("item", [10.0, [WHOLE[:30], 10.0], [WHOLE[i : i + 1] if i % 2 else 0.05 for i in range(60)]])
+def test_slow_answers(item):
+    """Silence, silence after the head, and a drip of bytes that never pauses for long: the whole call has a limit."""
+    (failure,), _ = asked(item, timeout=0.3)
+    assert (failure.kind, failure.message) == ("timeout", "no whole answer within 0.3 s")
+
+
+def test_answer_to_nothing_is_not_taken_for_the_next():
+    """A server that sends two responses to one request: the second request gets its own."""
+    other = http(completion('{"reason": "mine", "label": 0}'))
+    replies, _ = asked([WHOLE + WHOLE, 1.0], other, times=2)
+    assert [reply.text for reply in replies] == [OUTPUT, '{"reason": "mine", "label": 0}']
+
+
+def test_nobody_listens():
+    """An endpoint that is not there is a closed connection, which may come back."""
+
+    async def run():
+        async with OpenAIJudge("http://127.0.0.1:9/v1", "m", None, 5.0, False) as client:
+            return await client.ask(ASKED)
+
+    assert asyncio.run(run()).kind == "closed"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("Retry-After: 7\r\n", 7),
+        (f"Retry-After: {formatdate(4e9, usegmt=True)}\r\n", 1e9),
+        ("Retry-After: soon\r\n", None),
+        ("", None),
+    ],
+)
+def test_retry_after(header, seconds):
+    """Seconds, a date, nonsense, nothing."""
+    (failure,), _ = asked(http(b"", "429 Too Many Requests", header))
+    assert (failure.retry_after is None) if seconds is None else failure.retry_after >= seconds
+
+
+def test_no_content_is_bad_output():
+    """A refusal (null content) is the model's output, not the transport's failure."""
+    (reply,), _ = asked(http(completion(None)))
+    assert reply == Reply("")
+
+
+def test_whole_ladder_over_a_bad_server():
+    """429, a closed connection, half a JSON, a wrong schema, the label alone: five calls, one verdict."""
+    script = [
+        http(b"", "429 Too Many Requests", "Retry-After: 0\r\n"),
+        b"",
+        http(completion('{"reason": "half')),
+        http(completion('{"score": 4}')),
+        http(completion('{"label": 1}')),
+    ]
+
+    async def run():
+        async with Server(*script) as server, OpenAIJudge(server.url, "m", None, 5.0, False) as client:
+            return await judge(client.ask, "What?", "Eczema.", "Psoriasis.", lambda _: asyncio.sleep(0)), server
+
+    verdict, server = asyncio.run(run())
+    assert (verdict.label, verdict.tries) == (1, 5)
+    assert verdict.raw == ('{"reason": "half', '{"score": 4}', '{"label": 1}')
+    assert list(server.heard[-1][1]["response_format"]["json_schema"]["schema"]["properties"]) == ["label"]
+
+
+def test_key(monkeypatch):
+    """It is sent, it does not come back in a message, it has to be set, and does not travel in the clear."""
+    monkeypatch.setenv("A_KEY", " sk-secret\n")
+    (failure,), server = asked(http(b"bad key sk-secret", "401 Unauthorized"), key_variable="A_KEY")
+    assert b"Authorization: Bearer sk-secret\r\n" in server.heard[0][0]
+    assert "sk-secret" not in failure.message and "bad key ***" in failure.message
+    with pytest.raises(ValueError, match="unencrypted"):
+        OpenAIJudge("http://judge.example/v1", "m", "A_KEY", 1.0, False)
+    OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
+    OpenAIJudge("http://judge.example/v1", "m", None, 1.0, False)
+    monkeypatch.delenv("A_KEY")
+    with pytest.raises(ValueError, match="A_KEY"):
+        OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
+
+
+@pytest.mark.parametrize("url", ["", "judge.example/v1", "ftp://judge.example", "http://"])
+def test_no_url(url):
+    """Refused before any call."""
+    with pytest.raises(ValueError, match="URL"):
+        OpenAIJudge(url, "m", None, 1.0, False)
+
+
+def token(text: str, **likely: float) -> dict:
+    """Return a token with the probabilities of the likeliest ones ("p4" stands for the text with 4 in it)."""
+    top = [{"token": text.replace("3", name[1:]), "logprob": math.log(p)} for name, p in likely.items()]
+    return {"token": text, "logprob": -1.0, "top_logprobs": top}
+
+
+@pytest.mark.parametrize("text", ["3", " 3", "3}"])
+def test_label_probabilities(text):
+    """At the last digit, not at those of the reason; joined with neighbours or not; what is not a label is left out."""
+    tokens = [token('{"reason": "'), token("3", p0=1.0), token('", "label":'), token(text, p2=0.2, p3=0.6, p7=0.1)]
+    tokens += [token("}")]
+    (reply,), server = asked(http(completion(OUTPUT, tokens)), logprobs=True)
+    assert reply.probabilities == pytest.approx((0, 0, 0.2, 0.6, 0))
+    assert server.heard[0][1]["logprobs"] is True and server.heard[0][1]["top_logprobs"] == 20
+
+
+def test_label_probabilities_are_summed_over_spellings():
+    """ "3" and " 3" are the same label; a token of two digits is none."""
+    likely = [{"token": "3", "logprob": math.log(0.5)}, {"token": " 3", "logprob": math.log(0.25)}]
+    made = Token.model_validate({"token": "3", "logprob": 0.0, "top_logprobs": likely})
+    assert label_probabilities([made]) == pytest.approx((0, 0, 0, 0.75, 0))
+    assert label_probabilities([Token.model_validate(token("34"))]) is None
+    assert label_probabilities([Token.model_validate(token("}"))]) is None
