@@ -66,7 +66,10 @@ def load_model(
     config = AutoConfig.from_pretrained(path, **common)
     stored = getattr(config, "quantization_config", None) or {}
     devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
-    weights = weight_bytes(path, config, itemsize, quantization is not None, common)
+    rounding = None
+    if quantization is not None:
+        rounding = 8 if getattr(quantization, "load_in_8bit", False) else 4
+    weights = weight_bytes(path, config, itemsize, rounding, common)
     check_fits(path, weights, config, itemsize, devices)
     if stored.get("quant_method") == HQQ_CHECKPOINT:
         import actors.quantizers.hqq  # noqa: F401 (registers what from_pretrained needs)

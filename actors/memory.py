@@ -31,18 +31,18 @@ def count_parameters(config) -> int:
     return sum(parameter.numel() for parameter in meta_model(config).parameters())
 
 
-def weight_bytes(path: str, config, itemsize: int, quantizing: bool, common: dict) -> int:
+def weight_bytes(path: str, config, itemsize: int, rounding: int | None, common: dict) -> int:
     """Return the least bytes of a checkpoint's weights in memory.
 
-    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk; where the weights are rounded while
-    they are loaded (`quantizing`), those of the decoder layers take 4 bits. common: revision, trust_remote_code.
+    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk; where the decoder layers' weights
+    are rounded while they are loaded, they take `rounding` bits each. common: revision, trust_remote_code.
     """
     if getattr(config, "quantization_config", None):
         return stored_bytes(path, common["revision"])
     bits = 0
     for name, parameter in meta_model(config, common["trust_remote_code"]).named_parameters():
-        rounded = quantizing and parameter.dim() == 2 and "language_model.layers." in name
-        bits += parameter.numel() * (4 if rounded else 8 * itemsize)
+        rounded = parameter.dim() == 2 and "language_model.layers." in name
+        bits += parameter.numel() * (rounding if rounding and rounded else 8 * itemsize)
     return bits // 8
 
 

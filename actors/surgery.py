@@ -56,8 +56,15 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every (name, tensor) of a checkpoint, one at a time, shard by shard."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (a safe_open cannot be iterated)
-                yield name, shard.get_tensor(name)
+            names = list(shard.keys())
+        for name in names:
+            yield name, read_tensor(file, name)
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """Return one tensor of a file, mapped by itself: what was read of it leaves memory with it, not with the file."""
+    with safe_open(file, framework="pt") as shard:
+        return shard.get_tensor(name)
 
 
 def published_name(name: str) -> str:

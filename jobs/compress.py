@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.maths.statistics import cluster_bootstrap_interval
 from cluster.tables import read_table
-from jobs import ablate, card, evaluate, prepare, prune, quantize, recover
+from jobs import ablate, card, evaluate, prepare, prune, quantize, ranges, recover
 from jobs.command import main
 from jobs.run import Run, Source, Stage
 
@@ -56,6 +56,13 @@ def comparison(run: Run) -> Stage | None:
     return ablate.comparison_stage(run, run.base_model(), prepare.stage(run), scores)
 
 
+def studies(run: Run) -> list[Stage]:
+    """Return the stages that only the report reads: the criteria's comparison and the activation ranges."""
+    others = comparison(run)
+    recorded = ranges.stage(run, run.base_model(), prepare.stage(run))
+    return [recorded] if others is None else [others, recorded]
+
+
 def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
     """Return one row per method, from artifacts that exist."""
     removed = run.facts(planned["prune"][0])["removed"]
@@ -72,10 +79,10 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
                 **_difference(original, answers),
                 "method": method,
                 "removed_layers": removed if "prune" in method else [],
-                "bits": run.config.quantize.bits if quantized else profile["stored_bits"],
                 "quantizer": run.config.quantize.method if quantized else "none",
                 "params": profile["params"],
                 "weight_bytes": profile["weight_bytes"],
+                **_bits(run, model, profile),
                 "peak_memory_bytes": profile["peak_memory_bytes"],
                 "peak_memory_kind": profile["peak_memory_kind"],
                 "is_llm_judge": False,
@@ -96,6 +103,20 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
             }
         )
     return rows
+
+
+def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
+    """Return the bits of a decoder weight, with scales and zero points, too, and the checkpoint's bytes at those bits.
+
+    They are what is stored, unless `simulated`: then the rounded weights are stored in 16 bits.
+    """
+    if isinstance(model, Stage) and model.kind == "quantize":
+        facts = run.facts(model)
+        known = {key: facts[key] for key in ("simulated", "bits_per_weight", "nominal_bytes")}
+        return {"bits": run.config.quantize.bits, **known}
+    stored = profile["stored_bits"]
+    known = {"simulated": False, "bits_per_weight": float(stored), "nominal_bytes": profile["weight_bytes"]}
+    return {"bits": stored, **known}
 
 
 def _difference(original: dict[str, dict], answers: dict[str, dict]) -> dict:
@@ -124,7 +145,7 @@ def table(rows: list[dict]) -> str:
             "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
         )
         baseline = _with_interval(row["baseline_pct"], row["baseline_interval_pct"])
-        size = f"{row['weight_bytes'] / 2**20:.2f} MiB"
+        size = f"{row['nominal_bytes'] / 2**20:.2f} MiB{'*' if row['simulated'] else ''}"
         lines.append(
             f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>16} {baseline:>16} "
             f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}"
@@ -134,6 +155,8 @@ def table(rows: list[dict]) -> str:
         f"{first['images']} test images, {first['answers']} answers; 95 % intervals; {first['device']}, "
         f"{first['threads']} thread(s); LLM judge: not run"
     )
+    if any(row["simulated"] for row in rows):
+        lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
     for row in rows:
         if row["unanswered"]:
             lines.append(f"{row['method']}: {row['unanswered']} questions could not be answered and are left out")
@@ -151,9 +174,8 @@ def job(run: Run) -> None:
         run.make(evaluated)
         if isinstance(model, Stage):
             card.refresh(Path(run.make(model)), run.facts(evaluated))
-    others = comparison(run)
-    if others is not None:
-        run.make(others)
+    for study in studies(run):
+        run.make(study)
     rows = summary(run, planned)
     path = write_summary(run, rows)
     print(table(rows))

@@ -43,6 +43,25 @@ def importance_figure(scores: list[dict], removed: tuple[int, ...] = (), label: 
     return _svg(figure)
 
 
+def ranges_figure(rows: list[dict]) -> str:
+    """Largest |x| of the channels that go into the decoder's linears, by layer (paper, figure 4): median, 99 %, max."""
+    inputs = list(dict.fromkeys(row["projections"] for row in rows))
+    figure, grid = plt.subplots(1, len(inputs), figsize=(2 * len(inputs) + 1, 2.6), sharey=True, squeeze=False)
+    for axes, projections in zip(grid[0], inputs, strict=True):
+        own = [row for row in rows if row["projections"] == projections]
+        for key, colour, label in (("max", RED, "max"), ("p99", GREY, "99 %"), ("median", BLUE, "median")):
+            axes.plot(
+                [row["layer"] for row in own], [row[key] for row in own], color=colour, label=label, marker=".", lw=1.2
+            )
+        axes.set_title(projections.replace("_proj", ""), fontsize=9)
+        axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("largest |x| of a channel")
+    grid[0, -1].legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
 def loss_figure(losses: list[dict]) -> str:
     """Line of the training loss per step."""
     figure, axes = plt.subplots(figsize=(7, 2.4))
@@ -55,18 +74,19 @@ def loss_figure(losses: list[dict]) -> str:
 
 
 def tradeoff_figure(rows: list[dict]) -> str:
-    """Score of every method against the bytes of its weights, with 95 % intervals."""
+    """Score of every method against the bytes of its weights, with 95 % intervals; hollow: simulated, nominal bytes."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    for rank, row in enumerate(sorted(rows, key=lambda row: row["weight_bytes"])):
+    for rank, row in enumerate(sorted(rows, key=lambda row: row["nominal_bytes"])):
         low, high = row["baseline_interval_pct"]
-        size = row["weight_bytes"] / 2**20
-        colour = RED if row["bits"] <= 4 else BLUE
+        size = row["nominal_bytes"] / 2**20
+        colour = BLUE if row["quantizer"] == "none" else RED
         axes.errorbar(
             size,
             row["baseline_pct"],
             yerr=[[row["baseline_pct"] - low], [high - row["baseline_pct"]]],
             fmt="o",
             color=colour,
+            markerfacecolor="white" if row["simulated"] else colour,
             capsize=3,
         )
         beside = (7, 6) if rank % 2 else (7, -12)  # neighbours in size get labels on different heights

@@ -7,8 +7,10 @@ The vision tower, the projector, the embeddings and the head keep 16 bits. awq a
 simulated: the weights are rounded, but stored in 16 bits (config.json and the manifest say so).
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +19,11 @@ from jobs import card, prepare, verify
 from jobs.command import main
 from jobs.recover import training_conversations
 from jobs.run import Run, Source, Stage
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
+
+QUANTIZER = "actors.quantizers.quantizer:Quantizer"
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
@@ -43,7 +50,12 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
             "seed": run.config.seed,
         }
     made = Stage(
-        "quantize", 3, settings, parents, lambda r, folder, facts: build(r, model, data, settings, folder, facts)
+        "quantize",
+        3,
+        settings,
+        parents,
+        lambda r, folder, facts: build(r, model, data, settings, folder, facts),
+        resume=settings.get("awq_search") == "layerwise",
     )
     if run.missing([made]):
         check(run, chosen)
@@ -64,7 +76,7 @@ def check(run: Run, settings: QuantizeSettings) -> None:
 
 
 def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: Path, facts: dict) -> None:
-    """Quantize in one worker; `settings` are the stage's."""
+    """Quantize, in one worker unless several can share AWQ's search; `settings` are the stage's."""
     quantize = run.config.quantize
     calibration = []
     if quantize.method == "awq":
@@ -74,8 +86,13 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
         if not quantize.calibration_images:
             calibration = [replace(item, image=None) for item in calibration]
     spec = run.model_spec(model)
-    with run.worker("actors.quantizers.quantizer:Quantizer") as worker:
-        facts.update(worker.call("quantize", spec, chosen_settings(run), calibration, str(folder)))
+    shared = quantize.method == "awq" and quantize.awq_search == "layerwise"
+    count = run.worker_count() if shared else 1
+    with run.worker(QUANTIZER, count) as workers:
+        if count > 1:
+            facts.update(searched_by(workers, count, spec, chosen_settings(run), calibration, folder))
+        else:
+            facts.update(workers.call("quantize", spec, chosen_settings(run), calibration, str(folder)))
     facts["gate"] = verify.passed(run, folder, model)
     step = {
         "kind": "quantize",
@@ -95,6 +112,25 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
         f"{quantize.method}{simulated}",
         flush=True,
     )
+
+
+def searched_by(workers: "Pool", count: int, spec, settings: QuantizeSettings, calibration, folder: Path) -> dict:
+    """Quantize with AWQ's search divided among `count` workers by layers; returns what one worker would.
+
+    Every finished layer is a file in `folder`/searched: a worker that replaces a dead one, or a job that goes on, finds
+    it there. RuntimeError: a worker's share failed three times.
+    """
+    searched = folder / "searched"
+    searched.mkdir(exist_ok=True)
+    shares = [(part, (spec, settings, calibration, part, count, str(searched))) for part in range(count)]
+    found: dict = {}
+    for outcome in workers.map("search", shares):
+        if outcome.error:
+            raise RuntimeError(f"AWQ's search failed {outcome.attempts} times: {outcome.error}")
+        found = outcome.value
+    found |= workers.call("finish", spec, settings, str(searched), str(folder))
+    shutil.rmtree(searched)
+    return found
 
 
 def job(run: Run) -> None:

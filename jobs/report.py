@@ -15,8 +15,9 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
+from actors.maths.ranges import OUTLIER
 from cluster.tables import read_table
-from jobs import ablate, compress, evaluate, recover
+from jobs import ablate, compress, evaluate, ranges, recover
 from jobs.command import main
 from jobs.criteria import READINGS
 from jobs.figures import importance_figure, loss_figure, tradeoff_figure
@@ -31,7 +32,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 def job(run: Run) -> None:
     """Write report.html and report.md into the run folder."""
     planned = compress.plan(run)
-    stages = [*(stage for pair in planned.values() for stage in pair), *filter(None, [compress.comparison(run)])]
+    stages = [*(stage for pair in planned.values() for stage in pair), *compress.studies(run)]
     open_stages = run.missing(stages)
     if open_stages:
         raise ValueError(
@@ -63,10 +64,10 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "rows": [_shown(row, original) for row in rows],
         "first": original,
         "removed": removed,
-        "quantizer": run.config.quantize.method,
-        "group_size": run.config.quantize.group_size,
+        "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
         "recovery": f"{run.config.recover.method}, r = {run.config.recover.rank}, alpha = {run.config.recover.alpha}",
         "layers": _layers(run, planned["prune"][0], removed),
+        "ranges": _ranges(run, compress.studies(run)[-1]),
         "loss": loss_figure(losses),
         "tradeoff": tradeoff_figure(rows),
         "samples": _samples(run, planned),
@@ -105,6 +106,17 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     }
 
 
+def _ranges(run: Run, recorded: Stage) -> dict:
+    """Return the recorded activation ranges and the outlier channels."""
+    folder, facts = run.store.root / recorded.name, run.facts(recorded)
+    return {
+        "figure": (folder / ranges.FIGURE).read_text(),
+        "outliers": facts["outliers"],
+        "largest": facts["largest_outliers"],
+        "threshold": OUTLIER,
+    }
+
+
 def _shown(row: dict, original: dict) -> dict:
     """Format one row; a difference to the original whose interval holds 0 is called unresolved."""
     low, high = row["baseline_interval_pct"]
@@ -113,7 +125,8 @@ def _shown(row: dict, original: dict) -> dict:
     return {
         **row,
         "params_text": _count(row["params"]),
-        "weights_text": _size(row["weight_bytes"]),
+        "bits_text": f"{row['bits']} (simulated)" if row["simulated"] else str(row["bits"]),
+        "weights_text": _weights(row),
         "peak_text": _size(row["peak_memory_bytes"]),
         "baseline_text": f"{row['baseline_pct']:.1f} [{low:.1f}, {high:.1f}]",
         "name_text": "-" if name is None else f"{row['name_accuracy']:.1f} [{name[0]:.1f}, {name[1]:.1f}]",
@@ -123,8 +136,26 @@ def _shown(row: dict, original: dict) -> dict:
     }
 
 
+def _quantizer(run: Run, row: dict) -> str:
+    """Tell how the weights were rounded."""
+    settings = run.config.quantize
+    if settings.method == "none":
+        return "none"
+    groups = "" if settings.method == "int8" else f", groups of {settings.group_size}"
+    stored = "; simulated: stored in 16 bits" if row["simulated"] else ""
+    with_scales = f"{row['bits_per_weight']:.2f} with scales and zero points"
+    return f"{settings.method}, {settings.bits} bits ({with_scales}){groups}{stored}"
+
+
 def _count(number: int) -> str:
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.3f} M"
+
+
+def _weights(row: dict) -> str:
+    """Tell the size of the weights; of simulated ones the size that they would have, and the one they have."""
+    if row["simulated"]:
+        return f"{_size(row['nominal_bytes'])} ({_size(row['weight_bytes'])} stored)"
+    return _size(row["weight_bytes"])
 
 
 def _size(size: int) -> str:

@@ -159,38 +159,34 @@ class Run:
         kwargs |= {"spec": self.model_spec(stage, wanted.gpus), "max_rows": wanted.max_rows}
         return Pool(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count))
 
-    def worker(self, target: str, **kwargs) -> "Pool":
-        """Return one worker with one GPU, or, without GPUs, with all cores of one node."""
+    def worker(self, target: str, count: int = 1, **kwargs) -> "Pool":
+        """Return workers with one GPU each; without GPUs one has all cores of one node, several have replicas.cpus."""
         from cluster.connection import capacity, is_private, largest_node
         from cluster.pool import Pool, Resources
 
         self._connect()
         wanted = self.config.replicas
-        cpus = wanted.cpus if wanted.gpus else max(wanted.cpus, largest_node())
+        cpus = wanted.cpus if wanted.gpus or count > 1 else max(wanted.cpus, largest_node())
         there = capacity()
         if cpus > there[0] or (wanted.gpus and there[1] < 1):
             if is_private():
                 raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
             print(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}", flush=True)
-        return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0))
+        return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
 
-    def workers(self, target: str, **kwargs) -> "Pool":
-        """Return workers with one GPU each, on as many GPUs as replicas take; without GPUs replicas.count, one if auto.
+    def worker_count(self) -> int:
+        """Return how many workers with one GPU each the replicas' GPUs make; without GPUs replicas.count, 1 if auto."""
+        from cluster.connection import is_private, room
 
-        With a single one this is `worker`.
-        """
-        from cluster.connection import room
-        from cluster.pool import Pool, Resources
-
-        self._connect()
         wanted = self.config.replicas
-        count: int | str = wanted.count
-        if isinstance(count, int):
-            count = math.ceil(count * (wanted.gpus or 1))
-        fit = room(wanted.cpus, 1) if wanted.gpus else 1
-        if (fit if count == "auto" else count) <= 1:
-            return self.worker(target, **kwargs)
-        return Pool(target, kwargs, Resources(wanted.cpus, 1 if wanted.gpus else 0, count))
+        if wanted.count == "auto" and not wanted.gpus:
+            return 1
+        self._connect()
+        fit = max(1, room(wanted.cpus, 1 if wanted.gpus else 0))
+        if wanted.count == "auto":
+            return fit
+        count = math.ceil(wanted.count * (wanted.gpus or 1))
+        return min(count, fit) if is_private() else count
 
     def embedder_identity(self, name: str) -> str:
         """Return what names a sentence-transformer in a recipe: its content where it is here, else its hub id."""

@@ -1,5 +1,7 @@
-"""What the tests of the quantizers share: settings, logits of a checkpoint, and the classes of its modules."""
+"""What the tests of the quantizers share: settings, logits, classes of modules, and workers that fail."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from torch import nn
 
 from actors.conversations import collate
 from actors.loading import load_model, load_processor
+from actors.quantizers import awq
 from actors.quantizers.quantizer import Quantizer
 from actors.specs import ModelSpec, QuantizeSettings
 from actors.trainer import language_linears
@@ -62,3 +65,31 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def methods(name: str) -> list[str]:
     """The methods that an architecture is tested with; awq does not know Phi."""
     return [m for m in PACKED if not (m == "awq" and "phi" in name)]
+
+
+class Mortal(Quantizer):
+    """Notes each search of a layer in run_dir/notes; dies at the second layer of a share, the first time."""
+
+    def search(self, spec, settings, calibration, part, parts, folder):
+        notes, search = Path(folder).parents[2] / "notes", awq.search_layer
+        notes.mkdir(exist_ok=True)
+
+        def noted(*given):
+            own = len(list(notes.glob(f"{part}-{os.getpid()}-*")))
+            (notes / f"{part}-{os.getpid()}-{own}").touch()
+            if own == 1 and len(list(notes.glob(f"{part}-*"))) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            search(*given)
+
+        awq.search_layer = noted
+        try:
+            return super().search(spec, settings, calibration, part, parts, folder)
+        finally:
+            awq.search_layer = search
+
+
+class Unfinished(Mortal):
+    """Its checkpoint cannot be written."""
+
+    def finish(self, *_):
+        raise OSError("No space left on device")

@@ -4,10 +4,12 @@ A layer's weights are read from the file when its turn comes and freed before th
 through the layers as they were before rounding, as in the authors' code.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -31,31 +33,95 @@ def quantize_awq(
 
     ValueError: no calibration conversations, or a checkpoint that does not hold what its config says.
     """
-    if not calibration:
-        raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
-    hidden, kwargs = inputs_of_checkpoint(spec, source, config, calibration)
+    hidden, kwargs = _inputs(spec, source, config, calibration)
     write_gemm(source, config, settings, out, scaled_tensors(source, config, settings, hidden, kwargs))
     return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
+
+
+def search_to_files(
+    spec: ModelSpec,
+    source: Path,
+    config,
+    settings: QuantizeSettings,
+    calibration: Sequence[Conversation],
+    chosen: Sequence[int],
+    folder: Path,
+) -> dict:
+    """Write each of the `chosen` layers, scaled and clipped, to a file of its own in `folder`, unless it is there.
+
+    Returns {calibration_tokens}; ValueError as `quantize_awq`.
+    """
+    hidden, kwargs = _inputs(spec, source, config, calibration)
+    missing = [number for number in chosen if not _layer_file(folder, number).exists()]
+    for number, tensors in searched_layers(source, config, settings, hidden, kwargs, missing):
+        temporary = _layer_file(folder, number).with_suffix(f".{os.getpid()}")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.rename(_layer_file(folder, number))
+        tensors.clear()  # free before the next layer is read
+    return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
+
+
+def write_searched(source: Path, config, settings: QuantizeSettings, folder: Path, out: Path) -> None:
+    """Round what `search_to_files` has written of all layers to `folder`, and write the checkpoint to `out`."""
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(config.text_config.num_hidden_layers):
+            yield from load_file(_layer_file(folder, number)).items()
+        yield from other_tensors(source)
+
+    write_gemm(source, config, settings, out, tensors())
+
+
+def _layer_file(folder: Path, number: int) -> Path:
+    return folder / f"layer-{number:05d}.safetensors"
+
+
+def _inputs(spec: ModelSpec, source: Path, config, calibration: Sequence[Conversation]):
+    if not calibration:
+        raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
+    return inputs_of_checkpoint(spec, source, config, calibration)
 
 
 def scaled_tensors(
     source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the checkpoint's tensors, decoder layers scaled and clipped, not rounded; `hidden` is used up."""
+    for _, tensors in searched_layers(source, config, settings, hidden, kwargs, range(len(kwargs))):
+        for name in list(tensors):
+            yield name, tensors.pop(name)  # free before the next layer is read
+    yield from other_tensors(source)
+
+
+def searched_layers(
+    source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict], chosen: Sequence[int]
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yield (number, tensors by their names in the file) of the `chosen` layers, scaled and clipped, in order.
+
+    `hidden` is used up: it passes through the other layers, too, as far as the last chosen one.
+    """
     decoder = empty_decoder(config)
     layers = read_layers(source, len(decoder.layers))
-    for layer, arguments, tensors in zip(decoder.layers, kwargs, layers, strict=True):
+    for number in range(max(chosen, default=-1) + 1):
+        layer, tensors = decoder.layers[number], next(layers)
         names = {part: name for part, (name, _) in tensors.items()}
         layer.load_state_dict(
             {part: tensor.to(hidden.device, hidden.dtype, copy=True) for part, (_, tensor) in tensors.items()},
             assign=True,
         )
         del tensors
-        search_layer(layer, hidden, arguments, settings)
-        for part in names:
-            yield names[part], layer.get_parameter(part).detach().cpu()
+        if number in chosen:
+            search_layer(layer, hidden, kwargs[number], settings)
+            yield number, {names[part]: layer.get_parameter(part).detach().cpu() for part in names}
+        else:
+            pass_through(layer, hidden, kwargs[number])
         layer.to("meta")
-    yield from other_tensors(source)
+
+
+@torch.no_grad()
+def pass_through(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> None:
+    """Turn `hidden` [B, T, D], a decoder layer's input, into its output, some rows at a time."""
+    for part in hidden.split(rows_at_once(hidden.shape[1])):
+        part.copy_(_first(layer(part, **kwargs)))
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from actors.loading import quiet
+from actors.quantizers.awq import quantize_awq, search_to_files, write_searched
 from actors.quantizers.storage import check_rounded
 from actors.quantizers.structure import check_quantizable
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
@@ -26,11 +28,38 @@ class Quantizer:
         `calibration` (training split only) is read by AWQ alone. The facts are those of
         actors.quantizers.storage.check_rounded, and AWQ's calibration_tokens. ValueError: the method cannot do this.
         """
-        source, target = local_folder(spec.path, spec.revision), Path(out)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
-        check_quantizable(config, settings)
-        facts = _quantize(spec, source, config, settings, calibration, target)
-        return {**facts, **check_rounded(source, target, config, settings)}
+        source, config = _opened(spec, settings)
+        facts = _quantize(spec, source, config, settings, calibration, Path(out))
+        return {**facts, **check_rounded(source, Path(out), config, settings)}
+
+    def search(
+        self,
+        spec: ModelSpec,
+        settings: QuantizeSettings,
+        calibration: Sequence[Conversation],
+        part: int,
+        parts: int,
+        folder: str,
+    ) -> dict:
+        """Search the layers of part 0 <= `part` < `parts`; see actors.quantizers.awq.search_to_files."""
+        source, config = _opened(spec, settings)
+        layers = config.text_config.num_hidden_layers
+        share = range(layers * part // parts, layers * (part + 1) // parts)
+        return search_to_files(spec, source, config, settings, calibration, share, Path(folder))
+
+    def finish(self, spec: ModelSpec, settings: QuantizeSettings, folder: str, out: str) -> dict:
+        """Write the checkpoint from what `search` has written to `folder` of all layers; returns facts about it."""
+        source, config = _opened(spec, settings)
+        write_searched(source, config, settings, Path(folder), Path(out))
+        return check_rounded(source, Path(out), config, settings)
+
+
+def _opened(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
+    """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
+    source = local_folder(spec.path, spec.revision)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
+    check_quantizable(config, settings)
+    return source, config
 
 
 def _quantize(spec, source, config, settings, calibration, out) -> dict:
@@ -40,8 +69,6 @@ def _quantize(spec, source, config, settings, calibration, out) -> dict:
 
         return quantize_autoawq(spec, source, config, settings, calibration, out)
     if settings.method == "awq":
-        from actors.quantizers.awq import quantize_awq
-
         return quantize_awq(spec, source, config, settings, calibration, out)
     if settings.method == "rtn":
         from actors.quantizers.rtn import quantize_rtn

@@ -1,5 +1,6 @@
 """Reading a checkpoint one decoder layer at a time, writing one whose decoder linears are rounded, and checking it."""
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from actors.surgery import (
     copy_companions,
     iterate_tensors,
     published_name,
+    read_tensor,
     stored_bytes,
     stored_dtype,
     weight_files,
@@ -43,12 +45,17 @@ def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torc
     if sorted(where) != list(range(layers)):
         raise ValueError(f"{str(source)!r} holds {len(where)} decoder layers but its config.json says {layers}.")
     for number in range(layers):
-        yield {part: (name, _read(file, name)) for part, (name, file) in where[number].items()}
+        yield {part: (name, read_tensor(file, name)) for part, (name, file) in where[number].items()}
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as shard:
-        return shard.get_tensor(name)
+def release() -> None:
+    """Give freed memory back to the system: glibc keeps what lies below anything still in use.
+
+    The parts of rounded weights, held until their shard is written, would otherwise pin what lay between them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def other_tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,6 +88,7 @@ def write_rounded(
                 count += 1
                 for part, value in parts(tensor).items():
                     yield name.removesuffix("weight") + part, value
+                release()
             else:
                 yield name, narrowed(name, tensor, dtype)
 

@@ -38,14 +38,15 @@ def memory(monkeypatch):
 
 
 def test_weights_are_counted_from_the_config(tiny_path):
-    """What the files hold, at the bytes of the compute type; rounded while loading, the layers at 4 bits."""
+    """What the files hold, at the bytes of the compute type; rounded while loading, the layers at 4 or 8 bits."""
     config = AutoConfig.from_pretrained(tiny_path)
-    assert weight_bytes(tiny_path, config, 4, False, COMMON) == stored_bytes(tiny_path)
-    assert weight_bytes(tiny_path, config, 2, False, COMMON) == stored_bytes(tiny_path) // 2
-    saved = stored_bytes(tiny_path) // 2 - weight_bytes(tiny_path, config, 2, True, COMMON)
-    assert saved == PARAMETERS * 3 // 2
+    assert weight_bytes(tiny_path, config, 4, None, COMMON) == stored_bytes(tiny_path)
+    assert weight_bytes(tiny_path, config, 2, None, COMMON) == stored_bytes(tiny_path) // 2
+    for bits, left in ((4, PARAMETERS // 2), (8, PARAMETERS)):
+        rounded = weight_bytes(tiny_path, config, 2, bits, COMMON)
+        assert stored_bytes(tiny_path) // 2 - rounded == 2 * PARAMETERS - left
     config.quantization_config = {"quant_method": "awq", "bits": 4}
-    assert weight_bytes(tiny_path, config, 2, False, COMMON) == stored_bytes(tiny_path)
+    assert weight_bytes(tiny_path, config, 2, None, COMMON) == stored_bytes(tiny_path)
 
 
 def test_keys_and_values_by_hand():
@@ -84,8 +85,18 @@ def test_rounding_while_loading_needs_less(tiny_path, memory):
     memory.available = needed(tiny_path, 2) - PARAMETERS
     with pytest.raises(ValueError, match="GiB are free"):
         load_model(tiny_path, "float16", device="cpu")
-    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "vision_tower"])
+    skip = ["lm_head", "vision_tower", "multi_modal_projector"]
+    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
     assert load_model(tiny_path, "float16", device="cpu", quantization=settings).is_loaded_in_4bit
+    memory.available -= 1  # a byte less than 8 bits need, more than 4 do
+    assert load_model(tiny_path, "float16", device="cpu", quantization=settings).is_loaded_in_4bit
+    with pytest.raises(ValueError, match="GiB are free"):
+        load_model(
+            tiny_path,
+            "float16",
+            device="cpu",
+            quantization=BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip),
+        )
 
 
 @pytest.fixture

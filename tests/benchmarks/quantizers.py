@@ -2,8 +2,9 @@
 
     make bench-quantizers        (python -m tests.benchmarks.quantizers --help)
 
-Memory is the largest resident set while quantizing, above the resident set before it, after a warm-up on derm-tiny has
-imported every library; pages of the checkpoint's mapped files count. AWQ runs by both searches on the same
+Memory is counted above what was taken before quantizing, after a warm-up on derm-tiny has imported every library:
+peak_bytes is the largest resident set, in which pages of the checkpoint's mapped files count; private_bytes is the
+largest set of the process's own pages (USS), looked at every 50 ms. AWQ runs by both searches on the same
 conversations, about small drawings: with longer prompts the search of scales, which grows with the tokens, takes a
 larger share. A variant that exceeds --limit seconds is stopped and reported as such. autoawq's clipping and hqq are
 slow without a GPU: they run on --slow_layers layers; their seconds are multiplied, and the other layers' weights are
@@ -16,7 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -57,7 +61,7 @@ def write_model(folder: Path, width: int, layers: int) -> int:
 
 
 def measure(variant: str, model: str, images: str, samples: int) -> dict:
-    """Quantize `model` in this process and return {seconds, peak_bytes, linears, bits_per_weight}."""
+    """Quantize `model` in this process and return {seconds, peak_bytes, private_bytes, linears, bits_per_weight}."""
     method, bits, search = VARIANTS[variant]
     settings = QuantizeSettings(method, bits, group_size=64, clip=True, awq_search=search)
     conversations = draw_conversations(Path(images), samples)
@@ -65,14 +69,33 @@ def measure(variant: str, model: str, images: str, samples: int) -> dict:
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as out:
         Quantizer().quantize(ModelSpec(str(DERM_TINY)), settings, conversations[:4], first)
         Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is counted from here
-        before = process.memory_info().rss
-        start = time.perf_counter()
-        facts = Quantizer().quantize(ModelSpec(model), settings, conversations, out)
-        seconds = time.perf_counter() - start
+        before = process.memory_full_info()
+        with watched(process) as private:
+            start = time.perf_counter()
+            facts = Quantizer().quantize(ModelSpec(model), settings, conversations, out)
+            seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     kept = {key: facts[key] for key in ("linears", "bits_per_weight", "calibration_tokens") if key in facts}
-    return {"seconds": seconds, "peak_bytes": peak - before, **kept}
+    return {"seconds": seconds, "peak_bytes": peak - before.rss, "private_bytes": max(private) - before.uss, **kept}
+
+
+@contextmanager
+def watched(process: psutil.Process) -> Iterator[list[int]]:
+    """Note the process's own bytes (USS) every 50 ms."""
+    found, ended = [process.memory_full_info().uss], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.05):
+            found.append(process.memory_full_info().uss)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def in_process(variant: str, model: Path, images: Path, samples: int, limit: float) -> dict:
@@ -113,7 +136,8 @@ def main() -> None:
             if variant in SLOW and "seconds" in row:
                 row["extrapolated_from_layers"] = given.slow_layers
                 row["seconds"] *= given.layers / given.slow_layers
-                row["peak_bytes"] += layer_bytes * (given.layers - given.slow_layers) * (variant == "awq autoawq")
+                for key in ("peak_bytes", "private_bytes"):
+                    row[key] += layer_bytes * (given.layers - given.slow_layers) * (variant == "awq autoawq")
             rows[variant] = row
             print(f"{variant:<14} {row}", flush=True)
     threads, cores = torch.get_num_threads(), os.cpu_count()

@@ -23,7 +23,7 @@ SMALL = {
 }
 REQUIRED = {
     *("method", "removed_layers", "bits", "quantizer", "params", "weight_bytes", "baseline_pct", "name_accuracy"),
-    *("ms_per_token", "is_llm_judge", "judge_pct"),
+    *("ms_per_token", "is_llm_judge", "judge_pct", "bits_per_weight", "simulated", "nominal_bytes"),
 }
 
 
@@ -52,6 +52,8 @@ def test_summary_has_the_six_rows(finished):
     assert by["quant"]["weight_bytes"] < by["original"]["weight_bytes"]
     assert (by["quant"]["bits"], by["quant"]["quantizer"]) == (4, "awq")
     assert (by["original"]["bits"], by["original"]["quantizer"]) == (16, "none")
+    assert not any(row["simulated"] for row in rows) and 4 < by["quant"]["bits_per_weight"] < 5
+    assert all(row["nominal_bytes"] == row["weight_bytes"] for row in rows)
     assert by["original"]["name_accuracy"] >= 70
     assert all(row["ms_per_token"] > 0 for row in rows)
 
@@ -76,6 +78,18 @@ def test_ablation_rows_are_complete_and_explain_the_removal(finished):
     removed = json.loads((finished[0] / "summary.json").read_text())[1]["removed_layers"]
     assert removed == sorted(facts["order"][:2])
     assert (folder / "importance.svg").read_text().startswith("<svg")
+
+
+def test_the_activation_ranges_name_the_planted_outliers(finished):
+    (folder,) = (finished[0] / "artifacts").glob("ranges-*")
+    rows = read_table(folder / "ranges.parquet")
+    assert len(rows) == 40 and (folder / "ranges.svg").read_text().startswith("<svg")
+    largest = json.loads((folder / "manifest.json").read_text())["largest_outliers"]
+    assert len(largest) == 10 and all(one["ratio"] > 20 and one["projections"] != "o_proj" for one in largest)
+    assert run("report", *options(finished[0])).returncode == 0
+    first = largest[0]
+    twin = (finished[0] / "report.md").read_text()
+    assert f"| {first['layer']} | {first['projections']} | {first['channel']} | {first['ratio']:.0f} |" in twin
 
 
 def test_every_measurement_is_kept_once(finished):
@@ -157,7 +171,7 @@ def test_the_report_stands_alone(finished):
         assert f'<th scope="row">{row["method"]}</th>' in page
         assert f"{row['baseline_pct']:.1f}" in page and f"{row['baseline_pct']:.1f}" in twin
     assert "pairs of layers are truly apart" in page and "Kendall" in page
-    assert page.count("<svg") == 3 and page.count('<article class="sample">') >= 3
+    assert page.count("<svg") == 4 and page.count('<article class="sample">') >= 3
     assert "data:image/jpeg;base64," in page
 
 

@@ -1,10 +1,14 @@
 """The quantize stage: only settings that decide the artifact name it, and what cannot work is refused at once."""
 
-import pytest
+from pathlib import Path
 
-from jobs import quantize
+import pytest
+import torch
+
+from jobs import prepare, quantize
 from jobs.options import load_config
 from jobs.run import Run, Stage
+from tests.jobs.here import Worker
 from tests.tiny import DERM_TINY, tiny_config
 
 
@@ -82,3 +86,63 @@ def test_awq_and_phi(tmp_path):
     with pytest.raises(ValueError, match="does not know the decoder layers of 'phi'"):
         name(tmp_path / "run", model=str(tmp_path / "model"))
     assert name(tmp_path / "run", model=str(tmp_path / "model"), **{"quantize.method": "rtn"}).startswith("quantize-")
+
+
+@pytest.mark.parametrize(
+    ("options", "room", "expected"),
+    [
+        ({}, {}, 1),
+        ({"count": "2"}, {(1, 0): 5}, 2),
+        ({"count": "8"}, {(1, 0): 5}, 5),  # a private Ray does not grow
+        ({"gpus": "1", "cpus": "4"}, {(4, 1): 3}, 3),
+        ({"gpus": "2"}, {(1, 1): 4}, 4),  # each searches on a GPU of its own
+        ({"gpus": "0.5", "count": "3"}, {(1, 1): 4}, 2),
+        ({"gpus": "1"}, {(1, 1): 0}, 1),
+    ],
+)
+def test_how_many_share_the_search(tmp_path, monkeypatch, options, room, expected):
+    """One worker on a CPU unless replicas are counted; with GPUs as many as the replicas' GPUs."""
+    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr("cluster.connection.room", lambda cpus, gpus: room[cpus, gpus])
+    run = run_with(tmp_path, **{f"replicas.{key}": value for key, value in options.items()})
+    assert run.worker_count() == expected
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("private_ray", "one_thread")
+def test_two_workers_of_which_each_is_killed_once(tmp_path, monkeypatch, capsys):
+    """Bit for bit one worker's checkpoint; no finished layer is searched again, nor by a job that goes on."""
+    real = Run.worker
+
+    def worker(self, target, count=1, **kwargs):
+        return real(self, target, count, **kwargs) if count > 1 else Worker(target, **kwargs)
+
+    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(Run, "worker", worker)
+
+    def made(folder: Path, quantizer: str, **options) -> Path:
+        monkeypatch.setattr(quantize, "QUANTIZER", quantizer)
+        given = {"quantize.awq_search": "layerwise", "quantize.calibration_samples": "4", "data.draw_per_class": "4"}
+        given = {"run_dir": str(folder), "data.root": str(tmp_path / "images"), **given, **options}
+        run = Run(load_config("configs/derm-tiny.yaml", list(given.items())))
+        return Path(run.make(quantize.stage(run, run.base_model(), prepare.stage(run))))
+
+    alone = made(tmp_path / "alone", quantize.QUANTIZER)
+    with pytest.raises(OSError, match="No space left"):
+        made(tmp_path / "shared", "tests.quantizing:Unfinished", **{"replicas.count": "2"})
+    notes = [path.name.split("-") for path in (tmp_path / "shared" / "notes").iterdir()]
+    assert sorted(part for part, *_ in notes) == ["0"] * 6 + ["1"] * 6, "five layers each, one of them begun twice"
+    assert len({process for _, process, _ in notes}) >= 3, "nobody was killed"
+    shared = made(tmp_path / "shared", "tests.quantizing:Mortal", **{"replicas.count": "2"})
+    assert len(list((tmp_path / "shared" / "notes").iterdir())) == 12
+    assert (shared / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    assert {p.name for p in shared.iterdir()} == {p.name for p in alone.iterdir()}
+    assert not list(shared.parent.glob("*.partial"))

@@ -1,0 +1,94 @@
+"""AWQ's search in shares of the layers makes the same checkpoint; its memory does not grow with the depth."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.footprint import resident_bytes
+from actors.quantizers import awq
+from actors.quantizers.quantizer import Quantizer
+from actors.quantizers.storage import release
+from actors.specs import ModelSpec
+from tests.benchmarks.quantizers import write_model
+from tests.quantizing import quantize, settings
+from tests.tiny import LAYERS, draw_conversations, save_tiny
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["clip-llama", "clip-qwen2-mixed"])
+@pytest.mark.parametrize("parts", [2, LAYERS + 2])
+def test_shares_make_the_checkpoint_of_one_worker(tmp_path, lesions, monkeypatch, name, parts):
+    """Byte for byte, in any order, whether a share has many layers or none; what is finished is not searched again."""
+    source, conversations = save_tiny(tmp_path / "model", name), draw_conversations(lesions, 4)
+    facts = quantize(source, tmp_path / "whole", "awq", conversations)
+    searches, search = [], awq.search_layer
+    monkeypatch.setattr(awq, "search_layer", lambda *given: (searches.append(1), search(*given)))
+    folders = [tmp_path / name for name in ("searched", "shared")]
+    for folder in folders:
+        folder.mkdir()
+    spec, chosen, given = ModelSpec(source), settings("awq"), [str(folder) for folder in folders]
+
+    def share(part: int) -> dict:
+        return Quantizer().search(spec, chosen, conversations, part, parts, given[0])
+
+    found = [share(part) for part in reversed(range(parts))]
+    assert len(searches) == LAYERS == len(list(folders[0].iterdir()))
+    (folders[0] / "layer-00003.safetensors").unlink()
+    assert [share(part) for part in range(parts)] == found and len(searches) == LAYERS + 1
+    assert {**found[0], **Quantizer().finish(spec, chosen, *given)} == facts
+    assert contents(folders[1]) == contents(tmp_path / "whole")
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from actors.footprint import peak, restart_peak, taken
+from actors.maths import awq
+from actors.quantizers import storage
+from actors.quantizers.quantizer import Quantizer
+from actors.quantizers.storage import release
+from actors.specs import ModelSpec
+from tests.benchmarks.quantizers import write_model
+from tests.quantizing import settings
+from tests.tiny import DERM_TINY, draw_conversations
+
+model, lesions, out = sys.argv[1:]
+awq.ALPHAS, storage.SHARD_BYTES = 2, 2**20
+given = settings("awq", clip=False), draw_conversations(Path(lesions), 4)
+Quantizer().quantize(ModelSpec(str(DERM_TINY)), *given, out + "-first")
+assert restart_peak("cpu")
+before = taken("cpu")["resident"]
+Quantizer().quantize(ModelSpec(model), *given, out)
+print(peak("cpu")["resident"] - before)
+"""
+
+
+@pytest.mark.slow
+def test_depth_does_not_raise_the_peak(tmp_path, lesions):
+    """Four layers or twenty: the resident set grows by less than half of the sixteen, in the search's float32."""
+    peaks = []
+    for layers in (4, 20):
+        model = tmp_path / f"model-{layers}"
+        write_model(model, 256, layers)
+        command = [sys.executable, "-c", MEASURED, str(model), str(lesions), str(tmp_path / f"out-{layers}")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    layer = 4 * (4 * 256 * 256 + 3 * 256 * 704)
+    assert layer < peaks[0] and peaks[1] - peaks[0] < 8 * layer, [peak / layer for peak in peaks]
+
+
+def test_release_gives_back_what_lies_below_memory_in_use():
+    """A thousand blocks of 64 KiB, too small to be mapped on their own, of which every tenth stays."""
+    release()
+    before = resident_bytes()
+    blocks = [torch.ones(2**14) for _ in range(1000)]
+    blocks = blocks[::10]
+    pinned = resident_bytes() - before
+    release()
+    assert pinned > 50 * 2**20 > 15 * 2**20 > resident_bytes() - before
