@@ -16,7 +16,7 @@ from torch.func import functional_call
 from actors.maths.awq import ROWS, best_limit, clip, grid_errors, group_gram, scale_grid
 from actors.quantizers.calibration import inputs_of_checkpoint, rows_at_once
 from actors.quantizers.rtn import write_gemm
-from actors.quantizers.storage import other_tensors, read_layers
+from actors.quantizers.storage import other_tensors, read_layers, release
 from actors.quantizers.structure import NEVER_CLIPPED, ScalingGroup, empty_decoder, scaling_groups
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
@@ -115,6 +115,7 @@ def searched_layers(
         else:
             pass_through(layer, hidden, kwargs[number])
         layer.to("meta")
+        release()
 
 
 @torch.no_grad()
