@@ -20,7 +20,7 @@ CONFIG = "configs/derm-tiny.yaml"
 def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
     command_line = [sys.executable, "-m", f"jobs.{job}", "--config", CONFIG, *arguments]
-    return subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
 def assert_says(result: subprocess.CompletedProcess, *words: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from cluster.tables import read_table
 from tests.jobs.test_mistakes import ROOT, assert_says, run
 
+pytestmark = pytest.mark.timeout(1000)  # the first test waits for the whole pipeline
 SMALL = {
     "data.draw_per_class": "5",
     "ablate.samples": "8",
