@@ -77,7 +77,7 @@ def test_ablation_rows_are_complete_and_explain_the_removal(finished):
     assert facts["order"] == [row["layer"] for row in best]
     assert [row["rank"] for row in best] == list(range(1, len(best) + 1))
     removed = json.loads((finished[0] / "summary.json").read_text())[1]["removed_layers"]
-    assert removed == sorted(facts["order"][:2])
+    assert facts["order"][0] in removed and set(removed) <= set(facts["order"])  # greedy begins with the best
     assert (folder / "importance.svg").read_text().startswith("<svg")
 
 
@@ -109,7 +109,8 @@ def test_a_search_over_sets_beats_or_equals_one_shot_on_its_own_questions(finish
     result = run("prune", *options(finished[0], **changes))
     assert result.returncode == 0, result.stderr
     manifests = [json.loads(path.read_text()) for path in finished[0].glob("artifacts/select-*/manifest.json")]
-    (facts,) = [facts for facts in manifests if facts["recipe"]["settings"]["search"] == search]
+    chosen = {"search": search, "layers": 3}
+    (facts,) = [facts for facts in manifests if chosen.items() <= facts["recipe"]["settings"].items()]
     assert len(facts["removed"]) == 3 and facts["sets_measured"] > 3
     assert facts["gain"] >= 0 if search == "evolution" else facts["score"] > 0
     assert str(facts["removed"]) in result.stdout
