@@ -29,7 +29,7 @@ class LayerCritic:
     seed: of the measure "random".
     """
 
-    def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str, seed: int = 0):
+    def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str, seed: int):
         self.replica = LlavaReplica(spec, max_rows)
         self._tokens, self._embedder_name, self._seed = max_new_tokens, embedder, seed
         self._embedder: Embedder | None = None

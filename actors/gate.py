@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from actors.gate_files import check_names, check_sums, check_tensors, loaded
-from actors.gate_linears import check_linears, check_modules, quant_method, stored_bits
+from actors.gate_linears import check_linears, check_modules, quant_method
 from actors.loading import cpu_awq, load_processor, pick_device, quiet
 from actors.probe import PROBE, engine_logits, placed_probe, probe_logits
+from actors.quantizers.structure import weight_bits
 from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
 from actors.surgery import local_folder, stored_dtype
 
@@ -68,7 +69,7 @@ class Gate:
         if expected is not None and removed is not None:
             said.append(_close(logits, expected, same, "the original with its layers switched off"))
         elif expected is not None:
-            said.append(_close(logits, expected, ROUNDED[stored_bits(config)], "the model before rounding"))
+            said.append(_close(logits, expected, ROUNDED[weight_bits(config, 16)], "the model before rounding"))
         if (folder / PROBE).is_file():
             kept = np.load(folder / PROBE, allow_pickle=False)
             said.append(_close(logits, kept, max(same, SAME["float16"]), "what it gave when it was made"))

@@ -8,7 +8,7 @@ import torch
 from actors.gate_files import LAYER, tensors_of
 from actors.loading import language_model
 from actors.maths.rounding import dequantize, unpack
-from actors.quantizers.structure import SIMULATED, linear_shapes
+from actors.quantizers.structure import SIMULATED, linear_shapes, weight_bits
 from actors.specs import GateError
 from actors.surgery import published_name
 
@@ -22,12 +22,6 @@ PLAIN = (torch.nn.Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinea
 def quant_method(config) -> str | None:
     """Return the quant_method of a checkpoint's config, None if its weights are not packed."""
     return (getattr(config, "quantization_config", None) or {}).get("quant_method")
-
-
-def stored_bits(config) -> int:
-    """Return the bits of a rounded checkpoint's weights, as its config tells."""
-    given = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None) or {}
-    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)
 
 
 def check_modules(model, config) -> str:
@@ -57,7 +51,10 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     if quant_method(config) == "awq":
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
     elif parent is not None and (quant_method(config) or simulated) and simulated.get("method") != "awq":
-        weights, allowed = _decoder_weights(parent, tuple(linear_shapes(config))), ROUNDED_LINEAR[stored_bits(config)]
+        weights, allowed = (
+            _decoder_weights(parent, tuple(linear_shapes(config))),
+            ROUNDED_LINEAR[weight_bits(config, 16)],
+        )
         what = "the weight before rounding"
     else:
         return None

@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from actors.maths.latency import run_times
-from actors.quantizers.structure import SIMULATED
 from actors.specs import Llava
 
 Decoder = Callable[[dict, int, Callable[[], None]], list[int]]
@@ -75,12 +74,3 @@ def device_facts() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device": device, "threads": torch.get_num_threads(), **versions}
-
-
-def weight_bits(config, stored: int) -> int:
-    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded."""
-    rounded = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None)
-    if not rounded:
-        return stored
-    given = rounded if isinstance(rounded, dict) else rounded.to_dict()
-    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)

@@ -20,7 +20,8 @@ from actors.loading import (
     quiet,
 )
 from actors.memory import cached_bytes, count_parameters, free_bytes
-from actors.profiler import device_facts, measure, weight_bits
+from actors.profiler import device_facts, measure
+from actors.quantizers.structure import weight_bits
 from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
 

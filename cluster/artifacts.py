@@ -27,6 +27,13 @@ def digest(value) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
@@ -113,7 +120,5 @@ class Fingerprints:
         """Write what was read since the last time."""
         if self._unsaved:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._path)
+            write_text(self._path, json.dumps(self._known))
             self._unsaved = False

@@ -38,8 +38,7 @@ class PartTable:
 
     def all_rows(self) -> list[dict]:
         """Return the rows of all units ever written."""
-        names = sorted(self.finished())
-        return pq.read_table([self._folder / f"{name}.parquet" for name in names]).to_pylist() if names else []
+        return self.rows(sorted(self.finished()))
 
     def rows(self, units: Iterable[str]) -> list[dict]:
         """Return the rows of the named units, as far as they are written, in the order of the names.

@@ -1,7 +1,6 @@
 """The model card of a checkpoint: what it was made from and how, what it scored, and how to make it again."""
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from cluster.artifacts import MANIFEST, digest
+from cluster.artifacts import MANIFEST, digest, write_text
 from jobs import prepare
 from jobs.run import Run, Source, Stage
 
@@ -126,6 +125,4 @@ def write(folder: Path, facts: dict, evaluation: dict | None = None) -> None:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    temporary = folder / f"{CARD}.{os.getpid()}"
-    temporary.write_text(environment.get_template("card.md.j2").render(content) + "\n")
-    os.replace(temporary, folder / CARD)
+    write_text(folder / CARD, environment.get_template("card.md.j2").render(content) + "\n")

@@ -8,13 +8,13 @@ Every stage that exists already in run_dir is reused. The rows of the paper's Ta
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.maths.statistics import cluster_bootstrap_interval
+from cluster.artifacts import write_text
 from cluster.tables import read_table
 from jobs import ablate, card, evaluate, prepare, prune, quantize, ranges, recover
 from jobs.command import main
@@ -130,9 +130,7 @@ def _difference(original: dict[str, dict], answers: dict[str, dict]) -> dict:
 def write_summary(run: Run, rows: list[dict]) -> Path:
     """Write the rows to run_dir/summary.json, atomically."""
     path = run.folder / SUMMARY
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(rows, indent=1))
     return path
 
 

@@ -46,7 +46,7 @@ def demo() -> None:
 
 def _open_stages(run: Run) -> bool:
     planned = compress.plan(run)
-    return bool(run.missing([stage for pair in planned.values() for stage in pair]))
+    return bool(run.missing([*(stage for pair in planned.values() for stage in pair), *compress.studies(run)]))
 
 
 def _submit_jobs(run_dir: str) -> None:
@@ -84,7 +84,10 @@ def _submit_jobs(run_dir: str) -> None:
                 raise RuntimeError(f"the job {name} failed; what was finished is kept. It said:\n{''.join(tail)}")
 
 
-_SHOWN = ("prepare", "data", "ablate", "prune", "recover", "quantize", "evaluate", "compress", "report")
+_SHOWN = (
+    *("prepare", "data", "ablate", "select", "prune", "recover", "quantize", "evaluate"),
+    *("compare", "ranges", "compress", "report"),
+)
 
 if __name__ == "__main__":
     main()

@@ -17,12 +17,13 @@ from actors.baseline import ClassName, baseline_score, name_verdict
 from actors.maths.latency import merged
 from actors.maths.statistics import cluster_bootstrap_interval, wilson_interval
 from actors.specs import Sample
+from cluster.artifacts import digest
 from cluster.tables import PartTable, write_table
 from jobs import card, prepare
 from jobs.command import main
 from jobs.config import EvaluateConfig
-from jobs.progress import Progress
 from jobs.run import Run, Source, Stage
+from jobs.units import in_units
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
@@ -63,24 +64,22 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     rows = test_rows(run, data)
     samples = questions(rows)
     table = PartTable(folder / "units")
-    units = {f"{i:06d}": samples[i : i + UNIT] for i in range(0, len(samples), UNIT)}
-    open_units = {name: part for name, part in units.items() if name not in table.finished()}
-    reasons = []
+    given = {row["sample_id"]: row for row in table.all_rows()}
+    todo = [sample for sample in samples if sample.id not in given]
+    units = [todo[i : i + UNIT] for i in range(0, len(todo), UNIT)]
+    reason = ""
     with run.replicas(model) as pool:
         profile = merged([profiled(pool, samples[0], evaluate, evaluate.timed_runs)])
-        work = [(n, (part, [()], run.config.generation.max_new_tokens)) for n, part in open_units.items()]
-        with Progress("evaluate", len(units), done=len(units) - len(open_units)) as progress:
-            for outcome in pool.map("answers", work):
-                if outcome.error:
-                    reasons.append(outcome.error)
-                else:
-                    table.add(outcome.key, outcome.value)
-                progress.step(note="units")
-    given = {row["sample_id"]: row for row in table.rows(units)}
+        tokens = run.config.generation.max_new_tokens
+        for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), "evaluate"):
+            if outcome.error:
+                reason = outcome.error
+                print(f"evaluate: {part[0].id} failed three times and is left out: {reason}", flush=True)
+            else:
+                table.add(digest([sample.id for sample in part]), outcome.value)
+                given |= {row["sample_id"]: row for row in outcome.value}
     if not given:
-        raise RuntimeError(f"No question could be answered; the first unit said: {reasons[0]}")
-    for reason in reasons:
-        print(f"evaluate: {UNIT} questions failed three times and are left out: {reason}", flush=True)
+        raise RuntimeError(f"No question could be answered; the last one said: {reason}")
     scored = _score(run, [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given])
     write_table(folder / ANSWERS, scored)
     facts["metrics"] = {**metrics(scored), "unanswered": len(samples) - len(given)}

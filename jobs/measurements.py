@@ -16,8 +16,8 @@ from cluster.artifacts import digest
 from cluster.tables import PartTable
 from jobs.config import Criterion
 from jobs.criteria import READINGS, WITHOUT_SAMPLES
-from jobs.progress import Progress
 from jobs.run import Run, Source, Stage
+from jobs.units import in_units
 
 VERSION = 1
 Removed = tuple[int, ...]
@@ -86,38 +86,24 @@ class Measurements:
         }
         todo = [sample for sample in samples if missing.get(sample.id)]
         unit = self._run.config.ablate.unit
-        units = [todo[i : i + unit] for i in range(0, len(todo), unit)]
+        units = sorted((todo[i : i + unit] for i in range(0, len(todo), unit)), key=lambda part: -_cost(part, missing))
+
+        def sets_of(part: list[Conversation]) -> list[Removed]:
+            return list(dict.fromkeys(removed for sample in part for removed in missing[sample.id]))
+
+        def arguments(part: list[Conversation]) -> tuple:
+            return measure, part, sets_of(part), base, self._drafts(measure, part, base)
+
         if not units:
             return
-        with Progress(label, len(units)) as progress:
-            broken = self._map(measure, units, missing, base, progress)
-        # Find the questions that broke their units; the others of the unit are measured.
-        singles = [[sample] for part, _ in broken for sample in part if len(part) > 1]
-        alone = [(part, reason) for part, reason in broken if len(part) == 1]
-        for (sample,), reason in [*alone, *self._map(measure, singles, missing, base, None)]:
-            self.failed[sample.id] = reason
-            print(f"{label}: {sample.id} failed three times and is left out: {reason}", flush=True)
-
-    def _map(self, measure, units, missing, base, progress) -> list[tuple[list[Conversation], str]]:
-        """Measure units, dearest first; return those that failed, with the reason."""
-        known, table = self._known(measure), self._tables[measure]
-        work, parts = [], {}
-        for part in sorted(units, key=lambda part: -_cost(part, missing)):
-            sets = list(dict.fromkeys(removed for sample in part for removed in missing[sample.id]))
-            key = digest([[sample.id for sample in part], sets])
-            parts[key] = part
-            work.append((key, (measure, part, sets, base, self._drafts(measure, part, base))))
-        broken = []
-        for outcome in self._pool.map("measure", work):
+        for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # dearest first
             if outcome.error:
-                broken.append((parts[outcome.key], outcome.error))
-            else:
-                new = [row for row in outcome.value if (row["sample_id"], tuple(row["removed"])) not in known]
-                table.add(outcome.key, new)
-                known.update(_keyed(new))
-            if progress is not None:
-                progress.step(note="units")
-        return broken
+                self.failed[part[0].id] = outcome.error
+                print(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}", flush=True)
+                continue
+            new = [row for row in outcome.value if (row["sample_id"], tuple(row["removed"])) not in known]
+            self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
+            known.update(_keyed(new))
 
     def _drafts(self, measure: str, part: list[Conversation], base: Removed):
         known = self._rows[measure]

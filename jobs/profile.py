@@ -11,10 +11,10 @@ alive would share one GPU's memory, so that none could be measured alone. The ro
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from actors.maths.latency import merged
 from actors.specs import Sample
+from cluster.artifacts import write_text
 from jobs import evaluate, prepare
 from jobs.command import main
 from jobs.run import Run, Source
@@ -119,13 +119,6 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def write(rows: Sequence[dict], path: Path) -> None:
-    """Write the rows as JSON, atomically."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, path)
-
-
 def job(run: Run) -> None:
     """Measure, try the cap, print the table."""
     config = run.config
@@ -138,7 +131,7 @@ def job(run: Run) -> None:
     if cap is not None:
         for row, model in zip(rows, models, strict=True):
             row["cap"] = capped(run, model, asked, cap)
-    write(rows, run.folder / ROWS)
+    write_text(run.folder / ROWS, json.dumps(rows, indent=1))
     print(table(rows))
     for row in rows:
         if cap is not None:

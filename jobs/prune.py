@@ -9,7 +9,7 @@
 The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs import ablate, card, prepare, select, verify
@@ -46,28 +46,24 @@ def _check(run: Run) -> None:
 
 def _stage(run: Run, model: Stage | Source) -> Stage:
     prune = run.config.prune
+    settings: dict
+    parents: tuple
+    choose: Callable[[Run], Sequence[int]]
     if prune.order is not None:
         if len(prune.order) < prune.layers:
             raise ValueError(f"prune.layers is {prune.layers} but prune.order names {len(prune.order)} layers.")
-        removed = prune.order[: prune.layers]
-        return Stage(
-            "prune", 3, {"removed": sorted(removed)}, (model,), lambda r, f, facts: _write(r, model, removed, f, facts)
-        )
-    data = prepare.stage(run)
-    scores = ablate.stage(run, model, data)
-    if prune.search != "one_shot":
-        chosen = select.stage(run, model, data, scores)
-        return Stage(
-            "prune", 3, {}, (model, chosen), lambda r, f, facts: _write(r, model, r.facts(chosen)["removed"], f, facts)
-        )
-
-    return Stage(
-        "prune",
-        3,
-        {"layers": prune.layers},
-        (model, scores),
-        lambda r, f, facts: _write(r, model, select.one_shot(r, scores), f, facts),
-    )
+        removed = sorted(prune.order[: prune.layers])
+        settings, parents, choose = {"removed": removed}, (model,), lambda run: removed
+    else:
+        data = prepare.stage(run)
+        scores = ablate.stage(run, model, data)
+        if prune.search == "one_shot":
+            settings, parents = {"layers": prune.layers}, (model, scores)
+            choose = lambda run: select.one_shot(run, scores)  # noqa: E731
+        else:
+            chosen = select.stage(run, model, data, scores)
+            settings, parents, choose = {}, (model, chosen), lambda run: run.facts(chosen)["removed"]
+    return Stage("prune", 3, settings, parents, lambda r, f, facts: _write(r, model, choose(r), f, facts))
 
 
 def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path, facts: dict) -> None:

@@ -8,7 +8,6 @@ Reads what jobs.compress with the same options made; opens offline.
 import base64
 import io
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import jinja2
 from PIL import Image
 
 from actors.maths.ranges import OUTLIER
+from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import ablate, compress, evaluate, ranges, recover
+from jobs import ablate, compress, evaluate, prepare, ranges, recover
 from jobs.command import main
 from jobs.criteria import READINGS
 from jobs.figures import importance_figure, loss_figure, tradeoff_figure
@@ -46,10 +46,7 @@ def job(run: Run) -> None:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html.j2"]), trim_blocks=True
     )
     for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
-        path = run.folder / name
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(environment.get_template(template).render(content))
-        os.replace(temporary, path)
+        write_text(run.folder / name, environment.get_template(template).render(content))
     print(f"report: {run.folder / HTML}", flush=True)
 
 
@@ -67,7 +64,7 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
         "recovery": f"{run.config.recover.method}, r = {run.config.recover.rank}, alpha = {run.config.recover.alpha}",
         "layers": _layers(run, planned["prune"][0], removed),
-        "ranges": _ranges(run, compress.studies(run)[-1]),
+        "ranges": _ranges(run, ranges.stage(run, run.base_model(), prepare.stage(run))),
         "loss": loss_figure(losses),
         "tradeoff": tradeoff_figure(rows),
         "samples": _samples(run, planned),

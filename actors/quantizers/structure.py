@@ -77,3 +77,12 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
                 f"autoawq cannot clip {name} of {outputs} outputs, which {CLIP_BLOCK} does not divide: "
                 "set quantize.awq_search to layerwise, or quantize.clip to false."
             )
+
+
+def weight_bits(config, stored: int) -> int:
+    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded."""
+    rounded = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None)
+    if not rounded:
+        return stored
+    given = rounded if isinstance(rounded, dict) else rounded.to_dict()
+    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)

@@ -11,7 +11,8 @@ from actors import footprint
 from actors.decoding import Plain
 from actors.maths.latency import merged, run_times, summary
 from actors.memory import GIB
-from actors.profiler import measure, weight_bits
+from actors.profiler import measure
+from actors.quantizers.structure import weight_bits
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from actors.surgery import stored_bytes

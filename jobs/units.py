@@ -1,0 +1,34 @@
+"""Questions in units of work: a failed unit is tried again one by one, so that only broken questions are left out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from jobs.progress import Progress
+
+if TYPE_CHECKING:
+    from cluster.pool import Outcome, Pool
+
+T = TypeVar("T")
+
+
+def in_units(
+    pool: "Pool", method: str, units: Sequence[list[T]], arguments: Callable[[list[T]], tuple], label: str
+) -> Iterator[tuple[list[T], "Outcome"]]:
+    """Call `method(*arguments(unit))` for every unit; yield (unit, outcome) as they come, with a progress bar.
+
+    An outcome that failed (three times) belongs to a single question.
+    """
+    broken = []
+    with Progress(label, len(units)) as progress:
+        for unit, outcome in _mapped(pool, method, units, arguments):
+            progress.step(note="units")
+            if outcome.error and len(unit) > 1:
+                broken.append(unit)
+            else:
+                yield unit, outcome
+    yield from _mapped(pool, method, [[one] for unit in broken for one in unit], arguments)
+
+
+def _mapped(pool, method, units, arguments) -> Iterator[tuple[list, "Outcome"]]:
+    for outcome in pool.map(method, [(number, arguments(unit)) for number, unit in enumerate(units)]):
+        yield units[outcome.key], outcome

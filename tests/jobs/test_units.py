@@ -1,0 +1,39 @@
+"""Units of work whose broken questions are found one by one."""
+
+from collections import Counter
+
+from cluster.pool import Outcome
+from jobs.units import in_units
+
+
+class Pool:
+    """Doubles numbers; a call that holds 3 fails."""
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def map(self, method, items):
+        for key, (numbers, offset) in items:
+            self.calls.append((method, *numbers))
+            if 3 in numbers:
+                yield Outcome(key, error="ValueError: three", attempts=3)
+            else:
+                yield Outcome(key, value=[2 * number + offset for number in numbers])
+
+
+def test_only_the_broken_question_is_left_out():
+    pool = Pool()
+    found = list(in_units(pool, "double", [[1, 2], [3, 4], [5]], lambda unit: (unit, 1), "units"))
+    assert [(unit, outcome.value) for unit, outcome in found if not outcome.error] == [
+        ([1, 2], [3, 5]),
+        ([5], [11]),
+        ([4], [9]),
+    ]
+    assert [(unit, outcome.error) for unit, outcome in found if outcome.error] == [([3], "ValueError: three")]
+    assert Counter(pool.calls) == Counter([("double", *n) for n in ((1, 2), (3, 4), (5,), (3,), (4,))])
+
+
+def test_a_unit_of_one_is_not_tried_again():
+    pool = Pool()
+    ((unit, outcome),) = in_units(pool, "double", [[3]], lambda unit: (unit, 0), "units")
+    assert (unit, outcome.attempts, len(pool.calls)) == ([3], 3, 1)
