@@ -65,6 +65,7 @@ def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
     rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "awq", "hqq"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_bits_pass(method, bits, lesions, tmp_path):

@@ -22,7 +22,17 @@ BYTES = {"int8": 0.8}  # of the float32 source's, which the rest's 16 bits halve
 CPU_AWQ = AwqConfig(bits=4, group_size=64, zero_point=True, backend="torch_awq")
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, method) for name in ARCHITECTURES for method in methods(name)])
+def quantized_pairs() -> list:
+    """Every architecture by every method that knows it; three architectures by default, the rest are slow."""
+    default = ("clip-llama", "clip-qwen2-mixed", "clip-phi")
+    return [
+        pytest.param(name, method, marks=[] if name in default else [pytest.mark.slow])
+        for name in ARCHITECTURES
+        for method in methods(name)
+    ]
+
+
+@pytest.mark.parametrize(("name", "method"), quantized_pairs())
 def test_quantized_checkpoint_reloads(name, method, lesions, tmp_path):
     """Types of all modules, fewer bytes, an error that is neither zero nor large, and answers."""
     if method == "hqq":

@@ -80,6 +80,7 @@ def test_every_gpu_has_its_replicas_and_none_is_idle_while_units_wait():
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_units_move_to_nodes_that_join_and_survive_nodes_that_are_lost():
     found = result(start("nodes"))
     assert_once(found["rows"], 60)
@@ -92,6 +93,7 @@ def test_units_move_to_nodes_that_join_and_survive_nodes_that_are_lost():
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_actors_that_were_asked_for_start_when_there_is_room():
     found = result(start("asked_for"))
     assert_once(found["rows"], 40)

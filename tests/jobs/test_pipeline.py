@@ -16,6 +16,8 @@ SMALL = {
     "data.draw_per_class": "5",
     "ablate.samples": "8",
     "prune.layers": "2",
+    "prune.search": "one_shot",
+    "replicas.count": "1",
     "recover.epochs": "0.5",
     "quantize.calibration_samples": "8",
     "evaluate.warmup_runs": "0",
@@ -77,7 +79,7 @@ def test_ablation_rows_are_complete_and_explain_the_removal(finished):
     assert facts["order"] == [row["layer"] for row in best]
     assert [row["rank"] for row in best] == list(range(1, len(best) + 1))
     removed = json.loads((finished[0] / "summary.json").read_text())[1]["removed_layers"]
-    assert facts["order"][0] in removed and set(removed) <= set(facts["order"])  # greedy begins with the best
+    assert removed == sorted(facts["order"][:2])
     assert (folder / "importance.svg").read_text().startswith("<svg")
 
 

@@ -90,6 +90,7 @@ def measured(folder: Path, *options: str) -> tuple[list[dict], str]:
     return json.loads((folder / "profile.json").read_text()), result.stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_data(tmp_path):
     """The probe is asked; the row has all that others read of it."""
     rows, said = measured(tmp_path, "--data.classes", "[]", "--data.questions", "[]", "--profile.rounds", "1")
