@@ -4,8 +4,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from pydantic_core import PydanticUndefined
 
@@ -17,8 +18,8 @@ USAGE = """{doc}
 
 Options:
   --config FILE        YAML file with any of the fields below (default: the defaults)
-  --<field> VALUE      override one field, e.g. --prune.layers 7
-  --help               this text
+  --<field> VALUE      override one field, e.g. --prune.layers 7; a BOOL alone means true
+{shorthands}  --help               this text
 
 Fields (unit in brackets; defaults are derm-tiny's or the paper's):
 {fields}
@@ -26,15 +27,18 @@ Fields (unit in brackets; defaults are derm-tiny's or the paper's):
 Set PRUNELLA_DEBUG=1 for tracebacks."""
 
 
-def main(doc: str, job: Callable[[Run], None]) -> None:
-    """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+def main(doc: str, job: Callable[[Run], None], shorthands: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C.
+
+    shorthands: the job's own options, each a short name of a field.
+    """
     spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
     name = (spec.name if spec else job.__module__).split(".")[-1]
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(USAGE.format(doc=doc.strip(), fields=_field_help()))
+        print(USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help()))
         return
-    with one_sentence(name), Run(parse(arguments)) as run:
+    with one_sentence(name), Run(parse(arguments, shorthands)) as run:
         run.record_config(name)
         job(run)
 
@@ -82,23 +86,30 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def parse(arguments: list[str]) -> Config:
+def parse(arguments: list[str], shorthands: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Turn command-line arguments into a config; ValueError names the argument that is wrong."""
     path, overrides, rest = None, [], list(arguments)
+    switches = {key for key, kind, *_ in fields() if kind == "bool"}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise ValueError(f"Unexpected argument {word!r}: options look like --prune.layers 7 (see --help).")
         key, equals, value = word[2:].partition("=")
+        field = shorthands.get(key, key.replace("-", "_"))
         if not equals:
-            if not rest:
+            alone = not rest or rest[0].startswith("--")
+            if alone and field not in switches:
                 raise ValueError(f"--{key} lacks a value.")
-            value = rest.pop(0)
+            value = "true" if alone else rest.pop(0)
         if key == "config":
             path = value
         else:
-            overrides.append((key.replace("-", "_"), value))
+            overrides.append((field, value))
     return load_config(path, overrides)
+
+
+def _shorthand_help(shorthands: Mapping[str, str]) -> str:
+    return "".join(f"  --{name:<18} short for --{field}\n" for name, field in shorthands.items())
 
 
 def _field_help() -> str:

@@ -3,12 +3,13 @@
 A field's unit stands in its description; jobs.options reads the values.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Dtype = Literal["float32", "float16", "bfloat16"]
+from jobs.config_judge import JudgeConfig
+from jobs.section import Count, Dtype, Section
+
 Criterion = Literal[
     "answer_similarity",
     "perplexity",
@@ -23,11 +24,7 @@ Criterion = Literal[
 ON_SETS = ("answer_similarity", "perplexity", "kl")  # the criteria that are measured on the pruned model itself
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The LLaVA-shaped model to compress."""
 
     path: str = Field("actors/derm_tiny/checkpoint", description="checkpoint folder, or hub id (owner/name)")
@@ -36,7 +33,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings along")
 
 
-class ClassConfig(_Section):
+class ClassConfig(Section):
     """One class of the image collection."""
 
     name: str = Field(description="the disease as answers spell it")
@@ -45,7 +42,7 @@ class ClassConfig(_Section):
     texts: dict[str, str] = Field({}, description="texts for the questions' templates, e.g. about: ...")
 
 
-class QuestionConfig(_Section):
+class QuestionConfig(Section):
     """One question asked about every image."""
 
     id: str = Field(description="short name; the question called name asks for the disease")
@@ -53,7 +50,7 @@ class QuestionConfig(_Section):
     answer: str | None = Field(None, description="reference, with {name} or {<key of texts>}; unset: annotations")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The image collection and what is asked about it."""
 
     root: str | None = Field(None, description="folder of images, read recursively; unset: images/ in run_dir")
@@ -69,7 +66,7 @@ class DataConfig(_Section):
     near_duplicate_bits: int = Field(2, ge=-1, le=32, description="perceptual-hash distance of a group (bits); -1: off")
 
 
-class ReplicasConfig(_Section):
+class ReplicasConfig(Section):
     """The actors that hold the model."""
 
     count: Count | Literal["auto"] = Field("auto", description="replicas; auto: as many as the cluster can hold")
@@ -89,13 +86,13 @@ class ReplicasConfig(_Section):
         return gpus
 
 
-class GenerationConfig(_Section):
+class GenerationConfig(Section):
     """How answers are decoded: always greedily."""
 
     max_new_tokens: Count = Field(200, description="longest answer (tokens)")
 
 
-class AblateConfig(_Section):
+class AblateConfig(Section):
     """Scoring layers by removing them (paper, eq. 2-5)."""
 
     samples: Count = Field(64, description="calibration questions from the training split (questions)")
@@ -116,7 +113,7 @@ class AblateConfig(_Section):
     )
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """Removing layers."""
 
     layers: int = Field(2, ge=0, description="decoder layers to remove (layers)")
@@ -130,7 +127,7 @@ class PruneConfig(_Section):
     survivors: Count = Field(4, description="evolution: sets of a round that are compared by the criterion (sets)")
 
 
-class RecoverConfig(_Section):
+class RecoverConfig(Section):
     """LoRA / QLoRA fine-tuning on the training split, merged into the weights."""
 
     method: Literal["lora", "qlora"] = Field("qlora", description="qlora: the frozen weights are in NF4 meanwhile")
@@ -143,7 +140,7 @@ class RecoverConfig(_Section):
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; cosine decay, 3 % warm-up")
 
 
-class QuantizeConfig(_Section):
+class QuantizeConfig(Section):
     """Rounding the language model's linear layers."""
 
     method: Literal["none", "awq", "nf4", "int8", "hqq", "rtn"] = Field(
@@ -175,7 +172,7 @@ class QuantizeConfig(_Section):
         return values
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """Answers on the test split, and what they cost."""
 
     limit: int | None = Field(None, ge=1, description="test images to use (images); unset: all")
@@ -190,7 +187,7 @@ class EvaluateConfig(_Section):
     embedder: str | None = Field(None, description="sentence-transformer of the baseline; unset: ablate.embedder")
 
 
-class ProfileConfig(_Section):
+class ProfileConfig(Section):
     """Comparing the memory and latency of checkpoints; how each run is measured stands in evaluate."""
 
     models: list[str] = Field([], description="checkpoint folders or hub ids (YAML list); empty: model.path")
@@ -202,13 +199,13 @@ class ProfileConfig(_Section):
     )
 
 
-class PublishConfig(_Section):
+class PublishConfig(Section):
     """Where a finished checkpoint goes."""
 
     to: str | None = Field(None, description="new folder, storage URI (s3://bucket/name), or hf://owner/name")
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a job needs."""
 
     run_dir: str = Field("runs/derm-tiny", description="folder of results; on a cluster a path all nodes share")
@@ -222,6 +219,7 @@ class Config(_Section):
     recover: RecoverConfig = RecoverConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    judge: JudgeConfig = JudgeConfig()
     profile: ProfileConfig = ProfileConfig()
     publish: PublishConfig = PublishConfig()
 
