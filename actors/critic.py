@@ -11,11 +11,11 @@ import torch
 
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine import Limits, padded, verify_pass
+from actors.engine import padded, verify_pass
 from actors.loading import language_model, pixel_dtype
 from actors.maths.criteria import token_cosines, token_kl, token_nll
 from actors.replica import LlavaReplica
-from actors.rows import RowPass, run_tokens
+from actors.rows import PromptPass
 from actors.specs import Conversation, Known, ModelSpec
 
 LOGITS_AT_ONCE = 2**26
@@ -70,13 +70,15 @@ class LayerCritic:
             rows = self.replica.answers(samples, sets, self._tokens, base, [item.draft for item in known])
             whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
         else:
-            asked = self.replica.answers(samples, [(), *sets], self._tokens, base)
+            guesses = [reply_ids(self.replica.processor.tokenizer, sample.reference) for sample in samples]
+            asked = self.replica.answers(samples, [(), *sets], self._tokens, base, guesses=guesses)
             whole = {row["sample_id"]: row["answer"] for row in asked[:: len(sets) + 1]}
             rows = [row for i, row in enumerate(asked) if i % (len(sets) + 1)]
         pairs = [(row["answer"], whole[row["sample_id"]]) for row in rows]
-        return [{**row, "loss": 1 - cosine} for row, cosine in zip(rows, self._cosines(pairs), strict=True)]
+        return [{**row, "loss": 1 - cosine} for row, cosine in zip(rows, self.cosines(pairs), strict=True)]
 
-    def _cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
+    def cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """Return the cosine between the embeddings of every pair of texts, 1 for equal ones."""
         different = [pair for pair in pairs if pair[0] != pair[1]]
         if different and self._embedder is None:
             self._embedder = Embedder(self._embedder_name, str(self.replica.device))
@@ -155,21 +157,32 @@ def _key(sample: Conversation, removed: tuple[int, ...]) -> dict:
 
 def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, float]]]:
     """Return [N][S - 1] of (mean nll, mean KL to the first set's model) over the reply's tokens, in nats."""
-    limits = Limits(max(map(len, replies)), ())
-    _, source, variant, hidden, _ = verify_pass(model, prompts, replies, base_L, keep_SL, limits)
+    states_N = reply_states(model, prompts, replies, base_L, keep_SL)
+    full_N = (model.lm_head(states[0]) for states in states_N)
+    return reply_losses(model, replies, (states[1:] for states in states_N), full_N)
+
+
+def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]:
+    """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
+    _, source, variant, hidden = verify_pass(model, prompts, replies, base_L, keep_SL)
     row_of = {(n, v): row for row, (n, v) in enumerate(zip(source, variant, strict=True)) if v >= 0}
-    places = max(map(len, replies))
-    result = []
+    found = []
     for n, reply in enumerate(replies):
-        ids = torch.tensor(reply, device=hidden.device)
-        first = hidden.shape[1] - places
-        states = hidden[:, first : first + len(reply)]
-        full = model.lm_head(states[row_of[n, 0]])
+        first = len(prompts[n]) - 1
+        rows = [row_of[n, v] for v in range(len(keep_SL))]
+        found.append(hidden[rows, first : first + len(reply)])
+    return found
+
+
+def reply_losses(model, replies, states_N, full_N) -> list[list[tuple[float, float]]]:
+    """Return [N][S] of (mean nll, mean KL to the logits full_N[n] [T, V]) over the reply's tokens, in nats."""
+    result = []
+    for reply, states, full in zip(replies, states_N, full_N, strict=True):
+        ids = torch.tensor(reply, device=full.device)
         found: list[tuple[float, float]] = []
-        rows = [row_of[n, v] for v in range(1, len(keep_SL))]
         step = max(1, LOGITS_AT_ONCE // full.numel())
-        for start in range(0, len(rows), step):
-            logits = model.lm_head(states[rows[start : start + step]])
+        for start in range(0, len(states), step):
+            logits = model.lm_head(states[start : start + step])
             nll = token_nll(logits, ids.expand(len(logits), -1)).mean(-1)
             kl = token_kl(full.expand_as(logits), logits).mean(-1)
             found += zip(nll.tolist(), kl.tolist(), strict=True)
@@ -180,7 +193,6 @@ def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, 
 @torch.inference_mode()
 def layer_cosines(model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return per embedded prompt [T, D] the cosine between every layer's input and output, [L, T] on the CPU."""
-    embeds, positions, valid = padded(prompts)
     layers = language_model(model).layers
     cosines: list[torch.Tensor] = []
 
@@ -192,12 +204,12 @@ def layer_cosines(model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         keep = torch.ones(len(prompts), len(layers), dtype=torch.bool)
-        run_tokens(model, RowPass.over(model, keep, embeds.shape[1], embeds.device), embeds, positions, valid)
+        PromptPass(model, keep).forward(model, padded(prompts))
     finally:
         for handle in handles:
             handle.remove()
     found_RLT = torch.stack(cosines, dim=1)
-    return [found_RLT[row, :, mask] for row, mask in enumerate(valid.cpu())]
+    return [found_RLT[row, :, : len(prompt)] for row, prompt in enumerate(prompts)]
 
 
 def taylor_scores(model, batch: dict[str, torch.Tensor]) -> list[float]:

@@ -11,13 +11,14 @@ token what physically pruned models would say. Three more ideas make it fast whe
 Axes: R rows, N inputs, Q new tokens, D width, L layers.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from actors.loading import language_model
-from actors.rows import RowPass, run_tokens
+from actors.rows import Part, PromptPass, StepPass, switched
 from actors.specs import Llava
 
 LOGIT_ROWS = 64
@@ -50,20 +51,24 @@ def greedy(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor,
     prompts: R embedded prompts [tokens, D] (image features in place). Returns the new token ids of every row,
     the stop token included if it came; equal to `generate(do_sample=False)` on physically pruned models.
     """
-    embeds, positions, valid = padded(prompts)
-    state = RowPass.over(model, keep_RL, embeds.shape[1] + limits.tokens, embeds.device)
-    hidden = run_tokens(model, state, embeds, positions, valid)
-    answers = [[token] for token in _best_tokens(model, hidden[:, -1])]
-    _decode(model, state, answers, positions[:, -1] + 1, limits)
-    return answers
+    state = PromptPass(model, keep_RL)
+    hidden = state.forward(model, padded(prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    answers = [found for (found,) in _best_after(model, hidden, range(len(prompts)), lengths, 1)]
+    rows = [row for row, token in enumerate(answers) if not limits.ended([token])]
+    found = [[token] for token in answers]
+    if rows:
+        part = Part(state, rows, [lengths[row] for row in rows])
+        _continue(model, [part], [found[row] for row in rows], limits)
+    return found
 
 
 @torch.inference_mode()
 def first_logits(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor) -> torch.Tensor:
     """Logits [R, V] of every row's first new token; arguments as of `greedy`."""
-    embeds, positions, valid = padded(prompts)
-    state = RowPass.over(model, keep_RL, embeds.shape[1], embeds.device)
-    return model.lm_head(run_tokens(model, state, embeds, positions, valid)[:, -1])
+    hidden = PromptPass(model, keep_RL).forward(model, padded(prompts))
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+    return model.lm_head(hidden[torch.arange(len(prompts), device=hidden.device), last])
 
 
 @torch.inference_mode()
@@ -74,7 +79,7 @@ def verified(
     base_L: torch.Tensor,
     keep_VL: torch.Tensor,
     limits: Limits,
-) -> tuple[list[list[list[int]]], dict[str, int]]:
+) -> tuple[list[list[list[int]]], Counter[str]]:
     """Greedy answers of V variants to N prompts, given one draft per prompt; what `greedy` gives, sooner.
 
     base_L: the layers of the model that the drafts (probably) come from; a variant shares its work below the
@@ -82,30 +87,50 @@ def verified(
     counts has rows, rows_verified_whole and layer_rows_run of the verifying pass.
     """
     drafts = [limits.cut(draft) for draft in drafts]
-    state, source, variant, hidden, lengths = verify_pass(model, prompts, drafts, base_L, keep_VL, limits)
-    inputs = len(prompts)
-    rows = range(inputs, len(source))  # the first N rows are the base itself
-    longest_draft = max((len(draft) for draft in drafts), default=0)
-    answers: dict[int, list[int]] = {}
-    for row, found in zip(rows, _row_tokens(model, hidden, rows, longest_draft), strict=True):
-        answers[row] = _accept(drafts[source[row]], found)
-    whole = sum(answers[row] == drafts[source[row]] and limits.ended(answers[row]) for row in rows)
-    open_rows = [row for row in rows if not limits.ended(answers[row])]
-    if open_rows:
-        later = _continued(state, open_rows, [answers[r] for r in open_rows], lengths, longest_draft, limits)
-        starts = torch.tensor([lengths[source[r]] + len(answers[r]) - 1 for r in open_rows], device=state.device)
-        _decode(model, later, [answers[r] for r in open_rows], starts, limits)
-    result: list[list[list[int]]] = [[[] for _ in keep_VL] for _ in prompts]
-    for row in rows:
-        result[source[row]][variant[row]] = answers[row]
-    counts = {"rows": len(rows), "rows_verified_whole": whole, "layer_rows_run": state.layer_rows_run}
-    return result, counts
+    answers: list[list[list[int]]] = [[[] for _ in keep_VL] for _ in prompts]
+    open_parts, open_answers = [], []
+    counts = Counter(rows=len(prompts) * len(keep_VL), rows_verified_whole=0, layer_rows_run=0)
+    for group in _of_like_length([len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)]):
+        given = [prompts[n] for n in group], [drafts[n] for n in group]
+        state, source, variant, hidden = verify_pass(model, *given, base_L, keep_VL)
+        rows = range(len(group), len(source))  # the first rows are the base itself
+        lengths = [len(given[0][n]) for n in source]
+        longest_draft = max(map(len, given[1]))
+        open_rows = []
+        for row, found in zip(rows, _best_after(model, hidden, rows, lengths, max(longest_draft, 1)), strict=True):
+            draft = given[1][source[row]]
+            answer = answers[group[source[row]]][variant[row]] = _accept(draft, found)
+            counts["rows_verified_whole"] += answer == draft and limits.ended(answer)
+            if not limits.ended(answer):
+                open_rows.append(row)
+                open_answers.append(answer)
+        counts["layer_rows_run"] += state.layer_rows_run
+        if open_rows:  # the last token was not fed yet
+            kept = [
+                lengths[row] + len(a) - 1 for row, a in zip(open_rows, open_answers[-len(open_rows) :], strict=True)
+            ]
+            open_parts.append(Part(state, open_rows, kept))
+    if open_parts:
+        _continue(model, open_parts, open_answers, limits)
+    return answers, counts
 
 
-def verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the places of `lengths` in groups whose longest is at most an eighth longer than the shortest."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if groups and lengths[place] <= 1.125 * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def verify_pass(model, prompts, drafts, base_L, keep_VL):
     """Run prompt and draft of every input, the variants joining where they differ from the base.
 
-    Returns (the pass, source_R, variant_R with -1 for the base itself, hidden states [R, Q, D], prompt lengths).
+    Returns (the pass, source_R, variant_R with -1 for the base itself, hidden states [R, Q, D]). The prompt of row r
+    ends at Q index len(prompts[source_R[r]]) - 1, and its draft's tokens but the last stand behind it.
     """
     differs = keep_VL != base_L[None]
     layers = base_L.shape[0]
@@ -117,30 +142,24 @@ def verify_pass(model, prompts, drafts, base_L, keep_VL, limits):
     keep = torch.stack([base_L if v < 0 else keep_VL[v] for v in variant])
     join = [*([0] * len(prompts)), *(j for j, _, _ in order)]
     decoder = language_model(model)
-    embeds, positions, valid = padded(prompts)
-    fed = max((len(draft) for draft in drafts), default=0) - 1  # the last token's successor is never asked for
-    if fed > 0:
-        ids = torch.zeros(len(prompts), fed, dtype=torch.long, device=embeds.device)
-        known = torch.zeros(len(prompts), fed, dtype=torch.bool, device=embeds.device)
-        for row, draft in enumerate(drafts):
-            part = torch.tensor(draft[:fed], dtype=torch.long, device=embeds.device)
-            ids[row, : len(part)], known[row, : len(part)] = part, True
-        after = positions[:, -1:] + 1 + torch.arange(fed, device=embeds.device)
-        embeds = torch.cat([embeds, decoder.embed_tokens(ids)], dim=1)
-        positions, valid = torch.cat([positions, after], dim=1), torch.cat([valid, known], dim=1)
-    state = RowPass.over(model, keep, embeds.shape[1], embeds.device, source_R=source, join_R=join)
-    hidden = run_tokens(model, state, embeds, positions, valid)
-    return state, source, variant, hidden, [len(prompt) for prompt in prompts]
+    device = prompts[0].device
+    fed = [
+        torch.cat([prompt, decoder.embed_tokens(torch.tensor(draft[:-1], dtype=torch.long, device=device))])
+        for prompt, draft in zip(prompts, drafts, strict=True)  # the last token's successor is never asked for
+    ]
+    state = PromptPass(model, keep, source, join)
+    return state, source, variant, state.forward(model, padded(fed))
 
 
-def _row_tokens(model, hidden, rows, longest_draft) -> list[list[int]]:
-    """Return for every row the best token after the prompt and after each draft token but the last."""
-    count = max(longest_draft, 1)
-    first = rows.start
+def _best_after(model, hidden, rows: range, lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Return the best token at each of `count` places from the prompt's end on, for every row."""
     found: list[list[int]] = []
-    for start in range(first, rows.stop, LOGIT_ROWS):
-        part = hidden[start : min(start + LOGIT_ROWS, rows.stop), -count:]
-        found += model.lm_head(part).argmax(-1).tolist()
+    places_C = torch.arange(count, device=hidden.device)
+    for start in range(rows.start, rows.stop, LOGIT_ROWS):
+        part = torch.arange(start, min(start + LOGIT_ROWS, rows.stop), device=hidden.device)
+        ends = torch.tensor([lengths[row] - 1 for row in part.tolist()], device=hidden.device)
+        places = (ends[:, None] + places_C).clamp(max=hidden.shape[1] - 1)  # beyond a short row's draft: never read
+        found += model.lm_head(hidden[part[:, None], places]).argmax(-1).tolist()
     return found
 
 
@@ -152,53 +171,31 @@ def _accept(draft: list[int], found: list[int]) -> list[int]:
     return list(draft) if draft else [found[0]]
 
 
-def _continued(state: RowPass, rows, answers, lengths, longest_draft, limits: Limits) -> RowPass:
-    """Return the pass that goes on with the chosen rows: their caches without the slots of refused tokens."""
+def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]], limits: Limits) -> None:
+    """Extend the answers of all parts' rows in place until they end; the last token of each is the next to feed."""
     room = limits.tokens - min(len(answer) for answer in answers)
-    cache = state.cache.gathered(state.places(rows), state.cache.used + room)
-    later = RowPass(state.keep_RL[rows], state.windows, cache, state.device, state.devices)
-    inputs = torch.tensor([state.source_R[row] for row in rows], device=state.device)
-    later.key_positions_NS = state.key_positions_NS[inputs].clone()
-    later.key_valid_NS = state.key_valid_NS[inputs].clone()
-    prompt_slots = state.cache.used - max(longest_draft - 1, 0)
-    for row, answer in enumerate(answers):
-        later.key_valid_NS[row, prompt_slots + len(answer) - 1 :] = False
-    return later
+    state = StepPass(parts, room, model.lm_head.weight.dtype)
+    live = list(answers)
+    with switched(model, state) as decoder:
+        device = decoder.embed_tokens.weight.device
+        positions_R = torch.tensor([kept for part in parts for kept in part.kept], device=device)
+        while True:
+            open_rows = [not limits.ended(answer) for answer in live]
+            if not any(open_rows):
+                return
+            if sum(open_rows) <= KEEP_OPEN * len(live):  # dropping rows copies the cache: not for every single one
+                active = torch.tensor(open_rows, device=device)
+                state.drop(active)
+                positions_R = positions_R[active]
+                live = [answer for answer, on in zip(live, open_rows, strict=True) if on]
+            tokens = torch.tensor([answer[-1] for answer in live], device=device)
+            hidden = state.forward(decoder, tokens, positions_R)
+            for answer, token in zip(live, model.lm_head(hidden).argmax(-1).tolist(), strict=True):
+                if not limits.ended(answer):
+                    answer.append(token)
+            positions_R = positions_R + 1
 
 
-def _decode(model: Llava, state: RowPass, answers: list[list[int]], positions_R: torch.Tensor, limits: Limits) -> None:
-    """Extend every answer in place until it ends; answers[r][-1] is the next token to feed, at positions_R[r]."""
-    live = list(range(len(answers)))
-    decoder = language_model(model)
-    while True:
-        open_rows = [not limits.ended(answers[row]) for row in live]
-        if not any(open_rows):
-            return
-        if sum(open_rows) <= KEEP_OPEN * len(live):  # dropping rows copies the cache: not for every single one
-            active = torch.tensor(open_rows, device=state.device)
-            state.drop(active)
-            positions_R = positions_R[active]
-            live = [row for row, on in zip(live, open_rows, strict=True) if on]
-        tokens = torch.tensor([answers[row][-1] for row in live], device=state.device)
-        valid = torch.ones(len(live), 1, dtype=torch.bool, device=state.device)
-        hidden = run_tokens(model, state, decoder.embed_tokens(tokens)[:, None], positions_R[:, None], valid)
-        for row, token in zip(live, _best_tokens(model, hidden[:, -1]), strict=True):
-            if not limits.ended(answers[row]):
-                answers[row].append(token)
-        positions_R = positions_R + 1
-
-
-def _best_tokens(model: Llava, hidden_RD: torch.Tensor) -> list[int]:
-    return model.lm_head(hidden_RD).argmax(-1).tolist()
-
-
-def padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return embeds [N, Q, D], positions and validity [N, Q], padded on the left: the last slot is the last token."""
-    device, dtype = prompts[0].device, prompts[0].dtype
-    longest = max(map(len, prompts))
-    embeds = torch.zeros(len(prompts), longest, prompts[0].shape[-1], device=device, dtype=dtype)
-    valid = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        embeds[row, longest - len(prompt) :] = prompt
-        valid[row, longest - len(prompt) :] = True
-    return embeds, (valid.long().cumsum(1) - 1).clamp(min=0), valid
+def padded(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return embeds [N, Q, D], padded on the right: a token's slot is its position."""
+    return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)

@@ -62,14 +62,15 @@ class LlavaReplica:
         max_new_tokens: int,
         base: Sequence[int] = (),
         drafts: Sequence[Sequence[int]] | None = None,
+        guesses: Sequence[Sequence[int]] | None = None,
     ) -> list[dict]:
         """Greedy answers for every pair of a sample and a set of removed layers (zero-based).
 
         base: the removed set whose answers serve as drafts, and whose work the others share below the lowest
-        layer in which they differ. drafts: its token ids per sample, where they are known; wrong ones cost time
-        only. Returns rows {sample_id, removed, answer, token_ids, tokens, stopped}: `tokens` counts the new
-        tokens without the stop token, `stopped` tells whether it came. ValueError: a layer out of range, an
-        unreadable image.
+        layer in which they differ. drafts: its token ids per sample, where they are known; guesses: what they may
+        be, where they are not (a fine-tuned model often says the reference). Wrong ones cost time only. Returns
+        rows {sample_id, removed, answer, token_ids, tokens, stopped}: `tokens` counts the new tokens without the
+        stop token, `stopped` tells whether it came. ValueError: a layer out of range, an unreadable image.
         """
         limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
@@ -81,7 +82,7 @@ class LlavaReplica:
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            own = dict(self.batched(order, [], partial(self._base_answers, prompts, base_L, limits)))
+            own = dict(self.batched(order, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
             drafts = [own[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
                 found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
@@ -116,9 +117,13 @@ class LlavaReplica:
             per_row = tokens * (cached_bytes(text, layers, size) + 8 * size * text.hidden_size + tokens)
             self._rows = max(1, min(self._rows, int(0.6 * free_bytes(device) / per_row)))
 
-    def _base_answers(self, prompts, base_L, limits, part: list[int], _: list[int]) -> _Found:
-        keep_RL = base_L.repeat(len(part), 1)
-        answers = greedy(self.model, [prompts[i] for i in part], keep_RL, limits)
+    def _base_answers(self, prompts, guesses, base_L, limits, part: list[int], _: list[int]) -> _Found:
+        given = [prompts[i] for i in part]
+        if guesses is None:
+            answers = greedy(self.model, given, base_L.repeat(len(part), 1), limits)
+        else:
+            found, _ = verified(self.model, given, [guesses[i] for i in part], base_L, base_L[None], limits)
+            answers = [answer for (answer,) in found]
         return [((i, -1), answer) for i, answer in zip(part, answers, strict=True)]
 
     def _checked_answers(self, prompts, drafts, base_L, keep_VL, limits, part: list[int], chosen: list[int]) -> _Found:
@@ -155,10 +160,12 @@ class LlavaReplica:
 
     def inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for one question, as a user of plain transformers would make them."""
-        content = [{"type": "image"}, {"type": "text", "text": sample.question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        made = self.processor(images=open_image(sample.image), text=text, return_tensors="pt")
+        made = self.processor(images=open_image(sample.image), text=self._text(sample), return_tensors="pt")
         return {k: v.to(self.device) for k, v in made.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+
+    def _text(self, sample: Sample) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def _prompt(self, sample: Sample) -> torch.Tensor:
         return self.embedded(sample)[0]
@@ -166,15 +173,18 @@ class LlavaReplica:
     @torch.inference_mode()
     def embedded(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed one prompt [T, D], the image's features (encoded once per image) in their places is_image [T]."""
-        inputs = self.inputs(sample)
-        ids = inputs["input_ids"][0]
-        if sample.image not in self._features:
+        if sample.image in self._features:  # its tokens are known, too: what the processor makes of the text
+            features, token = self._features[sample.image], self.processor.image_token
+            text = self._text(sample).replace(token, token * len(features))
+            ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"][0].to(self.device)
+        else:
+            inputs = self.inputs(sample)
+            ids = inputs["input_ids"][0]
             pixels = inputs["pixel_values"].to(pixel_dtype(self.model))
             out = self.model.get_image_features(pixel_values=pixels)
-            self._features[sample.image] = getattr(out, "pooler_output", out)[0]
+            features = self._features[sample.image] = getattr(out, "pooler_output", out)[0]
             while len(self._features) > IMAGES_KEPT:
                 self._features.popitem(last=False)
-        features = self._features[sample.image]
         embeds = language_model(self.model).embed_tokens(ids)
         places = ids == self.model.config.image_token_id
         if int(places.sum()) != len(features):

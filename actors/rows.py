@@ -1,10 +1,15 @@
 """Rows of one batch, each with its own set of decoder layers: masks, key/value cache, and the switch around a layer.
 
+Two kinds of pass. A PromptPass runs many tokens at once, padded on the right, so that a token's slot is its position
+and causality alone hides the padding: no mask is needed. A StepPass goes on from there, one token at a time.
+
 Axes: R rows, N inputs, Q new tokens, S cached tokens, D width, H heads, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,196 +26,220 @@ def attention_windows(text_config) -> list[int | None]:
 
 
 class RowCache:
-    """Keys and values of a pass: per layer, the rows that keep it, in buffers allocated once.
+    """Keys and values of a pass: per layer, the rows that run it, in buffers of `capacity` slots.
 
     `used` is the number of slots filled before the current forward; it advances once per forward.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity, self.used = capacity, 0
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, capacity: int, used: int = 0):
+        self.capacity, self.used = capacity, used
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object):
         """Store new keys and values [rows, H, Q, head] of one layer; return all of them so far."""
-        if layer not in self._layers:
-            rows, heads, _, size = keys.shape
-            self._layers[layer] = (
-                keys.new_empty(rows, heads, self.capacity, size),
-                values.new_empty(rows, heads, self.capacity, values.shape[-1]),
-            )
         end = self.used + keys.shape[2]
-        all_keys, all_values = self._layers[layer]
+        if layer not in self.layers:
+            if keys.shape[2] == self.capacity:  # nothing will follow: no buffer to copy them to
+                self.layers[layer] = keys, values
+                return keys, values
+            self.layers[layer] = self._buffer(keys), self._buffer(values)
+        all_keys, all_values = self.layers[layer]
         all_keys[:, :, self.used : end] = keys
         all_values[:, :, self.used : end] = values
         return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def place(self, layer: int, rows: int, at: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put slots filled elsewhere into rows `at` of one layer, which has `rows`; zeros where none are put."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(
+                p.new_zeros(rows, p.shape[1], self.capacity, p.shape[-1]) for p in (keys, values)
+            )
+        for buffer, part in zip(self.layers[layer], (keys, values), strict=True):
+            filled = min(self.used, part.shape[2])
+            buffer[at, :, :filled] = part[:, :, :filled]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (a mask) of every layer."""
+        for layer, (keys, values) in self.layers.items():
+            chosen = rows.to(keys.device)
+            self.layers[layer] = keys[chosen], values[chosen]
 
     def get_seq_length(self, *_: object) -> int:
         """Return the number of filled slots (stock models ask for it)."""
         return self.used
 
-    def select(self, layer: int, rows: torch.Tensor) -> None:
-        """Keep only `rows` (a mask over the layer's own rows) of one layer."""
-        if layer in self._layers:
-            keys, values = self._layers[layer]
-            self._layers[layer] = (keys[rows], values[rows])
-
-    def gathered(self, places: Sequence[torch.Tensor], capacity: int) -> "RowCache":
-        """Return a new cache with room for `capacity` slots; its layer i holds this one's rows places[i]."""
-        new = RowCache(capacity)
-        for layer, rows in enumerate(places):
-            if layer in self._layers and len(rows):
-                new.used = 0
-                new.update(*(part[rows, :, : self.used] for part in self._layers[layer]), layer)
-        new.used = self.used
-        return new
+    def _buffer(self, part: torch.Tensor) -> torch.Tensor:
+        return part.new_empty(part.shape[0], part.shape[1], self.capacity, part.shape[-1])
 
 
-class RowPass:
-    """The state of one batch: which rows run which layer, where their tokens stand, what they may attend to.
+class Pass(Protocol):
+    """What a RowSwitch asks of a pass."""
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Run one layer on the rows [R, Q, D] that keep it."""
+        ...
+
+
+class PromptPass:
+    """One forward over the prompts (and drafts) of N inputs, in R rows.
 
     Row r belongs to input source_R[r] and joins the batch at layer join_R[r]: below it, it equals the row of
     its input's own number, which runs there in its place. Rows are sorted by the layer at which they join; the
     first N rows are the inputs' own. By default every row is an input of its own, there from the start.
-
-    device: of the inputs and of what is said about them; devices: of the layers, one each.
     """
 
     def __init__(
-        self,
-        keep_RL: torch.Tensor,
-        windows: Sequence[int | None],
-        cache: RowCache,
-        device: torch.device,
-        devices: Sequence[torch.device],
-        source_R: Sequence[int] | None = None,
-        join_R: Sequence[int] | None = None,
+        self, model: Llava, keep_RL: torch.Tensor, source_R: Sequence[int] | None = None, join_R: Sequence[int] = ()
     ):
-        self.keep_RL = keep_RL.cpu()
-        self.windows, self.cache, self.device, self.devices = windows, cache, device, devices
+        self.keep_RL, self.windows, self.devices = keep_RL.cpu(), _windows(model), layer_devices(model)
         rows = len(keep_RL)
-        self.source_R = list(source_R) if source_R is not None else list(range(rows))
-        self.join_R = torch.tensor(join_R) if join_R is not None else torch.zeros(rows, dtype=torch.long)
-        self._identity = source_R is None
-        inputs = len(set(self.source_R))
-        self.key_positions_NS = torch.zeros(inputs, 0, dtype=torch.long, device=device)
-        self.key_valid_NS = torch.zeros(inputs, 0, dtype=torch.bool, device=device)
+        self.source_R = torch.tensor(source_R if source_R is not None else range(rows))
+        self.join_R = torch.tensor(join_R) if join_R else torch.zeros(rows, dtype=torch.long)
+        self.inputs = len(set(self.source_R.tolist()))
         self.layer_rows_run = 0
-        self._plan_rows()
+        self.cache = RowCache(0)
+        self._masks: dict[int | None, torch.Tensor | None] = {}
 
-    @classmethod
-    def over(
-        cls,
-        model: Llava,
-        keep_RL: torch.Tensor,
-        slots: int,
-        device: torch.device,
-        source_R: Sequence[int] | None = None,
-        join_R: Sequence[int] | None = None,
-    ) -> "RowPass":
-        """Return a pass over a model's layers, wherever they are, with room for `slots` tokens a row."""
-        windows = attention_windows(model.config.text_config)
-        return cls(keep_RL, windows, RowCache(slots), device, layer_devices(model), source_R, join_R)
+    def forward(self, model: Llava, embeds_NQD: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [R, Q, D] of inputs that are padded on the right."""
+        count, device = embeds_NQD.shape[1], embeds_NQD.device
+        self.cache = RowCache(count)
+        positions_Q = torch.arange(count, device=device)
+        age_QS = positions_Q[:, None] - positions_Q[None, :]
+        for window in set(self.windows):
+            short = window is not None and window < count
+            self._masks[window] = ((age_QS >= 0) & (age_QS < window))[None, None] if short else None
+        with switched(model, self) as decoder:
+            return _decoded(decoder, embeds_NQD, positions_Q[None], self.cache)
 
-    def _plan_rows(self) -> None:
-        sources = torch.tensor(self.source_R)
-        self.rows: list[torch.Tensor] = []  # of each layer: the rows that run it
-        self.inputs: list[torch.Tensor] = []  # the inputs that they belong to
-        self.joining: list[torch.Tensor] = []  # and the inputs whose hidden states rows that join here begin with
-        self.everyone: list[bool] = []
-        before = len(self.key_valid_NS)
-        for layer, device in enumerate(self.devices):
-            count = int((self.join_R <= layer).sum())
-            rows = self.keep_RL[:count, layer].nonzero()[:, 0]
-            self.everyone.append(len(rows) == count)
-            self.rows.append(rows.to(device))
-            self.inputs.append(sources[rows].to(device))
-            self.joining.append(sources[before:count].to(device))
-            before = count
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Let rows join; run one layer on the rows that keep it, the others pass through."""
+        device = self.devices[index]
+        hidden = hidden.to(device)
+        count = int((self.join_R <= index).sum())
+        before = self.inputs if index == 0 else len(hidden)
+        if count > before:
+            hidden = torch.cat([hidden, hidden[self.source_R[before:count].to(device)]])
+        rows = self.keep_RL[:count, index].nonzero()[:, 0]
+        self.layer_rows_run += len(rows)
+        if not len(rows):
+            return hidden
+        mask = self._masks[self.windows[index]]
+        kwargs = _moved(kwargs, device, mask)
+        if len(rows) == count:
+            return _first(layer(hidden, *args, **kwargs))
+        rows = rows.to(device)
+        return hidden.index_copy(0, rows, _first(layer(hidden[rows], *args, **kwargs)))
 
-    def begin(self, positions_NQ: torch.Tensor, valid_NQ: torch.Tensor) -> None:
-        """Announce the tokens of the next forward; makes the masks [N, 1, Q, S] of every kind of layer."""
-        self.key_positions_NS = torch.cat([self.key_positions_NS, positions_NQ], dim=1)
-        self.key_valid_NS = torch.cat([self.key_valid_NS, valid_NQ], dim=1)
-        age_NQS = positions_NQ[:, :, None] - self.key_positions_NS[:, None, :]
-        causal_NQS = self.key_valid_NS[:, None, :] & (age_NQS >= 0)
-        count = positions_NQ.shape[1]
-        # A padding token sees itself, so that its softmax is defined; nothing ever reads it.
-        own = torch.eye(count, dtype=torch.bool, device=positions_NQ.device) & ~valid_NQ[:, :, None]
+    def owners(self, layer: int, chosen_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the `chosen` rows keep a layer, and where its cache holds them (or what they equal there)."""
+        count = int((self.join_R <= layer).sum())
+        rows = self.keep_RL[:count, layer].nonzero()[:, 0]
+        place_R = torch.full((len(self.keep_RL),), -1)
+        place_R[rows] = torch.arange(len(rows))
+        keeping = self.keep_RL[chosen_C, layer].nonzero()[:, 0]
+        kept = chosen_C[keeping]
+        return keeping, place_R[torch.where(self.join_R[kept] <= layer, kept, self.source_R[kept])]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a prompt pass, and how many tokens of each are kept."""
+
+    prompt: PromptPass
+    rows: Sequence[int]
+    kept: Sequence[int]
+
+
+class StepPass:
+    """Goes on with some rows of prompt passes, token by token; takes their part of the caches, layer by layer.
+
+    Every row runs every layer that any of them keeps, and those that don't keep it take their old hidden state
+    afterwards: for single tokens that is sooner than to gather and scatter rows.
+    """
+
+    def __init__(self, parts: Sequence[Part], room: int, dtype: torch.dtype):
+        """room: most tokens to come; dtype: of the hidden states."""
+        first = parts[0].prompt
+        self.windows, self.devices, self.dtype = first.windows, first.devices, dtype
+        kept_R = torch.tensor([kept for part in parts for kept in part.kept])
+        self.cache = RowCache(int(kept_R.max()) + room, int(kept_R.max()))
+        start = 0
+        for part in parts:
+            chosen = torch.tensor(part.rows)
+            for layer in sorted(part.prompt.cache.layers):
+                keys, values = part.prompt.cache.layers.pop(layer)
+                keeping, places = part.prompt.owners(layer, chosen)
+                if len(keeping):
+                    places, at = places.to(keys.device), (start + keeping).to(keys.device)
+                    self.cache.place(layer, len(kept_R), at, keys[places], values[places])
+            start += len(chosen)
+        self.keep_RL = torch.cat([part.prompt.keep_RL[list(part.rows)] for part in parts])
+        slots_S = torch.arange(self.cache.capacity)
+        self.valid_RS = slots_S < kept_R[:, None]
+        self.key_positions_RS = slots_S.repeat(len(kept_R), 1)
+        self._masks: dict[tuple, torch.Tensor] = {}
+        self._plan()
+
+    def _plan(self) -> None:
+        self._some = [None if keep.all() or not keep.any() else keep for keep in self.keep_RL.T]
+        self._some = [k if k is None else k[:, None, None].to(d) for k, d in zip(self._some, self.devices, strict=True)]
+        self._any = self.keep_RL.any(0).tolist()
+
+    def forward(self, decoder: nn.Module, tokens_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [R, D] of one more token of every row; inside `switched`."""
+        slot, device = self.cache.used, tokens_R.device
+        if self.valid_RS.device != device:
+            self.valid_RS, self.key_positions_RS = self.valid_RS.to(device), self.key_positions_RS.to(device)
+        self.valid_RS[:, slot] = True
+        self.key_positions_RS[:, slot] = positions_R
         self._masks = {}
         for window in set(self.windows):
-            mask = causal_NQS.clone() if window is None else causal_NQS & (age_NQS < window)
-            mask[:, :, -count:] |= own
-            self._masks[window, self.device] = mask[:, None]
+            seen_RS = self.valid_RS[:, : slot + 1]
+            if window is not None:
+                seen_RS = seen_RS & (positions_R[:, None] - self.key_positions_RS[:, : slot + 1] < window)
+            mask = torch.zeros(seen_RS.shape, dtype=self.dtype, device=device).masked_fill_(~seen_RS, -torch.inf)
+            self._masks[window, device] = mask[:, None, None]
+        hidden = _decoded(decoder, decoder.embed_tokens(tokens_R)[:, None], positions_R[:, None], self.cache)
+        self.cache.used += 1
+        return hidden[:, -1]
 
-    def end(self, count: int) -> None:
-        """Close a forward of `count` tokens."""
-        self.cache.used += count
-
-    def mask(self, layer: int) -> torch.Tensor:
-        """Return one layer's attention mask for all inputs, on the layer's device."""
-        window, device = self.windows[layer], self.devices[layer]
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Run one layer on all rows; those that don't keep it go on as they were."""
+        device, window = self.devices[index], self.windows[index]
+        hidden = hidden.to(device)
+        if not self._any[index]:
+            return hidden
         if (window, device) not in self._masks:
-            self._masks[window, device] = self._masks[window, self.device].to(device)
-        return self._masks[window, device]
+            made_on = next(where for kind, where in self._masks if kind == window)
+            self._masks[window, device] = self._masks[window, made_on].to(device)
+        after = _first(layer(hidden, *args, **_moved(kwargs, device, self._masks[window, device])))
+        keep = self._some[index]
+        return after if keep is None else torch.where(keep, after, hidden)
 
     def drop(self, active_R: torch.Tensor) -> None:
-        """Take the rows that are not active out of the batch (only where every row is an input of its own)."""
-        assert self._identity
-        for layer, rows in enumerate(self.rows):
-            self.cache.select(layer, active_R.to(rows.device)[rows])
+        """Take the rows that are not active out of the batch."""
+        self.cache.select(active_R)
         self.keep_RL = self.keep_RL[active_R.cpu()]
-        self.join_R = self.join_R[active_R.cpu()]
-        self.source_R = list(range(len(self.keep_RL)))
-        self.key_positions_NS = self.key_positions_NS[active_R]
-        self.key_valid_NS = self.key_valid_NS[active_R]
-        self._plan_rows()
-
-    def places(self, chosen: Sequence[int]) -> list[torch.Tensor]:
-        """Return, per layer, where its cache holds the prompts of the `chosen` rows that keep it."""
-        found = []
-        for layer, rows in enumerate(self.rows):
-            place = {row: i for i, row in enumerate(rows.tolist())}
-            owners = [r if self.join_R[r] <= layer else self.source_R[r] for r in chosen if self.keep_RL[r, layer]]
-            found.append(torch.tensor([place[owner] for owner in owners], dtype=torch.long, device=rows.device))
-        return found
+        active_R = active_R.to(self.valid_RS.device)
+        self.valid_RS, self.key_positions_RS = self.valid_RS[active_R], self.key_positions_RS[active_R]
+        self._plan()
 
 
 class RowSwitch(nn.Module):
     """A stock decoder layer that runs for the rows that keep it; the others pass through."""
 
-    def __init__(self, layer: nn.Module, index: int, state: RowPass):
+    def __init__(self, layer: nn.Module, index: int, state: Pass):
         super().__init__()
         self.layer, self.index, self.state = layer, index, state
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Run the layer on the rows [R, Q, D] that keep it, with their part of every argument; let rows join."""
-        state, index = self.state, self.index
-        rows, inputs, joining = state.rows[index], state.inputs[index], state.joining[index]
-        hidden_states = hidden_states.to(rows.device)
-        kwargs["position_ids"] = kwargs["position_ids"].to(rows.device)
-        kwargs["position_embeddings"] = tuple(part.to(rows.device) for part in kwargs["position_embeddings"])
-        if len(joining):
-            hidden_states = torch.cat([hidden_states, hidden_states[joining]])
-        state.layer_rows_run += len(rows)
-        if len(rows) == 0:
-            return hidden_states
-        mask = state.mask(index)
-        if not (state.everyone[index] and len(inputs) == len(mask)):
-            mask = mask[inputs]
-            kwargs["position_ids"] = kwargs["position_ids"][inputs]
-            kwargs["position_embeddings"] = tuple(part[inputs] for part in kwargs["position_embeddings"])
-        kwargs["attention_mask"] = mask
-        if state.everyone[index]:
-            return _first(self.layer(hidden_states, *args, **kwargs))
-        return hidden_states.index_copy(0, rows, _first(self.layer(hidden_states[rows], *args, **kwargs)))
-
-
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
+        """Let the pass decide which rows run."""
+        return self.state.run(self.index, self.layer, hidden_states, args, kwargs)
 
 
 @contextmanager
-def switched(model: Llava, state: RowPass):
+def switched(model: Llava, state: Pass) -> Iterator[nn.Module]:
     """Put RowSwitch around every decoder layer for the length of the block; yields the decoder."""
     decoder = language_model(model)
     stock = decoder.layers
@@ -221,16 +250,32 @@ def switched(model: Llava, state: RowPass):
         decoder.layers = stock
 
 
-def run_tokens(model: Llava, state: RowPass, embeds_NQD, positions_NQ, valid_NQ) -> torch.Tensor:
-    """Run one forward of the decoder over new tokens of every input; return the last hidden states [R, Q, D]."""
-    state.begin(positions_NQ, valid_NQ)
-    with switched(model, state) as decoder:
-        hidden = decoder(
-            inputs_embeds=embeds_NQD,
-            attention_mask=state.mask(0),
-            position_ids=positions_NQ,
-            past_key_values=state.cache,
-            use_cache=True,
-        ).last_hidden_state
-    state.end(embeds_NQD.shape[1])
-    return hidden
+def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache) -> torch.Tensor:
+    # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
+    return decoder(
+        inputs_embeds=embeds_RQD,
+        attention_mask=no_mask,
+        position_ids=positions_RQ,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def _windows(model: Llava) -> list[int | None]:
+    text = model.config.text_config
+    # Without a mask, eager attention would look ahead; sdpa knows causality by itself.
+    assert text._attn_implementation == "sdpa", text._attn_implementation
+    return attention_windows(text)
+
+
+def _moved(kwargs: dict, device: torch.device, mask: torch.Tensor | None) -> dict:
+    return kwargs | {
+        "attention_mask": None if mask is None else mask.to(device),
+        "position_ids": kwargs["position_ids"].to(device),
+        "position_embeddings": tuple(part.to(device) for part in kwargs["position_embeddings"]),
+    }
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output

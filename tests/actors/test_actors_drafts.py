@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.engine import Limits, greedy, verified
+from actors.engine import Limits, _of_like_length, greedy, verified
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_samples, save_tiny
@@ -103,8 +103,15 @@ def test_replica_drafts_and_base_do_not_change_rows(tmp_path, lesions):
     rows = replica.answers(samples, sets, 48)
     drafts = [row["token_ids"] for row in rows if not row["removed"]]
     assert replica.answers(samples, sets, 48, (), drafts) == rows
+    guesses = [draft[:9] if number % 2 else [7, 2] for number, draft in enumerate(drafts)]
+    assert replica.answers(samples, sets, 48, guesses=guesses) == rows
     assert replica.answers(samples, sets, 48, (5,)) == rows
     assert LlavaReplica(ModelSpec(str(DERM_TINY)), max_rows=1).answers(samples, sets, 48, (), drafts) == rows
+
+
+def test_inputs_of_like_length_run_together():
+    """8 and 9 tokens differ by an eighth, 10 and 8 by more; every place comes once."""
+    assert _of_like_length([9, 30, 8, 10, 31]) == [[2, 0], [3], [1, 4]]
 
 
 @pytest.mark.parametrize(

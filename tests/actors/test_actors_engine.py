@@ -176,6 +176,16 @@ def test_tower_runs_once_per_image(tiny_path, lesions):
     assert len(seen) == 2
 
 
+def test_a_second_question_has_the_processors_tokens(tiny_path, lesions):
+    """Without the image's pixels, which were seen before, the prompt is the same."""
+    sample = draw_samples(lesions)[1]
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    whole, places = replica.embedded(sample)
+    replica.processor.image_processor = None  # not needed any more
+    again, same_places = replica.embedded(sample)
+    assert torch.equal(again, whole) and torch.equal(same_places, places)
+
+
 def test_forgotten_images_are_encoded_again(tiny_path, lesions, monkeypatch):
     """With room for one image the answers stay the same."""
     samples = draw_samples(lesions)

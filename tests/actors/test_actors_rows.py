@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from actors.rows import RowCache, RowPass, attention_windows
-from tests.tiny import tiny_config
-
-CPU = torch.device("cpu")
+from actors.engine import padded
+from actors.loading import language_model
+from actors.rows import Part, PromptPass, RowCache, StepPass, attention_windows, switched
+from tests.tiny import LAYERS, WIDTH, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -24,45 +24,86 @@ def test_attention_windows(name, expected):
     assert attention_windows(tiny_config(name).text_config) == expected
 
 
-def test_mask_by_hand():
-    """A padded row of 2 tokens and a row of 3, with no window and with a window of 2 tokens."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), CPU, [CPU, CPU])
-    valid = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
-    positions = torch.tensor([[0, 0, 1], [0, 1, 2]])
-    state.begin(positions, valid)
-    full, window = state.mask(0)[:, 0].int(), state.mask(1)[:, 0].int()
-    assert full[0, 1:].tolist() == [[0, 1, 0], [0, 1, 1]]
-    assert full[1].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
-    assert window[0, 1:].tolist() == [[0, 1, 0], [0, 1, 1]]
-    assert window[1].tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-    assert full[0, 0, 0] == window[0, 0, 0] == 1  # padding sees itself, so that its softmax is a number
+@pytest.fixture(scope="module")
+def model():
+    """Two layers that see everything, three with a window of 2 tokens."""
+    made = tiny_model("clip-qwen2-mixed")
+    made.config.text_config.sliding_window = 2
+    return made
 
 
-def test_mask_of_the_next_token():
-    """The second forward sees the first one's tokens, never its padding; a window forgets the oldest."""
-    state = RowPass(torch.ones(2, 2, dtype=torch.bool), [None, 2], RowCache(4), CPU, [CPU, CPU])
-    state.begin(torch.tensor([[0, 0, 1], [0, 1, 2]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
-    state.end(3)
-    state.begin(torch.tensor([[2], [3]]), torch.ones(2, 1).bool())
-    assert state.mask(0)[:, 0].int().tolist() == [[[0, 1, 1, 1]], [[1, 1, 1, 1]]]
-    assert state.mask(1)[:, 0].int().tolist() == [[[0, 0, 1, 1]], [[0, 0, 1, 1]]]
+def keep(*rows: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([[layer not in removed for layer in range(LAYERS)] for removed in rows])
 
 
-def test_rows_plan_and_drop():
-    """Three rows, of which row 1 skips layer 0 and row 0 skips layer 1; then row 0 ends."""
-    state = RowPass(torch.tensor([[1, 0], [0, 1], [1, 1]]).bool(), [None, None], RowCache(2), CPU, [CPU, CPU])
-    assert [rows.tolist() for rows in state.rows] == [[0, 2], [1, 2]]
-    values = torch.arange(2.0).reshape(2, 1, 1, 1)
-    state.begin(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1).bool())
-    state.cache.update(10 + values, 20 + values, 0)  # of rows 0 and 2
-    state.cache.update(30 + values, 40 + values, 1)  # of rows 1 and 2
-    state.end(1)
-    state.drop(torch.tensor([False, True, True]))
-    assert [rows.tolist() for rows in state.rows] == [[1], [0, 1]] and state.everyone == [False, True]
-    new = torch.zeros(1, 1, 1, 1)
-    assert [part.flatten().tolist() for part in state.cache.update(new, new, 0)] == [[11, 0], [21, 0]]
-    new = torch.zeros(2, 1, 1, 1)
-    assert [part.flatten().tolist() for part in state.cache.update(new, new, 1)] == [[30, 0, 31, 0], [40, 0, 41, 0]]
+def masks_seen(layers, run) -> list:
+    """Return the attention mask that every layer got while `run` ran."""
+    seen: list = []
+    hooks = [
+        x.register_forward_pre_hook(lambda _, a, k: seen.append(k["attention_mask"]), with_kwargs=True) for x in layers
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_masks_by_hand(model):
+    """Prompts of 2 and 3 tokens: no mask, and a band of 2; the next token sees its own prompt and not the padding."""
+    layers = list(language_model(model).layers)
+    prompts = [torch.randn(2, WIDTH), torch.randn(3, WIDTH)]
+    prompt = PromptPass(model, keep((), ()))
+    full, *_, window = masks_seen(layers, lambda: prompt.forward(model, padded(prompts)))
+    assert full is None
+    assert window[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    state = StepPass([Part(prompt, [0, 1], [2, 3])], room=2, dtype=torch.float32)
+    with switched(model, state) as decoder:
+        tokens, positions = torch.tensor([5, 6]), torch.tensor([2, 3])
+        full, *_, window = masks_seen(layers, lambda: state.forward(decoder, tokens, positions))
+        assert full[:, 0, 0].exp().tolist() == [[1, 1, 0, 1], [1, 1, 1, 1]]
+        assert window[:, 0, 0].exp().tolist() == [[0, 1, 0, 1], [0, 0, 1, 1]]
+        full, *_, window = masks_seen(layers, lambda: state.forward(decoder, tokens, positions + 1))
+        assert full[:, 0, 0].exp().tolist() == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+        assert window[:, 0, 0].exp().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
+
+
+def test_a_step_takes_the_rows_caches(model):
+    """Of three rows, one skips layer 0 and one layer 1; two go on, then one: each layer holds their keys, or zeros."""
+    prompt = PromptPass(model, keep((0,), (1,), ()))
+    prompt.forward(model, torch.randn(3, 4, WIDTH))
+    before = {layer: keys.clone() for layer, (keys, _) in prompt.cache.layers.items()}
+    assert [len(before[layer]) for layer in range(LAYERS)] == [2, 2, 3, 3, 3]
+    state = StepPass([Part(prompt, [0, 2], [3, 4])], room=1, dtype=torch.float32)
+    keys = {layer: both[0] for layer, both in state.cache.layers.items()}
+    assert not keys[0][0].any() and torch.equal(keys[0][1, :, :4], before[0][1])  # of rows 1 and 2
+    assert torch.equal(keys[1][:, :, :4], before[1])  # of rows 0 and 2
+    assert torch.equal(keys[4][:, :, :4], before[4][[0, 2]])
+    assert prompt.cache.layers == {}
+    state.drop(torch.tensor([False, True]))
+    assert torch.equal(state.cache.layers[4][0][:, :, :4], before[4][[2]])
+    assert state.valid_RS.tolist() == [[True] * 4 + [False]]
+
+
+def test_a_layer_that_no_row_keeps_is_not_run(model):
+    """A step skips it, and a row without another layer keeps its hidden state there, whatever the layer gives."""
+    prompt = PromptPass(model, keep((1, 2), (1,)))
+    prompt.forward(model, torch.randn(2, 3, WIDTH))
+    state = StepPass([Part(prompt, [0, 1], [3, 3])], room=1, dtype=torch.float32)
+    run = []
+    nothing = torch.full((2, 1, WIDTH), torch.nan)
+    stock = [layer.forward for layer in language_model(model).layers]
+    for number, layer in enumerate(language_model(model).layers):
+        layer.forward = lambda hidden, *_, number=number, **__: (
+            run.append(number) or (nothing if number == 2 else hidden)
+        )
+    try:
+        with switched(model, state) as decoder:
+            hidden = state.forward(decoder, torch.tensor([5, 5]), torch.tensor([3, 3]))
+    finally:
+        for layer, forward in zip(language_model(model).layers, stock, strict=True):
+            layer.forward = forward
+    assert run == [0, 2, 3, 4]
+    assert hidden[0].isfinite().all() and hidden[1].isnan().all()
 
 
 def test_cache_grows_slot_by_slot():

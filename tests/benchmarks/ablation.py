@@ -4,24 +4,27 @@
 
 (a) the authors' way: a physically pruned model per removal, one question at a time, plain `generate`;
 (b) the strongest simple loop: one removal at a time, all questions in one padded batch, plain `generate`;
-(c) the engine without drafts; (d) the engine with them. On two models: derm-tiny, in which layers matter, and
+(c) the engine without drafts; (d) the engine as jobs.ablate uses it: the whole model's answers are first guessed to be
+the references, and become the drafts of all removals. On two models: derm-tiny, in which layers matter, and
 derm-tiny with most layers' contributions shrunk, in which they do not. Loading is not timed. The floor is the
 engine's arithmetic at the measured matmul rate plus its decoded weights at the measured memory bandwidth.
 The last line is one JSON object.
 """
 
 import argparse
+import csv
 import json
 import statistics
 import tempfile
 from pathlib import Path
 
+from actors.conversations import reply_ids
 from actors.derm_tiny.draw import write_tree
-from actors.derm_tiny.world import QUESTIONS
+from actors.derm_tiny.world import CLASSES, QUESTIONS
 from actors.images import open_image
 from actors.loading import load_model, load_processor, quiet
 from actors.replica import LlavaReplica
-from actors.specs import ModelSpec, Sample
+from actors.specs import Conversation, ModelSpec
 from actors.surgery import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
 from tests.benchmarks.machine import floor_s, timed
 
@@ -47,10 +50,23 @@ def indifferent_copy(folder: Path) -> Path:
     return folder
 
 
+def conversations(root: Path, count: int) -> list[Conversation]:
+    """Return `count` questions, with references, about as few images of a drawn tree as they take."""
+    with open(root / "annotations.csv") as file:
+        described = {root / row["path"]: row["answer"] for row in csv.DictReader(file)}
+    kinds = {kind.folder: kind for kind in CLASSES}
+    made = []
+    for path in sorted(described, key=lambda path: (path.stem[-5:], path)):
+        kind = kinds[path.parent.name]
+        references = {"name": f"This is {kind.name}.", "about": kind.about, "describe": described[path]}
+        made += [Conversation(f"{path.stem}-{q}", str(path), QUESTIONS[q], references[q]) for q in QUESTIONS]
+    return made[:count]
+
+
 class Contest:
     """One model, its physically pruned versions, and the four ways to answer the same questions."""
 
-    def __init__(self, checkpoint: Path, samples: list[Sample], scratch: Path, max_rows: int):
+    def __init__(self, checkpoint: Path, samples: list[Conversation], scratch: Path, max_rows: int):
         self.samples = samples
         self.replica = LlavaReplica(ModelSpec(str(checkpoint)), max_rows)
         self.processor = load_processor(str(checkpoint))
@@ -94,12 +110,13 @@ class Contest:
 
     def with_drafts(self) -> dict:
         """(d) The engine as it is used."""
-        return self._engine(None)
+        guesses = [reply_ids(self.processor.tokenizer, sample.reference) for sample in self.samples]
+        return self._engine(None, guesses)
 
-    def _engine(self, drafts) -> dict:
+    def _engine(self, drafts, guesses=None) -> dict:
         self.replica._features.clear()  # the images count, as they do for the others
         self.replica.counts.clear()
-        rows = self.replica.answers(self.samples, self.sets, TOKENS, (), drafts)
+        rows = self.replica.answers(self.samples, self.sets, TOKENS, (), drafts, guesses)
         return {(row["sample_id"], tuple(row["removed"])): row["token_ids"] for row in rows}
 
     def _trim(self, ids: list[int]) -> list[int]:
@@ -152,10 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         scratch = Path(text)
         write_tree(scratch / "images", 8, seed=8)
-        count = -(-options.samples // len(QUESTIONS))
-        paths = sorted((scratch / "images").rglob("*-a.png"), key=lambda path: (path.stem[-5:], path))[:count]
-        samples = [Sample(f"{p.stem}-{q}", str(p), words) for p in paths for q, words in QUESTIONS.items()]
-        samples = samples[: options.samples]
+        samples = conversations(scratch / "images", options.samples)
         models = {"layers matter": DERM_TINY, "layers do not matter": indifferent_copy(scratch / "indifferent")}
         results = {
             name: run(name, Contest(path, samples, scratch / name, options.max_rows), options.repeats)

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
-from actors.engine import padded
 from actors.loading import language_model, quiet
 from actors.memory import GIB, cached_bytes, free_bytes
 from actors.profiler import device_facts
@@ -102,7 +102,11 @@ class Contest:
     @torch.inference_mode()
     def plain(self, names: list[str]) -> list[list[int]]:
         """Answers of plain `generate` in one padded batch."""
-        embeds, _, valid = padded([self.replica.prompts[name] for name in names])
+        prompts = [self.replica.prompts[name] for name in names]
+        embeds = pad_sequence(prompts, batch_first=True, padding_side="left")
+        valid = pad_sequence([torch.ones(len(p)) for p in prompts], batch_first=True, padding_side="left").to(
+            embeds.device
+        )
         lengths = {"min_new_tokens": self.tokens, "max_new_tokens": self.tokens}
         given = {"inputs_embeds": embeds, "attention_mask": valid.long()}
         return self.model.generate(**given, **lengths, do_sample=False).tolist()
