@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 10**9  # a shard is in memory until it is written
 NOT_COPIED = ("config.json", INDEX, "manifest.json", "prunella.json")  # of a checkpoint: what tells about its weights
 # language_model.model.layers.3.mlp... (published names) or model.language_model.layers.3.mlp... (transformers 5)
 _LAYER = re.compile(r"^(.*\blanguage_model\.(?:model\.)?layers\.)(\d+)(\..+)$")
