@@ -1,0 +1,242 @@
+"""What a setting takes, before anything is loaded: parameters, weights, keys and values, working memory.
+
+A setting gives every decoder layer its bits, 0 for a removed one. Shapes come from the model's config on the meta
+device; formulas from actors.maths.sizes. The peak is the largest of three moments, which are not simultaneous: the
+vision tower at work, the decoder's last layer reading the prompt, the last token of the answer.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.maths.sizes import (
+    cached_tokens,
+    largest_share,
+    linear_bytes,
+    logit_bytes,
+    mlp_copies,
+    prefill_bytes,
+    tower_bytes,
+    unpacked_bytes,
+)
+from actors.memory import cached_bytes, meta_model
+from actors.quantizers.structure import SIMULATED
+from actors.rows import attention_windows
+from actors.specs import QUANTIZER_BITS
+
+TEXT_TOKENS = 64  # of a question and the chat template around it
+_LAYER = re.compile(r"\blanguage_model\.layers\.(\d+)\.")
+_PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector", ".embed_tokens.": "embeddings"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is estimated.
+
+    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others
+    ("none": nothing does). context: tokens of one prompt, its images' included (None: the images' and TEXT_TOKENS).
+    decode_tokens: longest answer. batch: rows. images: of each row. dtype_bytes: of a number that is not rounded,
+    and of activations. devices: GPUs that the model is spread over.
+    """
+
+    bits: tuple[int, ...]
+    method: str
+    group_size: int
+    batch: int
+    images: int
+    context: int | None
+    decode_tokens: int
+    dtype_bytes: int
+    devices: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its linears' (outputs, inputs), its other parameters, its sliding window (tokens)."""
+
+    linears: tuple[tuple[int, int], ...]
+    others: int
+    window: int | None
+
+    @property
+    def params(self) -> int:
+        """All of its parameters."""
+        return self.others + sum(outputs * inputs for outputs, inputs in self.linears)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's shapes. parts: parameters of vision_tower, projector, embeddings, head (with the final norm)."""
+
+    config: Any
+    parts: dict[str, int]
+    layers: tuple[Layer, ...]
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
+    @property
+    def tower_tokens(self) -> int:
+        """Tokens of one image inside the tower: a CLIP tower adds a class token."""
+        return self.patches + ("clip" in self.config.vision_config.model_type)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image in a prompt."""
+        full = self.config.vision_feature_select_strategy == "full"
+        return self.tower_tokens if full else self.patches
+
+
+def uniform(layers: int, removed: Sequence[int], bits: int) -> tuple[int, ...]:
+    """Return a setting's bits: `bits` for each of `layers` decoder layers but the removed ones."""
+    return tuple(0 if layer in removed else bits for layer in range(layers))
+
+
+def architecture(config, trust_remote_code: bool = False) -> Architecture:
+    """Return the shapes that a LLaVA config describes; ValueError: it is no LLaVA's, or a quantized model's."""
+    if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
+        raise ValueError(
+            f"A config.json of {config.model_type!r} is no LLaVA's: it lacks text_config or vision_config."
+        )
+    if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
+        raise ValueError("The config.json is a quantized checkpoint's: give the original's, and a quantizer.")
+    windows = attention_windows(config.text_config)
+    parts = dict.fromkeys((*_PARTS.values(), "head"), 0)
+    linears: list[list[tuple[int, int]]] = [[] for _ in windows]
+    others = [0] * len(windows)
+    for name, parameter in meta_model(config, trust_remote_code).named_parameters():
+        if match := _LAYER.search(name):
+            number = int(match[1])
+            if parameter.dim() == 2:
+                linears[number].append((parameter.shape[0], parameter.shape[1]))
+            else:
+                others[number] += parameter.numel()
+            continue
+        found = [part for key, part in _PARTS.items() if key in name and (part != "embeddings" or "language" in name)]
+        parts[found[0] if found else "head"] += parameter.numel()
+    layers = tuple(Layer(tuple(lin), rest, w) for lin, rest, w in zip(linears, others, windows, strict=True))
+    return Architecture(config, parts, layers)
+
+
+def narrowed(config, width: float, group_size: int):
+    """Return a copy of a config that keeps the share `width` of every MLP's channels and of the attention's heads.
+
+    Channels are rounded down to whole groups, heads to whole groups of queries that share keys and values.
+    """
+    config = copy.deepcopy(config)
+    text = config.text_config
+    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shared = text.num_key_value_heads or text.num_attention_heads
+    queries = text.num_attention_heads // shared
+    text.num_key_value_heads = max(1, int(width * shared))
+    text.num_attention_heads = queries * text.num_key_value_heads
+    text.intermediate_size = max(1, int(width * text.intermediate_size) // group_size) * group_size
+    return config
+
+
+def estimate(config: Any, setting: Setting) -> dict:
+    """Return the bytes of a setting on the model of a LLaVA config, or of its `Architecture` (for many settings).
+
+    {params (before rounding), weight_bytes, kv_cache_bytes (at the answer's end), activation_bytes (what the largest
+    moment takes beyond these two), total_bytes (the three), parts (weight bytes of each), phases (beyond the weights:
+    vision, prefill, decode), workspace_bytes (one linear's weights while they are unpacked), device_bytes (of the
+    fullest device), context, simulated}. ValueError: the setting does not fit the model.
+    """
+    shapes = config if isinstance(config, Architecture) else architecture(config)
+    context = _checked(shapes, setting)
+    kept = [(layer, bits) for layer, bits in zip(shapes.layers, setting.bits, strict=True) if bits]
+    size = setting.dtype_bytes
+    layers = [layer_bytes(layer, bits, setting) for layer, bits in kept]
+    parts = {name: size * count for name, count in shapes.parts.items()}
+    caches = [cache_bytes(shapes, layer, setting, context) for layer, _ in kept]
+    weights, cache = sum(parts.values()) + sum(layers), sum(caches)
+    phases = _phases(shapes, kept, setting, context, caches)
+    activation = max(phases.values()) - cache
+    first = parts["vision_tower"] + parts["projector"] + parts["embeddings"]
+    placed = [first, *(a + b for a, b in zip(layers, caches, strict=True)), parts["head"]]
+    return {
+        "params": sum(shapes.parts.values()) + sum(layer.params for layer, _ in kept),
+        "weight_bytes": weights,
+        "kv_cache_bytes": cache,
+        "activation_bytes": activation,
+        "total_bytes": weights + cache + activation,
+        "parts": {**parts, "decoder_layers": sum(layers)},
+        "phases": phases,
+        "workspace_bytes": _workspace(kept, setting),
+        "device_bytes": largest_share(placed, setting.devices) + activation,
+        "context": context,
+        "simulated": any(bits != 4 and setting.method in ("awq", "rtn") for _, bits in kept if bits != 16),
+    }
+
+
+def layer_bytes(layer: Layer, bits: int, setting: Setting) -> int:
+    """Return the weight bytes of a decoder layer at `bits` (16: not rounded; 0: removed), not at `setting.bits`."""
+    if not bits:
+        return 0
+    given = (setting.method, bits, setting.group_size)
+    linears = sum(linear_bytes(*given, outputs, inputs, setting.dtype_bytes) for outputs, inputs in layer.linears)
+    return linears + layer.others * setting.dtype_bytes
+
+
+def cache_bytes(shapes: Architecture, layer: Layer, setting: Setting, context: int) -> int:
+    """Return the bytes of a decoder layer's keys and values at the end of the answers."""
+    tokens = cached_tokens(context, setting.decode_tokens, layer.window)
+    return setting.batch * tokens * cached_bytes(shapes.config.text_config, 1, setting.dtype_bytes)
+
+
+def _checked(shapes: Architecture, setting: Setting) -> int:
+    """Return the prompt's tokens; ValueError: the setting does not fit the model."""
+    if len(setting.bits) != len(shapes.layers):
+        raise ValueError(f"The setting has bits for {len(setting.bits)} layers, the model has {len(shapes.layers)}.")
+    if not any(setting.bits):
+        raise ValueError(f"All {len(shapes.layers)} layers are removed: at least one must stay.")
+    if setting.method not in ("none", *QUANTIZER_BITS):
+        raise ValueError(f"Unknown quantizer {setting.method!r}: choose none, {', '.join(QUANTIZER_BITS)}.")
+    allowed = {0, 16, *QUANTIZER_BITS.get(setting.method, ())}
+    for bits in setting.bits:
+        if bits not in allowed:
+            has = ", ".join(map(str, sorted(allowed)))
+            raise ValueError(f"{setting.method} has no {bits} bits: a layer has {has} (0: removed, 16: not rounded).")
+    images = setting.images * shapes.image_tokens
+    context = images + TEXT_TOKENS if setting.context is None else setting.context
+    if context <= images:
+        raise ValueError(
+            f"A prompt of {context} tokens does not hold {setting.images} image(s) of {shapes.image_tokens} tokens and "
+            "a question: give a longer estimate.context, or fewer estimate.images."
+        )
+    return context
+
+
+def _phases(shapes: Architecture, kept, setting: Setting, context: int, caches: Sequence[int]) -> dict[str, int]:
+    """Return what each moment holds beyond the weights, the caller's pixels included."""
+    text, vision, size = shapes.config.text_config, shapes.config.vision_config, setting.dtype_bytes
+    rows, images = setting.batch, setting.batch * setting.images
+    pixels = images * vision.num_channels * vision.image_size**2 * size
+    tower = (images, shapes.tower_tokens, vision.hidden_size, vision.intermediate_size)
+    states = images * 2 * shapes.tower_tokens * vision.hidden_size * size  # stay with the features to the answer's end
+    features = images * shapes.image_tokens * text.hidden_size * size
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    copies = mlp_copies(text.hidden_act, gated=sum(o == text.intermediate_size for o, _ in kept[0][0].linears) > 1)
+    masked = rows > 1 or any(layer.window is not None and layer.window < context for layer, _ in kept)
+    prompt = len(kept) * rows * context * cached_bytes(text, 1, size)  # sliding windows are cut after it
+    reading = prefill_bytes(rows, context, text.hidden_size, text.intermediate_size, copies, head, masked, size)
+    unpacked = _workspace(kept, setting)
+    wide = rows * context * text.intermediate_size * size  # where a weight is unpacked, one tensor less is alive
+    grown = max(caches) // 2  # a layer's keys are copied when they grow
+    logits = logit_bytes(rows, text.vocab_size, size)
+    return {
+        "vision": pixels + tower_bytes(*tower, mlp_copies(vision.hidden_act, gated=False), size),
+        "prefill": pixels + states + 2 * features + prompt + reading + max(0, unpacked - wide),
+        "decode": pixels + states + features + sum(caches) + max(grown, unpacked) + logits,
+    }
+
+
+def _workspace(kept, setting: Setting) -> int:
+    """Return the most bytes that unpacking a rounded weight takes."""
+    rounded = {shape for layer, bits in kept if bits != 16 for shape in layer.linears}
+    return max((unpacked_bytes(setting.method, o, i, setting.dtype_bytes) for o, i in rounded), default=0)

@@ -1,0 +1,116 @@
+"""Bytes of rounded weights, of keys and values, and of what a pass holds meanwhile: the formulas of actors.estimate.
+
+They count what the allocator is asked for at one moment, not what it keeps in reserve (fragments, rounding up).
+Working memory is that of transformers' eager modules with fused attention (sdpa), which holds no [tokens, tokens]
+scores; tests compare it with a trace of every allocation of transformers' own modules.
+"""
+
+import json
+from collections.abc import Sequence
+
+from actors.specs import NF4_BLOCK
+
+HQQ_ROWS = {8: 1, 4: 2, 3: 10, 2: 4}  # groups of which hqq packs one value each into a word
+_NF4_LEVELS = 16
+_SCALE = 2  # bytes of a stored float16 scale
+
+
+def linear_bytes(method: str, bits: int, group: int, outputs: int, inputs: int, itemsize: int) -> int:
+    """Return the bytes of one linear's weight [outputs, inputs] as our checkpoints store it, scales and zeros included.
+
+    bits: 16 is not rounded, `itemsize` bytes a number. awq and rtn: the AWQ gemm layout at 4 bits; at others nominal
+    bits, a float16 scale and a zero point of `bits` bits a group. nf4: float32 scales of blocks of 64, the 16 levels,
+    and the description that bitsandbytes keeps. int8: a float32 scale an output, and a byte that names the format.
+    """
+    weights = outputs * inputs
+    if bits == 16:
+        return weights * itemsize
+    if method == "nf4":
+        facts = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "float16", "shape": [outputs, inputs]}
+        return -(-weights // 2) + 4 * -(-weights // NF4_BLOCK) + 4 * _NF4_LEVELS + len(json.dumps(facts))
+    if method == "int8":
+        return weights + 4 * outputs + 1
+    groups = weights // group
+    if method == "hqq":
+        word = 4 if bits == 3 else 1
+        return word * group * -(-groups // HQQ_ROWS[bits]) + 2 * _SCALE * groups
+    return -(-(weights * bits + groups * bits) // 8) + _SCALE * groups
+
+
+def unpacked_bytes(method: str, outputs: int, inputs: int, itemsize: int) -> int:
+    """Return what unpacking one rounded weight takes; int8 multiplies without.
+
+    One copy in the activations' type, as GPU kernels make it; hqq's arithmetic holds three in 16 bits. On a CPU awq and
+    rtn, which no kernel unpacks there, take about six times this.
+    """
+    if method == "int8":
+        return 0
+    return outputs * inputs * (6 if method == "hqq" else itemsize)
+
+
+def mlp_copies(activation: str, gated: bool) -> int:
+    """Return how many [tokens, intermediate] tensors an MLP holds at once: x and act(x); a gate's product is one more.
+
+    quick_gelu, x * sigmoid(1.702 x), and gelu_new, by powers and tanh, hold their parts, too.
+    """
+    return {"quick_gelu": 3, "gelu_new": 4}.get(activation, 2) + gated
+
+
+def cached_tokens(prompt: int, new_tokens: int, window: int | None) -> int:
+    """Return the tokens whose keys and values a layer holds at an answer's end, in its sliding window if it has one.
+
+    The last new token is never fed, so that it has none.
+    """
+    tokens = prompt + max(new_tokens - 1, 0)
+    return tokens if window is None else min(tokens, window)
+
+
+def tower_bytes(images: int, tokens: int, hidden: int, intermediate: int, copies: int, itemsize: int) -> int:
+    """Return what the vision tower holds in an MLP, its largest moment.
+
+    tokens: of one image, class token included; copies: [tokens, intermediate] tensors alive at once. Four [tokens,
+    hidden] are alive: the states that are selected and handed on, the residual and its norm.
+    """
+    return images * tokens * (copies * intermediate + 4 * hidden) * itemsize
+
+
+def prefill_bytes(
+    rows: int, tokens: int, hidden: int, intermediate: int, copies: int, head: int, masked: bool, itemsize: int
+) -> int:
+    """Return what a decoder layer holds while it reads prompts, keys and values apart: in its MLP or its attention.
+
+    copies: [rows, tokens, intermediate] tensors alive at once in the MLP. Four [rows, tokens, hidden] are always alive:
+    the embeddings, the layer's input, the residual after attention and its norm; and the rotary cosines and sines.
+    masked: a mask is needed (padding, or a sliding window), a byte an entry, which attention turns into the
+    activations' type.
+    """
+    mask = rows * tokens * tokens * masked
+    mlp = rows * tokens * copies * intermediate * itemsize
+    attention = rows * tokens * 4 * hidden * itemsize + mask * itemsize
+    return rows * tokens * (4 * hidden + 2 * head) * itemsize + mask + max(mlp, attention)
+
+
+def logit_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
+    """Return what choosing a token holds: the last position's logits as they come, in float32, and without stops."""
+    return rows * vocabulary * (itemsize + 8)
+
+
+def largest_share(parts: Sequence[int], devices: int) -> int:
+    """Return the least that the fullest of `devices` must hold when `parts` are laid on them in their order."""
+    low, high = max(parts), sum(parts)
+    while low < high:
+        share = (low + high) // 2
+        if _devices_needed(parts, share) <= devices:
+            high = share
+        else:
+            low = share + 1
+    return low
+
+
+def _devices_needed(parts: Sequence[int], share: int) -> int:
+    needed, held = 1, 0
+    for part in parts:
+        if held + part > share:
+            needed, held = needed + 1, 0
+        held += part
+    return needed
