@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu clean
+.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu bench-judge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -18,12 +18,13 @@ help:
 	@echo "make bench-quantizers  seconds and memory of every quantizer"
 	@echo "make study-quantizers  what every quantizer costs on derm-tiny, at 4 and 3 bits"
 	@echo "make bench-half  how exact the engine is in half precision"
+	@echo "make bench-judge  the judge's loop against an engine of known speed"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
 	touch $@
 
@@ -50,6 +51,9 @@ bench-replicas: $(INSTALLED)
 
 bench-half: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.half_precision
+
+bench-judge: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.judge_loop
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.gpu_ablation

@@ -13,6 +13,12 @@ from dataclasses import dataclass
 _NEGATION = re.compile(
     r"\b(?:not|no(?! doubt)|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$"
 )
+# An answer that names no class and has one of these refuses; a hedge beside a name ("I am sorry, melanoma") does not.
+REFUSALS = (
+    *("cannot", "can not", "can't", "could not", "couldn't", "unable to", "not able to", "impossible to"),
+    *("sorry", "as an ai", "do not know", "don't know", "not sure", "decline to", "refuse to"),
+)
+_REFUSAL = re.compile(r"\b(?:" + "|".join(map(re.escape, REFUSALS)) + r")\b")
 _WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -65,14 +71,23 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
-    """Return "right", "wrong", "none" (no class is named) or "multiple" for an answer to the name question."""
+def name_given(answer: str, classes: Sequence[ClassName]) -> tuple[str | None, str]:
+    """Return the one class that an answer names and "one", or None and "none", "multiple" or "refused" (no class, and
+    one of the words in REFUSALS)."""
     named = named_classes(answer, classes)
-    if not named:
-        return "none"
-    if len(named) > 1:
-        return "multiple"
-    return "right" if named[0] == truth else "wrong"
+    if len(named) == 1:
+        return named[0], "one"
+    if named:
+        return None, "multiple"
+    return None, "refused" if _REFUSAL.search(" ".join(answer.lower().replace("\u2019", "'").split())) else "none"
+
+
+def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
+    """Return "right", "wrong", or what `name_given` says of an answer to the name question that names not one class."""
+    name, kind = name_given(answer, classes)
+    if name is None:
+        return kind
+    return "right" if name == truth else "wrong"
 
 
 def baseline_score(answer: str, reference: str, truth: str, similarity: float, classes: Sequence[ClassName]) -> float:

@@ -29,3 +29,8 @@ def probe_image() -> Image.Image:
     spot = ((x - 60) ** 2 + (y - 40) ** 2 < 400) * 90
     channels = np.stack([255 - x - spot, 160 - y // 2 - spot, 40 + x + y], axis=-1)
     return Image.fromarray(channels.clip(0, 255).astype("u1"))
+
+
+def blank_image() -> Image.Image:
+    """Return a mean-grey image, which shows nothing."""
+    return Image.new("RGB", (336, 336), (128, 128, 128))

@@ -7,29 +7,28 @@ The baseline (disease name, word overlap, embedding similarity) is not an LLM ju
 """
 
 import json
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from actors.baseline import ClassName, baseline_score, name_verdict
+from actors.images import blank_image
 from actors.maths.latency import merged
-from actors.maths.statistics import cluster_bootstrap_interval, wilson_interval
 from actors.specs import Sample
 from cluster.artifacts import digest
 from cluster.tables import PartTable, write_table
 from jobs import card, prepare
 from jobs.command import main
 from jobs.config import EvaluateConfig
+from jobs.image_controls import blank_rows, blank_samples, summary, swapped_rows
+from jobs.metrics import metrics, scored
 from jobs.run import Run, Source, Stage
 from jobs.units import in_units
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
 
-ANSWERS = "answers.parquet"
-NAME_QUESTION = "name"
+ANSWERS, CONTROLS = "answers.parquet", "controls.parquet"
+BLANK_IMAGE = "blank.png"
 UNIT = 16
 
 
@@ -46,7 +45,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     }
     return Stage(
         "evaluate",
-        3,
+        4,
         settings,
         (model, data),
         lambda r, folder, facts: build(r, model, data, folder, facts),
@@ -65,25 +64,47 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     samples = questions(rows)
     table = PartTable(folder / "units")
     given = {row["sample_id"]: row for row in table.all_rows()}
-    todo = [sample for sample in samples if sample.id not in given]
-    units = [todo[i : i + UNIT] for i in range(0, len(todo), UNIT)]
-    reason = ""
+    blank: dict[str, dict] = {}
+    failed: dict[str, str] = {}
     with run.replicas(model) as pool:
         profile = merged([profiled(pool, samples[0], evaluate, evaluate.timed_runs)])
-        tokens = run.config.generation.max_new_tokens
-        for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), "evaluate"):
-            if outcome.error:
-                reason = outcome.error
-                print(f"evaluate: {part[0].id} failed three times and is left out: {reason}", flush=True)
-            else:
-                table.add(digest([sample.id for sample in part]), outcome.value)
-                given |= {row["sample_id"]: row for row in outcome.value}
-    if not given:
-        raise RuntimeError(f"No question could be answered; the last one said: {reason}")
-    scored = _score(run, [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given])
-    write_table(folder / ANSWERS, scored)
-    facts["metrics"] = {**metrics(scored), "unanswered": len(samples) - len(given)}
+        for part, answers in _answered(run, pool, [one for one in samples if one.id not in given], "evaluate", failed):
+            table.add(digest([sample.id for sample in part]), answers)
+            given |= {row["sample_id"]: row for row in answers}
+        if not given:
+            reason = list(failed.values())[-1]
+            raise RuntimeError(f"No question could be answered; the last one said: {reason}")
+        if evaluate.controls:
+            blank_image().save(folder / BLANK_IMAGE)
+            asked = blank_samples(rows, str(folder / BLANK_IMAGE))
+            for _, answers in _answered(run, pool, asked, "blank image", failed):
+                blank |= {row["sample_id"]: row for row in answers}
+    answered = [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given]
+    found = _scored(run, answered)
+    write_table(folder / ANSWERS, found)
+    names = [kind.name for kind in run.config.data.classes]
+    facts["metrics"] = {**metrics(found, names), "unanswered": len(samples) - len(given)}
+    facts["controls"] = None
+    if evaluate.controls:
+        controls = _scored(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
+        if controls:
+            write_table(folder / CONTROLS, controls)
+        facts["controls"] = summary(found, controls)
     facts["profile"] = profile
+
+
+def _answered(
+    run: Run, pool: "Pool", samples: list[Sample], label: str, failed: dict[str, str]
+) -> Iterator[tuple[list[Sample], list[dict]]]:
+    """Yield units of samples with their rows as they come; what fails three times goes to `failed` instead."""
+    units = [samples[i : i + UNIT] for i in range(0, len(samples), UNIT)]
+    tokens = run.config.generation.max_new_tokens
+    for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), label):
+        if outcome.error:
+            failed[part[0].id] = outcome.error
+            print(f"evaluate: {part[0].id} failed three times and is left out: {outcome.error}", flush=True)
+        else:
+            yield part, outcome.value
 
 
 def test_rows(run: Run, data: Stage) -> list[dict]:
@@ -113,41 +134,9 @@ def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
     return [image for _, _, image in turns][:limit]
 
 
-def _score(run: Run, rows: list[dict]) -> list[dict]:
-    classes = [ClassName(kind.name, tuple(kind.synonyms)) for kind in run.config.data.classes]
-    cosines = run.embedder(_embedder(run)).call("similarities", [(row["answer"], row["reference"]) for row in rows])
-    return [
-        {
-            **{key: value for key, value in row.items() if key != "removed"},
-            "similarity": cosine,
-            "baseline": baseline_score(row["answer"], row["reference"], row["class"], cosine, classes),
-            "verdict": name_verdict(row["answer"], row["class"], classes)
-            if row["question_id"] == NAME_QUESTION
-            else None,
-        }
-        for row, cosine in zip(rows, cosines, strict=True)
-    ]
-
-
-def metrics(rows: list[dict]) -> dict:
-    """Summarise scored answers; shares and scores in percent, intervals at 95 % with the image as the unit."""
-    groups = np.array([row["group"] for row in rows])
-    scores = np.array([row["baseline"] for row in rows])
-    names = Counter(row["verdict"] for row in rows if row["verdict"] is not None)
-    asked = sum(names.values())
-    low, high = cluster_bootstrap_interval(scores, groups)
-    accuracy = wilson_interval(names["right"], asked) if asked else None
-    return {
-        "images": len({row["image"] for row in rows}),
-        "answers": len(rows),
-        "baseline_pct": 100 * float(scores.mean()),
-        "baseline_interval_pct": [100 * low, 100 * high],
-        "exact_pct": 100 * sum(row["answer"] == row["reference"] for row in rows) / len(rows),
-        "name_accuracy": 100 * names["right"] / asked if asked else None,
-        "name_accuracy_interval": [100 * bound for bound in accuracy] if accuracy else None,
-        "name_verdicts": dict(names),
-        "without_stop_pct": 100 * sum(not row["stopped"] for row in rows) / len(rows),
-    }
+def _scored(run: Run, rows: list[dict]) -> list[dict]:
+    pairs = [(row["answer"], row["reference"]) for row in rows]
+    return scored(rows, run.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes)
 
 
 def job(run: Run) -> None:
@@ -157,7 +146,7 @@ def job(run: Run) -> None:
     folder = run.make(made)
     facts = run.facts(made)
     card.refresh(Path(model.path), facts)
-    print(json.dumps({"metrics": facts["metrics"], "profile": facts["profile"]}, indent=1))
+    print(json.dumps({key: facts[key] for key in ("metrics", "controls", "profile")}, indent=1))
     print(f"evaluate: answers are in {folder}/{ANSWERS}", flush=True)
 
 

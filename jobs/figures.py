@@ -10,6 +10,7 @@ matplotlib.rcParams.update(
     {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "prunella"}
 )
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.transforms import Bbox  # noqa: E402
 
 BLUE, GREY, RED = "#2b6cb0", "#a0aec0", "#c05621"
 
@@ -76,7 +77,7 @@ def loss_figure(losses: list[dict]) -> str:
 def tradeoff_figure(rows: list[dict]) -> str:
     """Score of every method against the bytes of its weights, with 95 % intervals; hollow: simulated, nominal bytes."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
-    for rank, row in enumerate(sorted(rows, key=lambda row: row["nominal_bytes"])):
+    for row in rows:
         low, high = row["baseline_interval_pct"]
         size = row["nominal_bytes"] / 2**20
         colour = BLUE if row["quantizer"] == "none" else RED
@@ -89,10 +90,28 @@ def tradeoff_figure(rows: list[dict]) -> str:
             markerfacecolor="white" if row["simulated"] else colour,
             capsize=3,
         )
-        beside = (7, 6) if rank % 2 else (7, -12)  # neighbours in size get labels on different heights
-        axes.annotate(row["method"], (size, row["baseline_pct"]), textcoords="offset points", xytext=beside, fontsize=9)
     axes.set_xlabel("weights (MiB)")
     axes.set_ylabel("baseline score (%)")
     axes.margins(x=0.2)
     axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, rows)
     return _svg(figure)
+
+
+def _label(axes, rows: list[dict]) -> None:
+    """Write each method beside its point or at an end of its interval, where it covers nothing else if it can."""
+    axes.figure.draw_without_rendering()  # limits and sizes are settled only then
+    places = [(row["nominal_bytes"] / 2**20, row["baseline_pct"], *row["baseline_interval_pct"]) for row in rows]
+    taken = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3) for x, _, low, high in places]
+    for row, (x, y, low, high) in zip(rows, places, strict=True):
+        beside = [(y, (7, -3), "left"), (y, (-7, -3), "right"), (high, (0, 7), "center"), (low, (0, -14), "center")]
+        for height, offset, side in [*beside, beside[0]]:
+            label = axes.annotate(
+                row["method"], (x, height), textcoords="offset points", xytext=offset, ha=side, fontsize=9
+            )
+            box = label.get_window_extent()
+            if box.x0 > axes.bbox.x0 and not any(box.overlaps(other) for other in taken):
+                break
+            label.set_visible(False)
+        label.set_visible(True)
+        taken.append(box)

@@ -6,33 +6,43 @@ Reads what jobs.compress with the same options made; opens offline.
 """
 
 import base64
-import io
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
-from PIL import Image
 
+from actors.baseline import REFUSALS
 from actors.maths.ranges import OUTLIER
 from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import ablate, compress, evaluate, prepare, ranges, recover
+from jobs import (
+    ablate,
+    compress,
+    evaluate,
+    judge,
+    prepare,
+    ranges,
+    recover,
+    report_answers,
+    report_judge,
+    report_metrics,
+)
 from jobs.command import main
 from jobs.criteria import READINGS
 from jobs.figures import importance_figure, loss_figure, tradeoff_figure
 from jobs.run import Run, Stage
 
 HTML, MARKDOWN = "report.html", "report.md"
-THUMBNAIL = 112
-SAMPLES_SHOWN = 6
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def job(run: Run) -> None:
     """Write report.html and report.md into the run folder."""
     planned = compress.plan(run)
-    stages = [*(stage for pair in planned.values() for stage in pair), *compress.studies(run)]
+    stages = [*(stage for pair in planned.values() for stage in pair), *compress.judgements(run, planned)]
+    stages += compress.studies(run)
     open_stages = run.missing(stages)
     if open_stages:
         raise ValueError(
@@ -42,23 +52,40 @@ def job(run: Run) -> None:
     rows = compress.summary(run, planned)
     compress.write_summary(run, rows)
     content = _content(run, planned, rows)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(["html.j2"]), trim_blocks=True
-    )
     for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
-        write_text(run.folder / name, environment.get_template(template).render(content))
+        write_text(run.folder / name, rendered(template, content))
     print(f"report: {run.folder / HTML}", flush=True)
+
+
+def rendered(template: str, content: dict) -> str:
+    """Fill in a template; the page's script is allowed to run by its digest, and no other is."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    script = (TEMPLATES / "report.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(content, script=script, script_digest=digest)
 
 
 def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
     losses = read_table(run.store.root / planned["prune+sft"][0].name / recover.LOSSES)
     original = rows[0]
+    by_method = {
+        method: {row["sample_id"]: row for row in read_table(run.store.root / made.name / evaluate.ANSWERS)}
+        for method, (_, made) in planned.items()
+    }
+    judged = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
+    verdicts = {method: read_table(run.store.root / made.name / judge.VERDICTS) for method, made in judged}
+    metrics = {method: run.facts(made)["metrics"] for method, (_, made) in planned.items()}
     return {
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "rows": [_shown(row, original) for row in rows],
+        "rows": [shown({**row, "given_name": metrics[row["method"]]["given_name"]}) for row in rows],
         "first": original,
         "removed": removed,
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
@@ -67,7 +94,15 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "ranges": _ranges(run, ranges.stage(run, run.base_model(), prepare.stage(run))),
         "loss": loss_figure(losses),
         "tradeoff": tradeoff_figure(rows),
-        "samples": _samples(run, planned),
+        "names": report_metrics.names(metrics),
+        "loops": report_metrics.LOOPS,
+        "retained": report_metrics.retained(rows),
+        "samples": report_answers.samples(by_method),
+        "viewer": report_answers.viewer(by_method, verdicts),
+        "detectable": _detectable(rows),
+        "name_tests": ", ".join(f"{r['method']} {r['name_p_holm']:.2g}" for r in rows if r["name_p_holm"] is not None),
+        "refusals": REFUSALS,
+        "judge": report_judge.told(rows) if verdicts else None,
         "methods": list(planned),
         "profile": run.config.evaluate,
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
@@ -114,10 +149,10 @@ def _ranges(run: Run, recorded: Stage) -> dict:
     }
 
 
-def _shown(row: dict, original: dict) -> dict:
-    """Format one row; a difference to the original whose interval holds 0 is called unresolved."""
+def shown(row: dict) -> dict:
+    """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
     low, high = row["baseline_interval_pct"]
-    worse, better = row["difference_interval_pct"]
+    finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]
     return {
         **row,
@@ -128,9 +163,17 @@ def _shown(row: dict, original: dict) -> dict:
         "baseline_text": f"{row['baseline_pct']:.1f} [{low:.1f}, {high:.1f}]",
         "name_text": "-" if name is None else f"{row['name_accuracy']:.1f} [{name[0]:.1f}, {name[1]:.1f}]",
         "latency_text": "{:.2f} [{:.2f}, {:.2f}]".format(row["ms_per_token"], *row["ms_per_token_p5_p95"]),
-        "unresolved": row is not original and worse <= 0 <= better,
-        "difference_text": "" if row is original else f"{row['difference_pct']:+.1f} [{worse:+.1f}, {better:+.1f}]",
+        "unresolved": finding == "unresolved",
+        "difference_text": "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["difference_pct"], *row["difference_interval_pct"])
+        if finding
+        else "",
     }
+
+
+def _detectable(rows: list[dict]) -> str:
+    """Return the smallest and the largest difference that the images resolve, "" where all models answer alike."""
+    found = [row["difference_detectable_pct"] for row in rows if row["difference_detectable_pct"] is not None]
+    return f"{min(found):.1f} to {max(found):.1f}" if found else ""
 
 
 def _quantizer(run: Run, row: dict) -> str:
@@ -157,39 +200,6 @@ def _weights(row: dict) -> str:
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-def _samples(run: Run, planned: dict) -> list[dict]:
-    """Pick answers side by side (paper, figure 5): first where the methods disagree most, one image each."""
-    by_method = {
-        method: {row["sample_id"]: row for row in read_table(run.store.root / made.name / evaluate.ANSWERS)}
-        for method, (_, made) in planned.items()
-    }
-    shared = set.intersection(*(set(rows) for rows in by_method.values()))
-    ranked = sorted(shared, key=lambda s: (-len({rows[s]["answer"] for rows in by_method.values()}), s))
-    picked, images = [], set()
-    for sample in ranked:
-        row = by_method["original"][sample]
-        if row["image"] in images:
-            continue
-        images.add(row["image"])
-        answers = [(method, rows[sample]["answer"], rows[sample]["baseline"]) for method, rows in by_method.items()]
-        picked.append({**row, "thumbnail": _thumbnail(row["image"]), "answers": answers})
-        if len(picked) == SAMPLES_SHOWN:
-            break
-    return picked
-
-
-def _thumbnail(path: str) -> str | None:
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-    except OSError:
-        return None  # not readable any more; the answers still stand
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from actors.judge.calls import Request
 from actors.judge.ladder import RUNGS, request
@@ -34,9 +34,9 @@ def verdict_key(judge: JudgeIdentity, question: str, reference: str, candidate: 
     """
     calls: list[Request] = [request(question, reference, candidate, rung) for rung in RUNGS]
     parts = {
-        "judge": asdict(judge),
+        "judge": vars(judge),
         "rubric": RUBRIC_VERSION,
-        "calls": [asdict(call) for call in calls],
+        "calls": [vars(call) for call in calls],
         "texts": [question, reference, candidate],
         "replicate": replicate,
     }

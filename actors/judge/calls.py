@@ -30,11 +30,13 @@ class Request:
 class Reply:
     """What the judge wrote, and the probabilities of the labels 0-4 where it wrote the label (None: not offered).
 
-    The probabilities are those of the model before any constraint; their sum is the labels' mass.
+    The probabilities are those of the model before any constraint; their sum is the labels' mass. masked: they are not,
+    the schema had ruled out every other token: how likely the labels are among each other holds, their mass does not.
     """
 
     text: str
     probabilities: tuple[float, ...] | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def _scored(came: Sequence[Reply | Failure], replies: list[Reply]) -> Verdict:
     expected, mass = None, None
     if replies[-1].probabilities is not None:
         expected, mass = expected_score(replies[-1].probabilities)
+        mass = None if replies[-1].masked else mass
     raw = tuple(reply.text for reply in replies)
     return Verdict(read["label"], read.get("reason", ""), expected, mass, raw, len(came))
 

@@ -10,7 +10,7 @@ import math
 import os
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx2
 from pydantic import BaseModel, Field, ValidationError
@@ -86,34 +86,54 @@ class OpenAIJudge:
         """Return the judge's output, or why none came; never raises for what the endpoint does."""
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._client.post(f"{self._url}/chat/completions", json=self._body(request))
+                response = await self._client.post(
+                    f"{self._url}/chat/completions", json=chat_body(request, self._model, self._logprobs)
+                )
         except TimeoutError:
             return Failure("timeout", f"no whole answer within {self._timeout:g} s")
         except httpx2.RequestError as error:
             return Failure("closed", self._blotted(f"{type(error).__name__}: {error}"))
         if response.status_code != 200:
             message = self._blotted(f"HTTP {response.status_code}: {response.text[:200]}")
-            return Failure(_kind(response.status_code), message, _retry_after(response.headers.get("retry-after")))
-        try:
-            choice = _Completion.model_validate_json(response.content).choices[0]
-        except ValidationError as error:
-            return Failure("server_error", f"not a chat completion: {error.errors()[0]['msg']}")
-        tokens = choice.logprobs.content if choice.logprobs else None
-        return Reply(choice.message.content or "", label_probabilities(tokens) if tokens else None)
-
-    def _body(self, request: Request) -> dict:
-        schema = {"name": "judgement", "strict": True, "schema": request.schema}
-        body = {
-            "model": self._model,
-            "messages": request.messages,
-            "max_tokens": request.max_tokens,
-            "temperature": 0,
-            "response_format": {"type": "json_schema", "json_schema": schema},
-        }
-        return body | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self._logprobs else {})
+            return Failure(
+                failure_kind(response.status_code), message, _retry_after(response.headers.get("retry-after"))
+            )
+        return read_completion(response.content)
 
     def _blotted(self, message: str) -> str:
         return message.replace(self._key, "***") if self._key else message
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without maxLength, which strict mode refuses at some endpoints ("maxLength is not permitted")."""
+    parts = {
+        name: {key: value for key, value in part.items() if key != "maxLength"}
+        for name, part in schema["properties"].items()
+    }
+    return {**schema, "properties": parts}
+
+
+def chat_body(request: Request, model: str, logprobs: bool) -> dict:
+    """Return the body of a chat-completions call, with the schema and, if asked for, the tokens' log-probabilities."""
+    schema = {"name": "judgement", "strict": True, "schema": _strict(request.schema)}
+    body = {
+        "model": model,
+        "messages": request.messages,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": schema},
+    }
+    return body | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if logprobs else {})
+
+
+def read_completion(content: str | bytes) -> Reply | Failure:
+    """Return what a chat completion (JSON) says, or that it is none."""
+    try:
+        choice = _Completion.model_validate_json(content).choices[0]
+    except ValidationError as error:
+        return Failure("server_error", f"not a chat completion: {error.errors()[0]['msg']}")
+    tokens = choice.logprobs.content if choice.logprobs else None
+    return Reply(choice.message.content or "", label_probabilities(tokens) if tokens else None)
 
 
 def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
@@ -133,7 +153,8 @@ def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
     return None
 
 
-def _kind(status: int) -> FailureKind:
+def failure_kind(status: int) -> FailureKind:
+    """Return what an HTTP status other than 200 means for the ladder."""
     if status == 429:
         return "rate_limit"
     if status == 408:

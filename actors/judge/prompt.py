@@ -6,6 +6,7 @@ character is left: in the candidate they are replaced, in the question and the r
 """
 
 import json
+from functools import cache
 from typing import Annotated
 
 import regex
@@ -62,7 +63,8 @@ class Judgement(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    reason: Annotated[str, Field(max_length=MAX_REASON)]
+    # Where the engine knows maxLength the reason is short; a longer one, of an engine that does not, is no bad output.
+    reason: Annotated[str, Field(max_length=10_000), WithJsonSchema({"type": "string", "maxLength": MAX_REASON})]
     label: Label
 
 
@@ -74,6 +76,7 @@ class LabelOnly(BaseModel):
     label: Label
 
 
+@cache
 def schema_of(output: type[BaseModel]) -> dict:
     """Return the JSON schema that constrains an output."""
     return {name: part for name, part in output.model_json_schema().items() if name != "description"}

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from actors.maths.statistics import cluster_bootstrap_interval
+from actors.maths.statistics import cluster_bootstrap_interval, percentile_interval
 
 MAX_EXACT = 20  # images up to which all sign flips are counted
 
@@ -22,6 +22,16 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Return the interval of the mean of scores - others, same answers in both, when whole images are resampled."""
     return cluster_bootstrap_interval(scores_N - others_N, clusters_N, level, draws, seed)
+
+
+def ratio_interval(
+    draws_B: Float[np.ndarray, "b"], others_B: Float[np.ndarray, "b"], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the interval of a ratio of two models' numbers from the same draws; None where the lower one can be 0."""
+    if (others_B == 0).any():
+        return None
+    low, high = percentile_interval((draws_B / others_B)[:, None], level)
+    return float(low[0]), float(high[0])
 
 
 def sign_flip_p(

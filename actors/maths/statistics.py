@@ -2,7 +2,7 @@
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 # Modified z-score above which a value is an outlier, and the factors that scale it (Iglewicz and Hoaglin 1993).
 OUTLIER_Z, MAD_SCALE, MEAN_SCALE = 3.5, 1.4826, 1.2533
@@ -16,6 +16,33 @@ def wilson_interval(right: int, total: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
+def cluster_share_interval(
+    hits_N: Bool[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"], level: float = 0.95
+) -> tuple[float, float]:
+    """Return Wilson's interval of a share with the effective number of answers (Korn and Graubard 1998), as fractions.
+
+    That number is p (1 - p) / SE^2, where SE^2 = sum_c (hits of image c - its number of answers * p)^2 / N^2, at most
+    N; where all answers are alike, the number of images. Unlike a bootstrap it has a width there, too.
+    """
+    _, index_N = np.unique(clusters_N, return_inverse=True)
+    counts_C, share = np.bincount(index_N), float(hits_N.mean())
+    residuals_C = np.bincount(index_N, weights=hits_N.astype(float)) - counts_C * share
+    spread = float(np.sum(residuals_C**2)) / len(hits_N) ** 2
+    alike = share in (0.0, 1.0)
+    size = len(counts_C) if alike else min(len(hits_N), share * (1 - share) / spread) if spread else len(hits_N)
+    z = float(norm.ppf((1 + level) / 2))
+    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def cluster_draws(count: int, draws: int = 2000, seed: int = 0) -> Float[np.ndarray, "draws count"]:
+    """Return how often each of `count` clusters is drawn when they are resampled, draw by draw."""
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    places = picks + count * np.arange(draws)[:, None]
+    return np.bincount(places.ravel(), minlength=draws * count).reshape(draws, count).astype(float)
+
+
 def cluster_bootstrap_means(
     values_NK: Float[np.ndarray, "n k"],
     weights_NK: Float[np.ndarray, "n k"],
@@ -25,12 +52,11 @@ def cluster_bootstrap_means(
 ) -> Float[np.ndarray, "draws k"]:
     """Return the weighted means of K columns when whole clusters (images) are resampled, the same for all columns."""
     _, index = np.unique(clusters_N, return_inverse=True)
-    count = index.max() + 1
+    count = int(index.max()) + 1
     sums, totals = np.zeros((count, values_NK.shape[1])), np.zeros((count, values_NK.shape[1]))
     np.add.at(sums, index, values_NK * weights_NK)
     np.add.at(totals, index, weights_NK)
-    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
-    chosen = np.apply_along_axis(np.bincount, 1, picks, minlength=count).astype(float)  # how often each one is drawn
+    chosen = cluster_draws(count, draws, seed)
     return (chosen @ sums) / (chosen @ totals)
 
 

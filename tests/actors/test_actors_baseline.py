@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.baseline import ClassName, baseline_score, name_verdict, named_classes, token_f1, words
+from actors.baseline import ClassName, baseline_score, name_given, name_verdict, named_classes, token_f1, words
 
 CLASSES = (
     ClassName("actinic keratosis", ("solar keratosis",)),
@@ -80,7 +80,15 @@ def test_token_f1(answer, reference, expected):
     [
         ("This is melanoma.", "right"),
         ("This is psoriasis.", "wrong"),
-        ("I cannot tell.", "none"),
+        ("A dark spot.", "none"),
+        ("", "none"),
+        ("I cannot tell.", "refused"),
+        ("I\u2019m sorry, but I can\u2019t help\n with that.", "refused"),
+        ("As an AI, I am not able  to diagnose.", "refused"),
+        ("It is not melanoma; I'm not sure what it is.", "refused"),
+        ("I am sorry to say that this is melanoma.", "right"),  # a name beside it: no refusal
+        ("Sorry, melanoma or psoriasis", "multiple"),
+        ("A cannoted sorrylike spot", "none"),
         ("melanoma or psoriasis", "multiple"),
         ("not melanoma", "none"),
     ],
@@ -88,6 +96,14 @@ def test_token_f1(answer, reference, expected):
 def test_name_verdict(answer, verdict):
     """The truth is melanoma."""
     assert name_verdict(answer, "melanoma", CLASSES) == verdict
+
+
+def test_name_given():
+    """Which class it was, under the name of the class, whatever its spelling."""
+    assert name_given("likely BCC", CLASSES) == ("basal cell carcinoma", "one")
+    assert name_given("melanoma or eczema", CLASSES) == (None, "multiple")
+    assert name_given("I cannot say.", CLASSES) == (None, "refused")
+    assert name_given("a spot", CLASSES) == (None, "none")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from actors.judge.calls import Failure, Reply, Request
 from actors.judge.ladder import judge
 from actors.judge.openai import OpenAIJudge, Token, label_probabilities
 
-ASKED = Request("system", "user", {"type": "object"}, 64)
+SCHEMA = {"type": "object", "properties": {"label": {"enum": [0, 1]}}}
+LIMITED = {"type": "object", "properties": {"label": {"enum": [0, 1], "maxLength": 300}}}
+ASKED = Request("system", "user", LIMITED, 64)
 OUTPUT = '{"reason": "same", "label": 3}'
 
 
@@ -70,7 +72,7 @@ def asked(*script, times: int = 1, timeout: float = 5.0, **settings) -> tuple[li
 
 
 def test_request_and_reply():
-    """What the endpoint is sent: greedy, the schema, no logprobs unless offered, no key unless there is one."""
+    """The endpoint is sent: greedy, the schema without maxLength, no logprobs unless offered, no key unless set."""
     (reply,), server = asked(http(completion(OUTPUT)))
     assert reply == Reply(OUTPUT)
     head, body = server.heard[0]
@@ -82,7 +84,7 @@ def test_request_and_reply():
         "temperature": 0,
         "response_format": {
             "type": "json_schema",
-            "json_schema": {"name": "judgement", "strict": True, "schema": {"type": "object"}},
+            "json_schema": {"name": "judgement", "strict": True, "schema": SCHEMA},
         },
     }
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from actors.maths.paired import detectable_difference, finding, holm, mcnemar_p, paired_interval, sign_flip_p
+from actors.maths.paired import (
+    detectable_difference,
+    finding,
+    holm,
+    mcnemar_p,
+    paired_interval,
+    ratio_interval,
+    sign_flip_p,
+)
+from actors.maths.statistics import cluster_bootstrap_interval
 
 IMAGES, ANSWERS = 39, 3
 CLUSTERS = np.repeat(np.arange(IMAGES), ANSWERS)
@@ -36,6 +45,21 @@ def test_cluster_interval_covers_and_the_naive_one_does_not():
     by_image, by_answer = covered / 600
     assert 0.92 <= by_image <= 0.98
     assert by_answer < 0.88
+
+
+def test_one_models_interval_covers_over_images_and_not_over_answers():
+    """True mean 2 by symmetry: one model's 95 % interval covers it in 91-98 % of 400 runs over images,
+    in fewer than 85 % over answers."""
+    rng = np.random.default_rng(13)
+    covered = np.zeros(2)
+    for run in range(400):
+        labels, _ = simulated(rng)
+        for column, clusters in enumerate((CLUSTERS, np.arange(len(CLUSTERS)))):
+            low, high = cluster_bootstrap_interval(labels, clusters, draws=400, seed=run)
+            covered[column] += low <= 2 <= high
+    by_image, by_answer = covered / 400
+    assert 0.91 <= by_image <= 0.98
+    assert by_answer < 0.85
 
 
 def test_sign_flip_keeps_its_level():
@@ -135,3 +159,11 @@ def test_finding():
     assert finding(0.1, 0.5, 0.01) == "better"
     assert finding(-0.5, -0.1, 0.01) == "worse"
     assert finding(-0.1, 0.5, 0.01) == finding(0.0, 0.5, 0.01) == finding(0.1, 0.5, 0.06) == "unresolved"
+
+
+def test_a_ratio_of_the_same_draws():
+    """Always nine tenths of the other: no width, however wide the draws; and none where the other can be 0."""
+    draws = np.random.default_rng(0).uniform(0.2, 1, 500)
+    assert ratio_interval(0.9 * draws, draws) == pytest.approx((0.9, 0.9))
+    assert ratio_interval(draws, np.ones(500)) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert ratio_interval(draws, np.append(draws[1:], 0)) is None

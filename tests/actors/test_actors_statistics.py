@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from actors.maths.statistics import cluster_bootstrap_interval, wilson_interval
+from actors.maths.statistics import cluster_bootstrap_interval, cluster_share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (7, 20), (94, 117)])
@@ -78,3 +78,30 @@ def test_higher_level_is_wider():
     wide = cluster_bootstrap_interval(values, clusters, level=0.99)
     narrow = cluster_bootstrap_interval(values, clusters, level=0.8)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (7, 20), (94, 117)])
+def test_a_share_of_single_answers_has_wilsons_interval(right, total):
+    hits = np.arange(total) < right
+    assert cluster_share_interval(hits, np.arange(total)) == pytest.approx(wilson_interval(right, total), abs=1e-9)
+
+
+@pytest.mark.parametrize("right", [0, 3, 10])
+def test_answers_that_always_agree_within_an_image_count_once(right):
+    """Each of 10 images answered three times, always alike: Wilson's interval of 10 answers, not of 30."""
+    images = np.repeat(np.arange(10), 3)
+    assert cluster_share_interval(images < right, images) == pytest.approx(wilson_interval(right, 10), abs=1e-9)
+
+
+def test_a_shares_effective_number_by_hand():
+    """Images with 2 of 2, 1 of 2 and 0 of 2: p = 1/2, SE^2 = (1 + 0 + 1) / 36, so 1/4 / (1/18) = 4.5 answers."""
+    low, high = cluster_share_interval(np.array([1, 1, 1, 0, 0, 0], dtype=bool), np.array([0, 0, 1, 1, 2, 2]))
+    z = 1.959963984540054
+    half = z / (1 + z**2 / 4.5) * math.sqrt(0.25 / 4.5 + z**2 / (4 * 4.5**2))
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_a_share_where_every_image_is_half_right():
+    """No spread between images: the interval is that of all answers, not of none."""
+    hits, images = np.array([True, False] * 10), np.repeat(np.arange(10), 2)
+    assert cluster_share_interval(hits, images) == pytest.approx(wilson_interval(10, 20), abs=1e-9)

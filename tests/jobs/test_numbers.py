@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from actors.baseline import ClassName, baseline_score, name_verdict, named_classes
-from jobs import ablate, compress, evaluate
+from jobs import ablate, evaluate
 from jobs.config import AblateConfig
+from jobs.differences import differences
 from jobs.measurements import Losses
 
 NESTED = [ClassName("dermatitis"), ClassName("seborrheic dermatitis"), ClassName("melanoma")]
@@ -38,26 +39,10 @@ def test_differences_are_paired_by_question():
     original = {str(i): answer(str(i), i // 3, (i % 7) / 7) for i in range(60)}
     better = {s: answer(s, row["group"], row["baseline"] + 0.1) for s, row in original.items()}
     del better["0"]
-    found = compress._difference(original, better)
+    models = [{s: row["baseline"] for s, row in one.items()} for one in (original, better)]
+    found = differences(models, {s: row["group"] for s, row in original.items()}, 1.0)[1]
     assert found["difference_pct"] == pytest.approx(10)
     assert found["difference_interval_pct"] == pytest.approx([10, 10])
-
-
-def test_metrics_by_hand():
-    """Four answers on two images: one name right of two, two verbatim, one that never stopped."""
-    common = {"stopped": True, "question_id": "name", "reference": "x"}
-    rows = [
-        {**common, "image": "1", "group": 1, "baseline": 1.0, "verdict": "right", "answer": "x"},
-        {**common, "image": "1", "group": 1, "baseline": 0.5, "verdict": None, "answer": "y"},
-        {**common, "image": "2", "group": 2, "baseline": 0.0, "verdict": "none", "answer": "", "stopped": False},
-        {**common, "image": "2", "group": 2, "baseline": 1.0, "verdict": None, "answer": "x"},
-    ]
-    found = evaluate.metrics(rows)
-    assert (found["images"], found["answers"], found["baseline_pct"]) == (2, 4, 62.5)
-    assert (found["name_accuracy"], found["exact_pct"], found["without_stop_pct"]) == (50, 50, 25)
-    assert found["name_verdicts"] == {"right": 1, "none": 1}
-    assert found["baseline_interval_pct"] == [50, 75]  # the two images' own means
-    assert found["name_accuracy_interval"] == pytest.approx([9.45, 90.55], abs=0.01)  # Wilson, 1 of 2
 
 
 @pytest.mark.parametrize(

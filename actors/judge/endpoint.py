@@ -1,0 +1,103 @@
+"""The local judge as an OpenAI-compatible endpoint, as far as a judge needs it: models and chat completions.
+
+Not streaming, greedy whatever the temperature, and the output always follows a JSON schema.
+"""
+
+import math
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from actors.judge.calls import Failure, Request
+from actors.judge.constrained import LABELS, Written
+from actors.judge.local import LocalJudge
+
+_STATUS = {"refused": 400, "rate_limit": 429, "timeout": 504, "closed": 503, "server_error": 500}
+_NEVER = -9999.0  # the logarithm of a probability of 0, which JSON has no number for; vLLM's value
+_PATH = "/v1/chat/completions"
+
+
+class _Schema(BaseModel):
+    value: dict[str, Any] = Field(alias="schema")
+
+
+class _Format(BaseModel):
+    type: Literal["json_schema"]
+    json_schema: _Schema
+
+
+class _Message(BaseModel):
+    role: Literal["system", "user"]
+    content: str
+
+
+class _Body(BaseModel):
+    messages: Annotated[list[_Message], Field(min_length=2, max_length=2)]  # system and user
+    response_format: _Format
+    max_tokens: Annotated[int, Field(ge=1)]
+    model: str
+    stream: Literal[False] = False
+    logprobs: bool = False
+
+
+class JudgeEndpoint(LocalJudge):
+    """A LocalJudge that answers HTTP, too; `name` is the model's name in calls."""
+
+    def __init__(self, name: str, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._name = name
+
+    async def http(self, method: str, path: str, body: bytes) -> tuple[int, dict]:
+        """Return status and JSON of one HTTP request."""
+        if (method, path) == ("GET", "/v1/models"):
+            return 200, {"object": "list", "data": [{"id": self._name, "object": "model", "owned_by": "prunella"}]}
+        if (method, path) != ("POST", _PATH):
+            return _error(404, f"{method} {path} is not offered: GET /v1/models, POST {_PATH}")
+        try:
+            call = _Body.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            return _error(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")
+        if call.model != self._name or [message.role for message in call.messages] != ["system", "user"]:
+            return _error(400, f"the model is {self._name!r}; the messages are a system's and a user's")
+        system, user = (message.content for message in call.messages)
+        written = await self.complete(Request(system, user, call.response_format.json_schema.value, call.max_tokens))
+        if isinstance(written, Failure):
+            return _error(_STATUS[written.kind], written.message)
+        return 200, self._completion(written, call)
+
+    def _completion(self, written: Written, call: _Body) -> dict:
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": written.text},
+            "finish_reason": "length" if len(written.ids) >= call.max_tokens else "stop",
+        }
+        if call.logprobs:
+            choice["logprobs"] = {"content": _tokens(written)}
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self._name,
+            "choices": [choice],
+        }
+
+
+def _tokens(written: Written) -> list[dict]:
+    """Return the output's tokens; the label's has the five labels beside it, the others none."""
+    tokens: list[dict] = [
+        {"token": piece, "logprob": logprob, "top_logprobs": []}
+        for piece, logprob in zip(written.pieces, written.logprobs, strict=True)
+    ]
+    if written.label_at is not None and written.probabilities is not None:
+        tokens[written.label_at]["top_logprobs"] = [
+            {"token": label, "logprob": math.log(p) if p else _NEVER}
+            for label, p in zip(LABELS, written.probabilities, strict=True)
+        ]
+    return tokens
+
+
+def _error(status: int, message: str) -> tuple[int, dict]:
+    return status, {"error": {"message": message, "type": "invalid_request_error", "code": status}}

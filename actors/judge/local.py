@@ -1,0 +1,184 @@
+"""A judge held in this process by transformers: calls that come at the same time are answered together.
+
+Greedy. In float32 a call's output does not depend on the calls beside it; in half precision sums are rounded by the
+batch's shape, so that two tokens which are all but equally likely may change places.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from actors.judge.calls import Failure, Reply, Request
+from actors.judge.constrained import Grammars, Task, Written, schema_text, write
+from actors.judge.prefix import SharedPrefix
+from actors.loading import check_complete, check_finite, check_source, placement, quiet
+from actors.memory import GIB, claim_devices, free_bytes
+from actors.surgery import stored_bytes
+
+LINGER_S = 0.005  # for calls that were sent together to arrive together
+
+
+class LocalJudge:
+    """Any causal language model with a chat template, as a judge; use it within one event loop.
+
+    gpus: whole GPUs over which the layers are spread, 0: the CPU; batch: calls answered together; max_length: of
+    prompt and output together (tokens), at most what the model was built for. ValueError: no such checkpoint, weights
+    missing or not numbers, no chat template, a tokenizer that cannot be constrained, too little memory.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None,
+        dtype: str,
+        trust_remote_code: bool,
+        gpus: int,
+        batch: int,
+        max_length: int,
+    ):
+        quiet()
+        self._tokenizer = judge_tokenizer(path, revision, trust_remote_code)
+        self._model = _load(path, dtype, gpus, {"revision": revision, "trust_remote_code": trust_remote_code})
+        text = self._model.config.get_text_config()
+        self._longest = min(max_length, getattr(text, "max_position_embeddings", None) or max_length)
+        self._grammars = Grammars(self._tokenizer, text.vocab_size, _stops(self._model, self._tokenizer))
+        self._pad = self._tokenizer.pad_token_id or 0  # masked: which one it is does not matter
+        self._controls = self._control_tokens(self._prompt("x", "x"))
+        self._shared = SharedPrefix(self._model)
+        self._system: str | None = None
+        self._prefix: list[int] = []
+        self._batch = batch
+        self._waiting: list[tuple[Task, asyncio.Future]] = []
+        self._worker: asyncio.Task | None = None
+        self._broken: str | None = None
+
+    async def ask(self, request: Request) -> Reply | Failure:
+        """Return the judge's output, or why none came."""
+        written = await self.complete(request)
+        return written if isinstance(written, Failure) else Reply(written.text, written.probabilities)
+
+    async def complete(self, request: Request) -> Written | Failure:
+        """Return the output token by token, or why none came."""
+        task = self._task(request)
+        if isinstance(task, Failure):
+            return task
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((task, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    def check_health(self) -> None:
+        """RuntimeError if calls have failed in a way that lasts: a new process has to take over."""
+        if self._broken:
+            raise RuntimeError(self._broken)
+
+    def _prompt(self, system: str, user: str) -> list[int]:
+        messages = Request(system, user, {}, 0).messages
+        made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(made["input_ids"])
+
+    def _control_tokens(self, ids: Sequence[int]) -> int:
+        return sum(map(self._grammars.tokens.is_special_token, ids))
+
+    def _task(self, request: Request) -> Task | Failure:
+        prompt = self._prompt(request.system, request.user)
+        if self._control_tokens(prompt) != self._controls:
+            return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
+        if len(prompt) + request.max_tokens > self._longest:
+            return Failure(
+                "refused",
+                f"{len(prompt)} tokens of prompt and {request.max_tokens} of output are more than {self._longest}",
+            )
+        try:
+            schema = schema_text(request.schema)
+            self._grammars.matcher(schema)
+        except (ValueError, TypeError) as error:
+            return Failure("refused", str(error))
+        return Task(prompt, schema, request.max_tokens, self._prefix_of(request.system))
+
+    def _prefix_of(self, system: str) -> list[int]:
+        """Return the token ids with which every prompt with this system message begins."""
+        if system != self._system:
+            pairs = zip(self._prompt(system, "a"), self._prompt(system, "b"), strict=False)
+            self._system, self._prefix = system, [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return self._prefix
+
+    async def _work(self) -> None:
+        """Answer the waiting calls, batch by batch, until there are none."""
+        while self._waiting:
+            await asyncio.sleep(LINGER_S)
+            self._waiting = [(task, future) for task, future in self._waiting if not future.done()]  # given up since
+            taken, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+            if not taken:
+                continue
+            try:
+                answers = await asyncio.to_thread(self._answers, [task for task, _ in taken])
+            except Exception as error:
+                logging.getLogger(__name__).exception("The judge failed")
+                self._broken = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                answers = [Failure("server_error", self._broken) for _ in taken]
+            for (_, future), answer in zip(taken, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+    def _answers(self, tasks: list[Task]) -> Sequence[Written | Failure]:
+        """Answer tasks in one batch; out of memory, in halves from then on."""
+        try:
+            return write(self._model, self._grammars, tasks, self._pad, self._shared)
+        except torch.OutOfMemoryError:
+            if len(tasks) == 1:
+                return [Failure("refused", f"out of memory at {len(tasks[0].prompt)} tokens of prompt")]
+        torch.cuda.empty_cache()
+        half = self._batch = (len(tasks) + 1) // 2
+        return [*self._answers(tasks[:half]), *self._answers(tasks[half:])]
+
+
+def judge_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Load a judge's tokenizer; ValueError: there is none, or it has no chat template."""
+    check_source(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(".")[0]
+        raise ValueError(f"judge.model {path!r} has no tokenizer that can be loaded ({reason}).") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"judge.model {path!r} has no chat template: give a model that was trained to chat.")
+    return tokenizer
+
+
+def _load(path: str, dtype: str, gpus: int, common: dict) -> Any:
+    devices = claim_devices("cuda" if gpus else "cpu", gpus)
+    weights, free = stored_bytes(path, common["revision"]), sum(map(free_bytes, devices))
+    if weights > free:
+        raise ValueError(
+            f"judge.model {path!r} has {weights / GIB:.1f} GiB of weights and {free / GIB:.1f} GiB are free: give more "
+            "GPUs (judge.gpus), or a smaller or quantized checkpoint."
+        )
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=AutoConfig.from_pretrained(path, **common),
+        dtype=getattr(torch, dtype),
+        **placement(devices),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+        **common,
+    )
+    check_complete(info, path)
+    if {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and devices[0].type != "cpu":
+        raise ValueError(f"judge.model {path!r} does not fit on {gpus} GPU(s): give more (judge.gpus).")
+    check_finite(model, path)
+    return model.eval()
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an output: the tokenizer's, and those that the checkpoint's generation settings name."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({number for number in [tokenizer.eos_token_id, *named] if number is not None})

@@ -1,0 +1,45 @@
+"""Agreement of two raters on a scale of labels, with the image as the unit. numpy only."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from actors.maths.statistics import cluster_draws
+
+
+def mean_kappa(
+    first_N: Float[np.ndarray, "n"],
+    second_N: Float[np.ndarray, "n"],
+    pairs_N: Int[np.ndarray, "n"],
+    clusters_N: Int[np.ndarray, "n"],
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return the quadratically weighted kappa (Cohen 1968) and its interval when whole clusters (images) are resampled.
+
+    Entry n is an answer that both raters of the pair `pairs_N[n]` labelled; with several pairs it is the mean of their
+    kappas (Light 1971), each with the weight of its answers. kappa = 1 - sum_i (x_i - y_i)^2 / E, where E is that sum's
+    mean when the x are dealt out anew among the y. nan: undefined, all labels being equal.
+    """
+    index_N, pair_N = (np.unique(names, return_inverse=True)[1] for names in (clusters_N, pairs_N))
+    count, pairs = int(index_N.max()) + 1, int(pair_N.max()) + 1
+    powers_NM = np.stack([np.ones_like(first_N), first_N, second_N, first_N**2, second_N**2, first_N * second_N], 1)
+    sums_CPM = np.zeros((count, pairs, 6))
+    np.add.at(sums_CPM, (index_N, pair_N), powers_NM)
+    drawn_B = _kappa(np.tensordot(cluster_draws(count, draws, seed), sums_CPM, 1))
+    value = float(_kappa(sums_CPM.sum(0)))
+    if np.isnan(drawn_B).all():
+        return value, np.nan, np.nan
+    low, high = np.nanquantile(drawn_B, [(1 - level) / 2, (1 + level) / 2])
+    return value, float(low), float(high)
+
+
+def _kappa(sums_PM: Float[np.ndarray, "*b p 6"]) -> Float[np.ndarray, "*b"]:
+    """Return the mean kappa of the pairs from their sums of 1, x, y, x^2, y^2, xy."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums_PM, -1, 0)
+    expected = n * (xx + yy) - 2 * x * y  # n times E
+    defined = expected > 1e-9
+    kappa = 1 - n * (xx + yy - 2 * xy) / np.where(defined, expected, 1.0)
+    weight = np.where(defined, n, 0.0)
+    total = weight.sum(-1)
+    return np.where(total > 0, (kappa * weight).sum(-1) / np.where(total > 0, total, 1.0), np.nan)

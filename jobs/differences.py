@@ -1,0 +1,70 @@
+"""How far models differ from a reference model on the questions that both answered; the image is the unit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.maths.paired import detectable_difference, finding, holm, mcnemar_p, paired_interval, sign_flip_p
+
+_UNKNOWN = {"interval_pct": None, "p_holm": None, "detectable_pct": None, "finding": None}
+
+
+def differences(
+    models: Sequence[Mapping[str, float | None]], groups: Mapping[str, str], top: float, label: str = "difference"
+) -> list[dict]:
+    """Compare every model's scores (by sample_id; None: unscored) with the first one's; one dict of columns each.
+
+    groups: sample_id -> image or series; top: the highest score, i.e. 100 %. finding: "identical", "better", "worse"
+    or "unresolved" after Holm's correction over the models; None for the first, and where nothing can be compared.
+    detectable_pct: what 80 % power would find; None where it is 0 or undefined.
+    """
+    found = [_difference(models[0], model, groups, top) for model in models[1:]]
+    compared = [one for one in found if one["finding"] is not None]
+    for one, adjusted in zip(compared, holm([one["p_holm"] for one in compared]), strict=True):
+        one["p_holm"] = adjusted
+        if one["finding"] != "identical":
+            low, high = one["interval_pct"]
+            one["finding"] = finding(low, high, adjusted)
+    first: dict[str, Any] = {**_UNKNOWN, "pct": None, "pairs": len(_shared(models[0], models[0]))}
+    if first["pairs"]:
+        first |= {"pct": 0.0, "interval_pct": [0.0, 0.0]}
+    return [{f"{label}_{key}": value for key, value in one.items()} for one in (first, *found)]
+
+
+def name_tests(models: Sequence[Mapping[str, bool]]) -> list[float | None]:
+    """Return McNemar's p value of every model's disease names (sample_id -> right) against the first one's, after Holm.
+
+    None for the first, and for all where nothing was named.
+    """
+    raw = []
+    for model in models[1:]:
+        shared = _shared(models[0], model)
+        right, others = (np.array([one[s] for s in shared], dtype=bool) for one in (model, models[0]))
+        raw.append(mcnemar_p(right, others))
+    return [None, *(holm(raw) if models[0] else [None] * len(raw))]
+
+
+def _difference(
+    first: Mapping[str, float | None], other: Mapping[str, float | None], groups: Mapping[str, str], top: float
+) -> dict:
+    """Compare two models; the p value is not adjusted yet."""
+    shared = _shared(first, other)
+    if not shared:
+        return {**_UNKNOWN, "pct": None, "pairs": 0}
+    images = np.unique([groups[s] for s in shared], return_inverse=True)[1]
+    scores, others = (np.array([one[s] for s in shared], dtype=float) * 100 / top for one in (other, first))
+    gained = scores - others
+    identical, several = not gained.any(), images.max() > 0
+    return {
+        "pct": float(gained.mean()),
+        "interval_pct": list(paired_interval(scores, others, images)),
+        "p_holm": sign_flip_p(gained, images),
+        "detectable_pct": detectable_difference(gained, images) if several and not identical else None,
+        "finding": "identical" if identical else "unresolved",
+        "pairs": len(shared),
+    }
+
+
+def _shared(first: Mapping, other: Mapping) -> list[str]:
+    return sorted(s for s in first if first[s] is not None and other.get(s) is not None)

@@ -1,0 +1,229 @@
+"""Score answers with an LLM judge: of an evaluated model, or of anyone's tables.
+
+    python -m jobs.judge --config configs/judge-qwen2.5-32b.yaml --tables '[a.csv, b.parquet, c.jsonl]'
+    python -m jobs.judge --config configs/judge-qwen2.5-32b.yaml --agreement ratings.csv
+    python -m jobs.judge --config configs/judge-qwen2.5-32b.yaml --serve
+
+A table has columns question, reference, answer, and as far as known sample_id, class, image, group; each gets
+<name>.judged.parquet and <name>.judged.json beside it, and tables with common sample_ids are compared with the first.
+Without tables the answers of model.path are judged, as jobs.compress does for its models when judge.engine is set.
+--agreement compares it with people: a CSV of rating (0-4) and sample_id, or question, reference, answer; and rater.
+--serve keeps the judge up as an OpenAI-compatible endpoint on this machine.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from actors.judge.cache import verdict_key
+from actors.judge.verdict import TOP_LABEL
+from cluster.artifacts import write_text
+from cluster.tables import read_table, write_table
+from jobs import agreement, evaluate, prepare
+from jobs.answer_tables import AnswerTable, read_answers
+from jobs.command import main
+from jobs.differences import differences
+from jobs.judged import JudgedTable, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs.run import Run, Stage
+from jobs.verdicts import identity_of, run_async
+
+VERDICTS = "verdicts.parquet"
+SHOWN = 5  # rows of a table that are printed with the reason why they were skipped; the summary has all
+
+
+def stage(run: Run, evaluated: Stage, judged: JudgedTable | None = None) -> Stage:
+    """Return the stage that judges an evaluation's answers; `judged`: they were judged together with others'."""
+    settings = {
+        "verdicts": verdict_key(identity_of(run), "", "", "", 0),
+        "controls": run.config.judge.controls,
+        "seed": run.config.seed,
+    }
+    return Stage(
+        "judge", 1, settings, (evaluated,), lambda r, folder, facts: build(r, evaluated, judged, folder, facts)
+    )
+
+
+def build(run: Run, evaluated: Stage, judged: JudgedTable | None, folder: Path, facts: dict) -> None:
+    """Write one evaluation's verdicts."""
+    if judged is None:
+        judged = judged_tables(run, {evaluated.name: answers(run, evaluated)})[0][evaluated.name]
+    write_table(folder / VERDICTS, judged.rows)
+    facts |= judged.facts
+    facts["calibrated"] = agreement.calibration(run, judged.facts["identity"]) is not None
+
+
+def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
+    """Judge several evaluations in one session, as far as they are not judged yet; return their stages.
+
+    What lacks verdicts because the judge could not be reached is judged again.
+    """
+    stages = [stage(run, one) for one in evaluated]
+    todo = {
+        one.name: one
+        for one, made in zip(evaluated, stages, strict=True)
+        if run.missing([made]) or may_be_asked_again(run.facts(made))
+    }
+    if todo:
+        judged = judged_tables(run, {name: answers(run, one) for name, one in todo.items()})[0]
+        for name, one in todo.items():
+            made = stage(run, one, judged[name])
+            run.store.remove(made.name)
+            run.make(made)
+    return stages
+
+
+def answers(run: Run, evaluated: Stage) -> list[dict]:
+    """Return the answers of an evaluation, made if it is not there yet."""
+    return read_table(Path(run.make(evaluated)) / evaluate.ANSWERS)
+
+
+def row(run: Run, made: Stage) -> dict:
+    """Return the summary columns of an evaluation that is judged."""
+    facts = run.facts(made)
+    return summary_columns(facts, agreement.calibration(run, facts["identity"]))
+
+
+def labels(run: Run, made: Stage) -> dict[str, int | None]:
+    """Return the labels of an evaluation that is judged, by sample_id; none where it has no headline."""
+    return JudgedTable(read_table(run.store.root / made.name / VERDICTS), run.facts(made)).labels
+
+
+def table(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | None = None) -> str:
+    """Lay judged tables out for a terminal; `compared`: their differences to the first."""
+    width = max(16, *map(len, rows))
+    layout = f"{{:<{width}}} {{:>11}} {{:>16}} {{:>14}} {{:>10}}  {{}}"
+    heads = ("answers", "scored", "judge %", "bounds", "expected %", "against the first" if compared else "")
+    lines = [layout.format(*heads)]
+    for name, found in rows.items():
+        low, high = found["judge_bounds_pct"]
+        expected = "-" if found["judge_expected_pct"] is None else f"{found['judge_expected_pct']:.1f}"
+        scored = f"{found['judge_scored']}/{found['judge_total']}"
+        verdict = finding((compared or {}).get(name, {}))
+        lines.append(layout.format(name, scored, percent(found), f"[{low:.1f}, {high:.1f}]", expected, verdict))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def finding(difference: Mapping) -> str:
+    """Put a difference into words."""
+    said = difference.get("judge_difference_finding")
+    if said in (None, "identical"):
+        return said or ""
+    low, high = difference["judge_difference_interval_pct"]
+    words = f"{said}: {difference['judge_difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    words += f", p {difference['judge_difference_p_holm']:.2g}"
+    able = difference["judge_difference_detectable_pct"]
+    return words + (f", detectable {able:.1f}" if able is not None else "")
+
+
+def compared(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
+    """Compare all tables with the first, on common sample_ids with the same question and reference; or say why not."""
+    if len(tables) < 2:
+        return {}, ""
+    ids = {name: [row.get("sample_id") for row in made.rows] for name, made in tables.items()}
+    for name, own in ids.items():
+        if None in own or len(set(own)) < len(own):
+            return {}, f"not compared: {name} has rows without a sample_id, or one twice"
+    first, *_ = tables.values()
+    asked = {row["sample_id"]: (row["question"], row["reference"]) for row in first.rows}
+    scores = []
+    for made in tables.values():
+        here = {row["sample_id"]: (row["question"], row["reference"]) for row in made.rows}
+        scores.append({s: label for s, label in made.labels.items() if here[s] == asked.get(s)})
+    groups = dict(zip(asked, clusters(first.rows)[0], strict=True))
+    return dict(zip(tables, differences(scores, groups, TOP_LABEL, "judge_difference"), strict=True)), ""
+
+
+def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | None) -> None:
+    """Judge files (and the answers that people rated), write what was found beside them, and print it."""
+    rows = {one.name: one.rows for one in tables}
+    ratings: list[agreement.Rating] = []
+    if rated is not None:
+        if agreement.by_text(rated.rows):
+            rows[f"ratings {rated.name}"] = rated.rows
+        elif not rows:
+            rows[run.config.model.path] = answers(run, evaluate.stage(run, run.base_model(), prepare.stage(run)))
+        by_id = {row["sample_id"]: row for row in next(iter(rows.values())) if row.get("sample_id") is not None}
+        ratings = agreement.resolved(rated, by_id)
+    judged, found, identity = judged_tables(run, rows)
+    if rated is not None:
+        measured = agreement.record(run, rated, ratings, found, identity)
+        print(f"judge: {agreement.sentence(measured)}", flush=True)
+    calibration = agreement.calibration(run, asdict(identity))
+    shown = {name: summary_columns(made.facts, calibration) for name, made in judged.items()}
+    differ, reason = compared({one.name: judged[one.name] for one in tables})
+    for one in tables:
+        made = judged[one.name]
+        write_table(one.parquet, made.rows)
+        summary = {"table": one.name, **shown[one.name], **differ.get(one.name, {}), "not_compared": reason or None}
+        write_text(one.summary, json.dumps({**summary, **made.facts, "skipped": one.skipped}, indent=1))
+    show(shown, [made.facts for made in judged.values()], differ, reason)
+    for one in [*tables, *([rated] if rated is not None else [])]:
+        for left in one.skipped[:SHOWN]:
+            print(f"{one.name}: row {left['row']} skipped: {left['reason']}")
+        if len(one.skipped) > SHOWN:
+            print(f"{one.name}: {len(one.skipped)} rows skipped in all")
+    for one in tables:
+        print(f"judge: verdicts are in {one.parquet}, the summary is in {one.summary}", flush=True)
+
+
+def show(
+    rows: Mapping[str, Mapping], facts: Sequence[Mapping], differ: Mapping[str, Mapping], reason: str = ""
+) -> None:
+    """Print judged tables with all that has to be said about them."""
+    print(table(rows, differ))
+    for name, one in zip(rows, facts, strict=True):
+        counted = one["tally"]
+        unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}
+        print(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}")
+    for line in [*remarks(list(rows.values())), *([reason] if reason else [])]:
+        print(line, flush=True)
+
+
+def serve(run: Run) -> None:
+    """Keep the judge up until the job is interrupted."""
+
+    async def up() -> None:
+        from jobs.judge_engine import endpoint
+
+        async with endpoint(run) as url:
+            name = run.config.judge.model
+            print(f"judge: {name} answers at {url} until Ctrl-C", flush=True)
+            print(f'  curl {url}/chat/completions -H "Content-Type: application/json" \\')
+            print(f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'')
+            print(f"or jobs.judge --judge.engine openai --judge.url {url} --judge.model {name}", flush=True)
+            await asyncio.Event().wait()
+
+    try:
+        run_async(up())
+    except KeyboardInterrupt:
+        print("judge: stopped", flush=True)
+
+
+def job(run: Run) -> None:
+    """Do what the options ask for."""
+    config = run.config.judge
+    if config.engine == "none":
+        raise ValueError("judge.engine is none: give --judge.engine transformers, vllm or openai.")
+    if config.serve:
+        return serve(run)
+    rated = agreement.read_ratings(config.agreement) if config.agreement is not None else None
+    if config.tables or rated is not None:
+        return judge_files(run, distinct([read_answers(path) for path in config.tables]), rated)
+    (made,) = make_all(run, [evaluate.stage(run, run.base_model(), prepare.stage(run))])
+    show({run.config.model.path: row(run, made)}, [run.facts(made)], {}, "")
+    print(f"judge: verdicts are in {run.store.root / made.name / VERDICTS}", flush=True)
+
+
+def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
+    """Return the tables; ValueError if two would be written to one file, or go by one name."""
+    for number, one in enumerate(tables):
+        for other in tables[:number]:
+            if one.name == other.name or one.parquet == other.parquet:
+                raise ValueError(f"judge.tables: {other.path} and {one.path} need different names.")
+    return list(tables)
+
+
+if __name__ == "__main__":
+    main(__doc__, job, {"tables": "judge.tables", "agreement": "judge.agreement", "serve": "judge.serve"})

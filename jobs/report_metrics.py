@@ -1,0 +1,47 @@
+"""The metrics beside the score, as the report's tables show them."""
+
+from actors.maths import repetition
+
+RETAINED = {
+    "baseline": "baseline score",
+    "exact": "verbatim",
+    "name_accuracy": "disease named",
+    "macro_f1": "macro F1",
+    "stopped": "ended",
+    "without_loop": "without loop",
+}
+LOOPS = {"block": repetition.LONGEST_BLOCK, "copies": repetition.COPIES, "shortest": repetition.SHORTEST_LOOP}
+
+
+def names(metrics: dict[str, dict]) -> list[dict]:
+    """Return every method's confusion matrix, none where the name was not asked for; metrics: by method."""
+    return [
+        {
+            "method": method,
+            **{key: found[key] for key in ("macro_f1_pct", "macro_f1_interval_pct")},
+            "right": found["name_verdicts"].get("right", 0),
+            "asked": sum(found["name_verdicts"].values()),
+            "columns": [*found["confusion"]["classes"], *found["confusion"]["unnamed"]],
+            "lines": _lines(found["confusion"]),
+        }
+        for method, found in metrics.items()
+        if found["confusion"]
+    ]
+
+
+def _lines(confusion: dict) -> list[dict]:
+    """Return the matrix by rows; a cell's kind is what its colour tells: right, or wrong at all, or empty."""
+    lines = []
+    for number, (label, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
+        kinds = ["empty" if not n else "right" if place == number else "wrong" for place, n in enumerate(counts)]
+        lines.append({"label": label, "cells": [{"count": n, "kind": k} for n, k in zip(counts, kinds, strict=True)]})
+    return lines
+
+
+def retained(rows: list[dict]) -> dict:
+    """Return the table of what every method but the first retains."""
+    keys = [key for key in RETAINED if key in rows[0]["retention"]]
+    return {
+        "heads": [RETAINED[key] for key in keys],
+        "lines": [(row["method"], [row["retention"][key] for key in keys]) for row in rows[1:]],
+    }

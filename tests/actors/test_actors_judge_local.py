@@ -1,0 +1,331 @@
+"""The local judge: greedy under a schema as a naive loop is, alone or beside others; what fails is a Failure."""
+
+import asyncio
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import actors.judge.local
+from actors.judge.calls import Failure, Reply, Request
+from actors.judge.constrained import LABELS, Grammars, Task, Written, _label_ids, _Row, schema_text, write
+from actors.judge.endpoint import JudgeEndpoint
+from actors.judge.ladder import RUNGS, request
+from actors.judge.local import LocalJudge, judge_tokenizer
+from actors.judge.openai import chat_body, read_completion
+from actors.judge.prefix import SharedPrefix
+from actors.judge.prompt import SYSTEM
+from actors.judge.verdict import read_output
+from tests.judging import save_tiny_judge, tiny_tokenizer
+
+SETTINGS = {
+    "revision": None,
+    "dtype": "float32",
+    "trust_remote_code": False,
+    "gpus": 0,
+    "batch": 8,
+    "max_length": 4096,
+}
+REQUESTS = [
+    request("What is it?", "Psoriasis, a plaque.", "It is eczema. " * number, RUNGS[number % 3]) for number in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_tiny_judge(tmp_path_factory.mktemp("judge"))
+
+
+def judge_of(path, **changes) -> LocalJudge:
+    return LocalJudge(path, **{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def judge(path):
+    return judge_of(path)
+
+
+def ask_all(judge, requests, method="complete") -> list:
+    async def together():
+        return await asyncio.gather(*(getattr(judge, method)(each) for each in requests))
+
+    return asyncio.run(together())
+
+
+def naive(judge: LocalJudge, wanted: Request) -> tuple[list[int], list[torch.Tensor]]:
+    """Decode without cache, batch or padding: the likeliest of the tokens that may follow; and all logits."""
+    matcher = judge._grammars.matcher(schema_text(wanted.schema))
+    prompt, ids, seen = judge._prompt(wanted.system, wanted.user), [], []
+    while not matcher.is_stopped() and len(ids) < wanted.max_tokens:
+        with torch.inference_mode():
+            logits_V = judge._model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].double()
+        allowed = matcher.compute_logit_bias()
+        token = next(t for t in logits_V.argsort(descending=True).tolist() if allowed[t])
+        assert matcher.consume_token(token)
+        ids.append(token)
+        seen.append(logits_V)
+    return ids, seen
+
+
+@pytest.mark.parametrize("number", [0, 2, 5, 6])
+def test_the_output_is_what_a_naive_loop_writes(judge, number):
+    (written,) = ask_all(judge, [REQUESTS[number]])
+    ids, seen = naive(judge, REQUESTS[number])
+    assert written.ids == ids
+    read = read_output(written.text, RUNGS[number % 3].output)
+    at = max(n for n, piece in enumerate(written.pieces) if any(sign.isdigit() for sign in piece))
+    assert written.label_at == at and written.pieces[at] == str(read.label)
+    labels = [judge._tokenizer.convert_tokens_to_ids(label) for label in LABELS]
+    assert written.probabilities == pytest.approx(seen[at].softmax(-1)[labels].tolist(), rel=1e-4)
+    assert sum(written.probabilities) < 0.5  # of all tokens, not of those that the schema allows
+    assert written.logprobs == pytest.approx(
+        [logits.log_softmax(-1)[t].item() for t, logits in zip(ids, seen, strict=True)], abs=1e-4
+    )
+
+
+def test_a_batch_is_token_for_token_what_its_calls_are_one_by_one(judge):
+    together = ask_all(judge, REQUESTS)
+    alone = [ask_all(judge, [each])[0] for each in REQUESTS]
+    assert [written.ids for written in together] == [written.ids for written in alone]
+    assert len({len(judge._prompt(each.system, each.user)) for each in REQUESTS}) > 5  # padding was at work
+    assert len({len(written.ids) for written in together}) > 3
+    for one, other in zip(together, alone, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-3)
+
+
+def test_the_rubric_is_read_once(path, monkeypatch):
+    judge, read = judge_of(path), []
+    reading = SharedPrefix._read
+    monkeypatch.setattr(SharedPrefix, "_read", lambda self, ids: read.append(len(ids)) or reading(self, ids))
+    seen = []
+    handle = judge._model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    first = ask_all(judge, REQUESTS[:3])
+    second = ask_all(judge, REQUESTS[:3])
+    handle.remove()
+    system = len(judge._prompt(SYSTEM, "")) - len(judge._prompt("", ""))
+    assert [written.ids for written in first] == [written.ids for written in second]
+    assert len(read) == 1 and read[0] > system and seen[0] == (1, read[0])
+    longest = max(len(judge._prompt(each.system, each.user)) for each in REQUESTS[:3])
+    assert seen[1] == (3, longest - read[0])
+    other = ask_all(judge, [Request("Another rubric.", each.user, each.schema, 256) for each in REQUESTS[:2]])
+    mixed = ask_all(judge, [REQUESTS[0], Request("Another rubric.", REQUESTS[1].user, REQUESTS[1].schema, 256)])
+    assert [written.ids for written in mixed] == [first[0].ids, other[1].ids]
+
+
+def test_a_model_with_windows_reads_the_rubric_with_every_call(path, tmp_path):
+    shutil.copytree(path, tmp_path / "windowed")
+    config = json.loads((tmp_path / "windowed" / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
+    judge = judge_of(str(tmp_path / "windowed"))
+    together = ask_all(judge, REQUESTS[:3])
+    assert judge._shared._ids == []
+    assert together[2].ids == naive(judge, REQUESTS[2])[0]
+
+
+def test_a_reply_is_the_text_and_the_labels_probabilities(judge):
+    (written,) = ask_all(judge, REQUESTS[:1])
+    assert ask_all(judge, REQUESTS[:1], "ask") == [Reply(written.text, written.probabilities)]
+
+
+def test_an_output_ends_at_its_length(judge):
+    wanted = request("What?", "Psoriasis.", "It is eczema. " * 4, RUNGS[1])
+    (whole,) = ask_all(judge, [wanted])
+    (cut,) = ask_all(judge, [Request(wanted.system, wanted.user, wanted.schema, 4)])
+    assert len(whole.ids) > 4 and cut.ids == whole.ids[:4]
+
+
+def test_the_prompt_is_the_templates_text_with_each_control_token_once(judge):
+    wanted = REQUESTS[1]
+    text = (
+        f"<|im_start|>system\n{wanted.system}<|im_end|>\n<|im_start|>user\n{wanted.user}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    prompt = judge._prompt(wanted.system, wanted.user)
+    assert judge._tokenizer.decode(prompt) == text
+    assert judge._control_tokens(prompt) == 5
+
+
+def test_a_text_that_reads_as_a_control_token_is_refused(judge):
+    wanted = REQUESTS[2]
+    (answer,) = ask_all(judge, [Request(wanted.system, wanted.user + "<|im_end|>", wanted.schema, 24)])
+    assert answer == Failure("refused", "a text in the prompt reads as one of the model's control tokens")
+
+
+def test_a_call_may_fill_the_models_length_and_not_pass_it(path):
+    wanted = REQUESTS[2]
+    length = len(judge_of(path)._prompt(wanted.system, wanted.user)) + wanted.max_tokens
+    (fits,) = ask_all(judge_of(path, max_length=length), [wanted])
+    (does_not,) = ask_all(judge_of(path, max_length=length - 1), [wanted])
+    assert isinstance(fits, Written)
+    assert does_not.kind == "refused" and f"are more than {length - 1}" in does_not.message
+
+
+def test_a_schema_that_is_none_is_refused(judge):
+    (answer,) = ask_all(judge, [Request("s", "u", {"type": "no such type"}, 24)])
+    assert answer.kind == "refused" and "Invalid type: no such type" in answer.message
+
+
+def test_calls_that_come_together_are_answered_in_batches(judge, monkeypatch):
+    sizes = note_batches(monkeypatch)
+    answers = ask_all(judge, [REQUESTS[2]] * 20)
+    assert sizes == [8, 8, 4] and len({tuple(a.ids) for a in answers}) == 1
+
+
+def test_a_call_that_was_given_up_takes_no_place(judge, monkeypatch):
+    sizes = note_batches(monkeypatch)
+
+    async def given_up():
+        calls = [asyncio.create_task(judge.ask(REQUESTS[2])) for _ in range(10)]
+        await asyncio.sleep(0)
+        for call in calls[:6]:
+            call.cancel()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(given_up())
+    assert sizes == [4]
+    assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 6 + [Reply] * 4
+
+
+def note_batches(monkeypatch, most: int = 100, deadly: int | None = None) -> list[int]:
+    """Note every batch's size; batches beyond `most`, or with a task of `deadly` tokens, run out of memory."""
+    sizes = []
+
+    def noted(model, grammars, tasks: list[Task], pad, shared):
+        sizes.append(len(tasks))
+        if len(tasks) > most or any(task.max_tokens == deadly for task in tasks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return write(model, grammars, tasks, pad, shared)
+
+    monkeypatch.setattr(actors.judge.local, "write", noted)
+    return sizes
+
+
+def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch):
+    judge = judge_of(path)
+    sizes = note_batches(monkeypatch, most=3)
+    assert all(isinstance(answer, Written) for answer in ask_all(judge, [REQUESTS[2]] * 12))
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
+
+
+def test_a_call_that_no_memory_holds_is_refused_and_its_neighbours_are_not(path, monkeypatch):
+    note_batches(monkeypatch, deadly=17)
+    hungry = Request(REQUESTS[2].system, REQUESTS[2].user, REQUESTS[2].schema, 17)
+    answers = ask_all(judge_of(path), [REQUESTS[2], hungry, REQUESTS[2]])
+    assert [type(answer) for answer in answers] == [Written, Failure, Written]
+    assert answers[1].kind == "refused" and "out of memory" in answers[1].message
+
+
+def test_an_error_of_the_model_is_a_failure_and_shows_in_the_health_check(path):
+    judge = judge_of(path)
+    judge.check_health()
+    torch.nn.init.constant_(judge._model.lm_head.weight, math.nan)
+    answers = ask_all(judge, REQUESTS[:2], "ask")
+    assert {answer.kind for answer in answers} == {"server_error"} and "not numbers" in answers[0].message
+    with pytest.raises(RuntimeError, match="not numbers"):
+        judge.check_health()
+
+
+class _Tokens:
+    """A tokenizer that has no token of its own for 3."""
+
+    def tokenize_str(self, text: str) -> list[int]:
+        return [7, 8] if text == "3" else [int(text)]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join({10: b'{"label"', 11: b":4", 12: b"}", 4: b"4", 13: b":"}[token] for token in ids)
+
+
+def test_without_a_token_for_each_label_there_are_no_probabilities():
+    assert _label_ids(_Tokens()) is None
+    assert _label_ids(Grammars(tiny_tokenizer(), 1024, [2]).tokens) is not None
+
+
+@pytest.mark.parametrize(("ids", "at"), [((10, 11, 12), None), ((10, 13, 4, 12), 2)])
+def test_a_label_that_is_part_of_a_longer_token_has_no_probabilities(ids, at):
+    grammars = Grammars.__new__(Grammars)
+    grammars.tokens, grammars.labels = _Tokens(), [0, 1, 2, 3, 4]
+    row = _Row()
+    for token in ids:
+        row.note(token, -1.0, [0.1, 0.2, 0.3, 0.1, token / 100])
+    written = row.written(grammars)
+    assert written.text == '{"label":4}' and written.label_at == at
+    assert written.probabilities == (None if at is None else (0.1, 0.2, 0.3, 0.1, 0.04))
+
+
+def test_a_checkpoint_that_cannot_judge_is_refused(path, tmp_path):
+    with pytest.raises(ValueError, match="No checkpoint at"):
+        judge_tokenizer(str(tmp_path / "none"), None, False)
+    broken = save_tiny_judge(tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    gone = {name: tensor for name, tensor in weights.items() if "layers.1" not in name}
+    save_file(gone, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not hold the model"):
+        judge_of(broken)
+    (tmp_path / "broken" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        judge_of(broken)
+
+
+def test_half_precision_writes_by_the_schema(path):
+    (answer,) = ask_all(judge_of(path, dtype="bfloat16"), [REQUESTS[2]])
+    read_output(answer.text, RUNGS[2].output)
+
+
+@pytest.fixture(scope="module")
+def endpoint(path):
+    return JudgeEndpoint(name="tiny", path=path, **SETTINGS)
+
+
+def post(endpoint, body) -> tuple[int, dict]:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return asyncio.run(endpoint.http("POST", "/v1/chat/completions", content))
+
+
+def test_the_endpoint_answers_what_the_client_reads(endpoint):
+    status, completion = post(endpoint, chat_body(REQUESTS[0], "tiny", logprobs=True))
+    (own,) = ask_all(endpoint, [Request(REQUESTS[0].system, REQUESTS[0].user, unlimited(REQUESTS[0].schema), 256)])
+    read = read_completion(json.dumps(completion))
+    assert status == 200 and completion["choices"][0]["finish_reason"] == "stop"
+    assert read.text == own.text and read.probabilities == pytest.approx(own.probabilities)
+    assert "logprobs" not in post(endpoint, chat_body(REQUESTS[0], "tiny", logprobs=False))[1]["choices"][0]
+
+
+def unlimited(schema: dict) -> dict:
+    """Return the schema as the client sends it."""
+    body = chat_body(Request("", "", schema, 1), "tiny", logprobs=False)
+    return body["response_format"]["json_schema"]["schema"]
+
+
+def test_the_endpoint_names_its_model(endpoint):
+    status, models = asyncio.run(endpoint.http("GET", "/v1/models", b""))
+    assert status == 200 and [model["id"] for model in models["data"]] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "other"}, "the model is 'tiny'"),
+        ({"stream": True}, "stream"),
+        ({"response_format": {"type": "text"}}, "response_format.type"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "a system's and a user's"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5000}, "are more than 4096"),
+    ],
+)
+def test_the_endpoint_refuses_what_it_does_not_do(endpoint, change, message):
+    status, answer = post(endpoint, {**chat_body(REQUESTS[0], "tiny", logprobs=True), **change})
+    assert status == 400 and message in answer["error"]["message"]
+
+
+def test_the_endpoint_refuses_what_is_no_call(endpoint):
+    assert post(endpoint, b"{")[0] == 400
+    assert asyncio.run(endpoint.http("GET", "/v1/chat/completions", b""))[0] == 404
+    assert asyncio.run(endpoint.http("GET", "/metrics", b""))[0] == 404

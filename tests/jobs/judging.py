@@ -1,0 +1,77 @@
+"""A judge without a model: it knows the verdict of every answer, and misbehaves where it is told to."""
+
+import asyncio
+import json
+import random
+import sys
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from actors.judge.cache import JudgeIdentity
+from actors.judge.calls import Failure, Reply, Request
+from actors.judge.prompt import neutralise, parse_user_message
+from jobs.options import load_config
+from jobs.run import Run
+
+IDENTITY = JudgeIdentity("mock@1", "none", "none", "mock 1", "float32", "greedy")
+
+
+def fair(question: str, reference: str, candidate: str) -> int:
+    """4 for the reference, 2 for an answer that shares its last word, 0 for everything else."""
+    if candidate == neutralise(reference):
+        return 4
+    words = candidate.split()
+    return 2 if words and words[-1] == reference.split()[-1] else 0
+
+
+class Mock:
+    """An engine; `label` gives the verdict, `before` may return a Failure or raise; counts what it was asked.
+
+    It takes `delay` seconds +-50 % for a call.
+    """
+
+    def __init__(self, label: Callable[[str, str, str], int] = fair, before: Callable | None = None, delay: float = 0):
+        self.label, self.before, self.delay, self.draw = label, before, delay, random.Random(8)
+        self.asked: list[tuple[str, str, str]] = []
+        self.now = self.most = self.sessions = 0
+
+    async def ask(self, request: Request) -> Reply | Failure:
+        """Answer after `delay` seconds."""
+        text = parse_user_message(request.user)
+        self.asked.append(text)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await asyncio.sleep(self.delay * self.draw.uniform(0.5, 1.5))
+            failure = self.before(*text) if self.before else None
+            if failure is not None:
+                return failure
+            label = self.label(*text)
+            probabilities = tuple(0.9 if k == label else 0.02 for k in range(5))
+            return Reply(json.dumps({"reason": "because", "label": label}), probabilities)
+        finally:
+            self.now -= 1
+
+    def install(self, monkeypatch, identity: JudgeIdentity = IDENTITY) -> "Mock":
+        """Stand in for jobs.judge_engine."""
+
+        @asynccontextmanager
+        async def judge_engine(run):
+            self.sessions += 1
+            yield self.ask, identity
+
+        @asynccontextmanager
+        async def endpoint(run):
+            yield "http://127.0.0.1:1/v1"
+
+        module = SimpleNamespace(judge_engine=judge_engine, judge_identity=lambda run: identity, endpoint=endpoint)
+        monkeypatch.setitem(sys.modules, "jobs.judge_engine", module)
+        monkeypatch.setattr("jobs.judge_engine", module, raising=False)
+        return self
+
+
+def run_in(folder: Path, *options: tuple[str, str]) -> Run:
+    """Return a run in `folder` with a judge."""
+    return Run(load_config(None, [("run_dir", str(folder)), ("judge.engine", "transformers"), *options]))

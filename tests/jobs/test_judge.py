@@ -1,0 +1,423 @@
+"""jobs.judge with a judge that needs no model: tables, an evaluation's stage, the summary's columns, the command."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from actors.judge.calls import Failure
+from cluster.tables import read_table, write_table
+from jobs import agreement, compress, evaluate, judge
+from jobs.command import main
+from jobs.judged import NOT_JUDGED, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs.run import Source, Stage
+from tests.jobs.judging import IDENTITY, Mock, fair, run_in
+from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
+
+DISEASES = ("psoriasis", "melanoma", "rosacea", "eczema")
+
+
+def answer_rows(images: int = 12, right: float = 1.0, seed: int = 0) -> list[dict]:
+    """Three questions about every image; a share of the images is answered rightly, the others with another disease."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for image in range(images):
+        disease, said = DISEASES[image % 4], DISEASES[(image + (draw.random() >= right)) % 4]
+        for question in ("name", "treatment", "features"):
+            reference = f"The {question} is that of {disease}"
+            answer = f"The {question} is that of {said}"
+            rows.append(
+                {
+                    "sample_id": f"{image}:{question}",
+                    "question_id": question,
+                    "image": f"{image}.png",
+                    "group": f"series {image}",
+                    "class": disease,
+                    "question": f"What is the {question}?",
+                    "reference": reference,
+                    "answer": answer,
+                    "baseline": float(answer == reference),
+                    "verdict": ("right" if answer == reference else "wrong") if question == "name" else None,
+                    "method": "which model it was",
+                }
+            )
+    return rows
+
+
+def evaluation(run, name: str, rows: list[dict]) -> Stage:
+    """Return an evaluation that found `rows`."""
+    model = Source(f"model-{name}", "/nowhere")
+
+    def build(r, folder, facts):
+        write_table(folder / evaluate.ANSWERS, rows)
+        facts |= {"metrics": {}, "profile": {}}
+
+    made = Stage("evaluate", 0, {}, (model,), build)
+    run.make(made)
+    return made
+
+
+def test_evaluations_are_judged_in_one_session_and_only_once(tmp_path, monkeypatch):
+    """Six models, one start of the judge; equal answers are asked once; the artifact has what the report reads."""
+    mock = Mock().install(monkeypatch)
+    run = run_in(tmp_path)
+    shares = (1.0, 0.9, 0.5, 1.0, 0.5, 0.0)
+    models = [evaluation(run, str(n), answer_rows(right=share, seed=n)) for n, share in enumerate(shares)]
+    stages = judge.make_all(run, models)
+    assert mock.sessions == 1 and len(mock.asked) == len(set(mock.asked))
+    assert all("which model" not in "".join(text) for text in mock.asked)
+    assert [one.kind for one in stages] == ["judge"] * 6 and stages[0].parents == (models[0],)
+    rows, facts = read_table(run.store.root / stages[2].name / judge.VERDICTS), run.facts(stages[2])
+    assert {*rows[0]} == {
+        *("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer"),
+        *("judge_label", "judge_reason", "judge_expected", "judge_label_mass", "judge_raw", "judge_tries", "judge_key"),
+    }
+    assert all(row["judge_label"] == fair(row["question"], row["reference"], row["answer"]) for row in rows)
+    assert facts["tally"]["scored"] == 36 and facts["tally"]["unit"] == "group" and facts["tally"]["clusters"] == 12
+    assert facts["controls"]["count"] == 8 * 7 and facts["controls"]["missed"] == 0 and facts["calibrated"] is False
+    calls = len(mock.asked)
+    judge.make_all(run_in(tmp_path), models)
+    for one in models:
+        run_in(tmp_path).make(judge.stage(run, one))
+    assert (mock.sessions, len(mock.asked)) == (1, calls)
+
+
+def test_one_evaluation_alone_is_a_stage_like_any_other(tmp_path, monkeypatch):
+    Mock().install(monkeypatch)
+    run = run_in(tmp_path)
+    made = judge.stage(run, evaluation(run, "a", answer_rows()))
+    assert (run.store.root / made.name / judge.VERDICTS).exists() is False
+    run.make(made)
+    assert judge.row(run, made)["judge_pct"] == 100 and len(judge.labels(run, made)) == 36
+    other = judge.stage(run_in(tmp_path, ("judge.controls", "3")), evaluation(run, "a", answer_rows()))
+    assert other.name != made.name
+
+
+def test_what_was_not_reached_is_judged_again_and_bad_output_is_not(tmp_path, monkeypatch, hurried):  # noqa: F811
+    """One answer is refused, one never gets a schema's output: the next job asks for the first alone."""
+    rows = answer_rows()
+    broken = {rows[0]["reference"]: "refused", rows[1]["reference"]: "bad"}
+    where = {"fail": True}
+
+    def before(question, reference, candidate):
+        kind = broken.get(reference) if where["fail"] and candidate.endswith(" ?") else None
+        return Failure("refused", "too long") if kind == "refused" else None
+
+    def label(question, reference, candidate):
+        return (
+            9 if broken.get(reference) == "bad" and candidate.endswith(" ?") else fair(question, reference, candidate)
+        )
+
+    for row in rows[:2]:
+        row["answer"] += " ?"
+    mock = Mock(label, before).install(monkeypatch)
+    run = run_in(tmp_path)
+    made = evaluation(run, "a", rows)
+    (stage,) = judge.make_all(run, [made])
+    assert run.facts(stage)["unscored"] == {"refused": 1, "bad_output": 1}
+    assert run.facts(stage)["tally"]["judge_pct"] is None, "2 of 36 are more than 2 %"
+    bounds = [100 * (34 * 4 + missing) / 144 for missing in (0, 8)]
+    assert run.facts(stage)["tally"]["judge_bounds_pct"] == pytest.approx(bounds)
+    unscored = [r for r in read_table(run.store.root / stage.name / judge.VERDICTS) if r["judge_label"] is None]
+    assert len(unscored) == 2 and all(row["judge_reason"] for row in unscored)
+    where["fail"] = False
+    judge.make_all(run, [made])
+    assert run.facts(stage)["unscored"] == {"bad_output": 1} and mock.sessions == 2
+    assert run.facts(stage)["tally"]["scored"] == 35
+    judge.make_all(run, [made])
+    assert mock.sessions == 2
+
+
+@pytest.mark.parametrize(
+    ("unscored", "headline", "again"),
+    [
+        ({}, 90.0, False),
+        ({"timeout": 1}, 90.0, True),
+        ({"refused": 1, "bad_output": 1}, 90.0, False),
+        ({"refused": 50}, None, True),
+        ({"bad_output": 50}, None, False),
+    ],
+)
+def test_which_tables_are_judged_again(unscored, headline, again):
+    """Not for one answer that is too long, but if most were refused."""
+    facts = {"tally": {"judge_pct": headline}, "unscored": unscored, "controls": {"unscored": {}}}
+    assert may_be_asked_again(facts) is again
+    assert may_be_asked_again({**facts, "controls": {"unscored": {"closed": 1}}})  # a miss that is none of the judge's
+
+
+def test_a_judge_that_fails_its_controls_flags_the_run(tmp_path, monkeypatch):
+    """It gives 4 to everything: only the references are as they must be."""
+    Mock(lambda *_: 4).install(monkeypatch)
+    run = run_in(tmp_path)
+    made, _, _ = judged_tables(run, {"a": answer_rows()})
+    facts = made["a"].facts
+    assert facts["controls"]["by_kind"]["reference"] == {"count": 8, "missed": 0}
+    assert facts["controls"]["by_kind"]["fake_verdict"] == {"count": 8, "missed": 8}
+    assert facts["controls"]["missed"] == 48 == len(facts["controls"]["misses"])
+    row = summary_columns(facts, None)
+    assert row["judge_flagged"] is True and percent(row).endswith("!")
+    said = "\n".join(remarks([row]))
+    assert "FLAGGED" in said and "other_class 8 of 8" in said and "reference" not in said and "uncalibrated" in said
+
+
+def test_intervals_resample_images(tmp_path, monkeypatch):
+    """Twelve images of three equal verdicts: the interval is that of twelve verdicts, not of thirty-six."""
+    Mock().install(monkeypatch)
+    rows = answer_rows(right=0.5)
+    run = run_in(tmp_path)
+    alone = [{key: value for key, value in row.items() if key not in ("group", "image")} for row in rows]
+    made, _, _ = judged_tables(run, {"images": rows, "answers": alone})
+    wide, narrow = (made[name].facts["tally"] for name in ("images", "answers"))
+    assert (wide["unit"], narrow["unit"], narrow["clusters"]) == ("group", "answer", 36)
+    width, other = (np.diff(one["judge_interval_pct"])[0] for one in (wide, narrow))
+    assert width == pytest.approx(other * 3**0.5, rel=0.2)
+    assert wide["judge_expected_pct"] == pytest.approx(
+        100 * np.mean([e["judge_expected"] for e in made["images"].rows]) / 4
+    )
+
+
+def compared(tmp_path, monkeypatch, shares, engine="transformers") -> list[dict]:
+    Mock().install(monkeypatch)
+    run = run_in(tmp_path, ("judge.engine", engine))
+    answers = [answer_rows(40, share, seed=n) for n, share in enumerate(shares)]
+    planned = {str(n): (None, evaluation(run, str(n), rows)) for n, rows in enumerate(answers)}
+    if engine != "none":
+        judge.make_all(run, [evaluated for _, evaluated in planned.values()])
+    tables = [{row["sample_id"]: row for row in rows} for rows in answers]
+    return compress._compared(run, tables, compress.judgements(run, planned))
+
+
+def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
+    """The original, its equal, one that lost half of the images, one that lost a few: identical, worse, unresolved."""
+    rows = compared(tmp_path, monkeypatch, (1.0, 1.0, 0.5, 0.97))
+    assert all(row["is_llm_judge"] is True and row["judge_calibrated"] is False for row in rows)
+    assert all(row["judge_scored"] == row["judge_total"] == 120 and row["judge_flagged"] is False for row in rows)
+    assert [row["judge_difference_finding"] for row in rows] == [None, "identical", "worse", "unresolved"]
+    assert [row["difference_finding"] for row in rows] == [None, "identical", "worse", "unresolved"]
+    assert rows[0]["judge_difference_pct"] == rows[1]["judge_difference_pct"] == 0
+    assert rows[1]["judge_difference_detectable_pct"] is None and rows[3]["judge_difference_detectable_pct"] > 0
+    columns = {"method": "m", "params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
+    columns |= {
+        "baseline_pct": 1.0,
+        "baseline_interval_pct": [0, 2],
+        "exact_pct": 1.0,
+        "ms_per_token": 1.0,
+        "images": 40,
+    }
+    columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0}
+    said = compress.table([columns | row for row in rows])
+    assert "judge %" in said and "100.0 [100, 100]" in said and "uncalibrated" in said and "not run" not in said
+    assert "m against the original, as judged: worse: " in said and "as judged: identical" in said
+    lost = rows[2]
+    assert lost["judge_difference_pct"] == pytest.approx(lost["judge_pct"] - rows[0]["judge_pct"])
+    low, high = lost["judge_difference_interval_pct"]
+    assert low < lost["judge_difference_pct"] < high < 0
+    assert lost["name_p_holm"] < 0.05 < rows[3]["name_p_holm"] and rows[0]["name_p_holm"] is None
+
+
+def test_summary_columns_without_a_judge(tmp_path, monkeypatch):
+    """Everything about a judge is null, the baseline's differences are there."""
+    rows = compared(tmp_path, monkeypatch, (1.0, 0.5), engine="none")
+    assert {key: rows[1][key] for key in NOT_JUDGED} == NOT_JUDGED and rows[1]["is_llm_judge"] is False
+    assert rows[1]["judge_difference_pct"] is None and rows[1]["judge_difference_finding"] is None
+    assert rows[1]["difference_finding"] == "worse" and set(rows[0]) == set(rows[1])
+
+
+def command(monkeypatch, capsys, folder, *arguments: str) -> tuple[int, str, str]:
+    """Run jobs.judge as its command line does."""
+    options = {"tables": "judge.tables", "agreement": "judge.agreement", "serve": "judge.serve"}
+    monkeypatch.setattr(sys, "argv", ["judge", "--run_dir", str(folder / "run"), "--judge.engine", "vllm", *arguments])
+    code = 0
+    try:
+        main(judge.__doc__ or "", judge.job, options)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def write_csv(path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_tables_of_every_format(tmp_path, monkeypatch, capsys):
+    """CSV, Parquet, JSONL with common sample_ids: judged beside the inputs, compared with the first, printed."""
+    Mock().install(monkeypatch)
+    first, second, third = (answer_rows(40, share, seed) for seed, share in enumerate((1.0, 0.3, 1.0)))
+    write_csv(tmp_path / "a.csv", first)
+    write_table(tmp_path / "b.parquet", second)
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in third))
+    before = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    paths = ", ".join(str(tmp_path / name) for name in before)
+    code, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{paths}]")
+    assert code == 0 and {name: (tmp_path / name).read_bytes() for name in before} == before
+    rows = read_table(tmp_path / "b.judged.parquet")
+    assert len(rows) == 120 and rows[5]["judge_label"] == fair("", rows[5]["reference"], rows[5]["answer"])
+    found = {name: json.loads((tmp_path / f"{name}.judged.json").read_text()) for name in "abc"}
+    assert [found[name]["judge_difference_finding"] for name in "abc"] == [None, "worse", "identical"]
+    assert found["b"]["judge_pct"] == found["b"]["tally"]["judge_pct"] < 70 and found["b"]["skipped"] == []
+    lines = [line.split() for line in out.splitlines()]
+    assert next(line for line in lines if line[:1] == ["b.parquet"])[1] == "120/120"
+    assert "worse:" in out and "identical" in out and "uncalibrated" in out and "over 40 series of images" in out
+
+
+def test_a_table_with_the_three_columns_alone(tmp_path, monkeypatch, capsys):
+    """Empty answers are answers; what is missing is listed; the unit is the answer, and the table says so."""
+    Mock().install(monkeypatch)
+    lines = [
+        {"question": "What?", "reference": "It is eczema", "answer": ""},
+        {"question": "What?", "reference": "It is eczema", "answer": None},
+        {"question": "What?", "answer": "It is eczema"},
+        {"question": "What?", "reference": " ", "answer": "x"},
+        {"question": "What?", "reference": "It is eczema", "answer": 4},
+        {"question": "What?", "reference": "It is eczema", "answer": "half a \ud83d character of eczema"},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (tmp_path / "a.jsonl").write_text(text + "\nno JSON\n[1]\n")
+    code, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.jsonl]")
+    assert code == 0
+    assert [row["judge_label"] for row in read_table(tmp_path / "a.judged.parquet")] == [0, 2]
+    found = json.loads((tmp_path / "a.judged.json").read_text())
+    assert [(one["row"], one["reason"]) for one in found["skipped"]] == [
+        (2, "answer is null"),
+        (3, "reference is null"),
+        (4, "reference is empty"),
+        (5, "answer is no text but int"),
+        (7, "not a JSON object"),
+        (8, "not a JSON object"),
+    ]
+    assert "no image column" in out and "6 rows skipped in all" in out and "other_class" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "question,reference,text\nWhat?,x,y\n", ["a.csv", "answer", "question, reference, text"]),
+        ("a.csv", "", ["a.csv", "none"]),
+        ("a.csv", "question,reference,answer\n", ["a.csv"]),
+        ("a.jsonl", "{}\n", ["a.jsonl", "question, reference, answer"]),
+        ("a.parquet", "no parquet", ["a.parquet", "cannot be read"]),
+        ("a.txt", "x", ["a.txt", ".csv, .parquet, .jsonl"]),
+        (None, "", ["no table", "a.csv"]),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, monkeypatch, capsys, name, content, says):
+    mock = Mock().install(monkeypatch)
+    if name:
+        (tmp_path / name).write_text(content)
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/{name or 'a.csv'}]")
+    assert code == 2 and mock.asked == [] and "Traceback" not in err
+    for word in says:
+        assert word in err
+
+
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
+    Mock().install(monkeypatch)
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--judge.engine", "none")
+    assert code == 2 and "judge.engine is none" in err
+    write_csv(tmp_path / "a.csv", answer_rows(2))
+    write_table(tmp_path / "a.parquet", answer_rows(2))
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/a.parquet]")
+    assert code == 2 and "different names" in err
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", "[a.csv]")
+    assert code == 2 and "absolute path" in err
+
+
+def test_serving_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
+    """The URL, how to use it, and a clean end."""
+    Mock().install(monkeypatch)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    code, out, err = command(monkeypatch, capsys, tmp_path, "--serve", "--judge.model", "the-judge")
+    assert (code, err) == (0, "")
+    assert "the-judge answers at http://127.0.0.1:1/v1 until Ctrl-C" in out and "judge: stopped" in out
+    assert "--judge.engine openai --judge.url http://127.0.0.1:1/v1 --judge.model the-judge" in out
+
+
+def test_tables_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
+    """A repeated sample_id; or other questions under the same ones."""
+    Mock().install(monkeypatch)
+    rows = answer_rows(3)
+    write_csv(tmp_path / "a.csv", rows)
+    write_csv(tmp_path / "b.csv", [*rows, rows[0]])
+    write_csv(tmp_path / "c.csv", [{**row, "question": "Other?"} for row in rows])
+    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/b.csv]")
+    assert "not compared: b.csv" in out
+    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/c.csv]")
+    assert (
+        "identical" not in out and json.loads((tmp_path / "c.judged.json").read_text())["judge_difference_pairs"] == 0
+    )
+
+
+def rated(folder, rows: list[dict], **columns) -> None:
+    """Write ratings.csv: rater A agrees with the fair judge, B gives one more where there is one more."""
+    given = [fair("", row["reference"], row["answer"]) for row in rows]
+    both = [{**row, "rater": "A", "rating": label} for row, label in zip(rows, given, strict=True)]
+    both += [{**row, "rater": "B", "rating": min(4, label + 1)} for row, label in zip(rows, given, strict=True)]
+    write_csv(folder / "ratings.csv", [{**row, **columns} for row in both])
+
+
+def test_agreement_with_people(tmp_path, monkeypatch, capsys):
+    """Two raters who bring the answers: from then on this judge's tables say so, and another judge's do not."""
+    Mock().install(monkeypatch)
+    rows = answer_rows(20, 0.5)
+    labels = np.array([fair("", row["reference"], row["answer"]) for row in rows])
+    rated(tmp_path, rows)
+    code, out, err = command(monkeypatch, capsys, tmp_path, "--agreement", f"{tmp_path}/ratings.csv")
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / agreement.FILE).read_text())
+    assert (found["raters"], found["answers"], found["clusters"], found["unscored"]) == (2, 60, 20, 0)
+    assert found["signed_error"] == pytest.approx(-0.5 * np.mean(labels < 4))
+    kappa = cohen_kappa_score(labels, np.minimum(labels + 1, 4), labels=range(5), weights="quadratic")
+    assert found["people_kappa"] == pytest.approx(kappa) and found["kappa"] == pytest.approx((1 + kappa) / 2)
+    assert "people among themselves" in out and "uncalibrated" not in out and "ratings.csv" in out
+    write_csv(tmp_path / "a.csv", rows)
+    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv]")
+    assert "against 60 answers rated by people" in out and "uncalibrated" not in out
+    Mock().install(monkeypatch, dataclasses.replace(IDENTITY, revision="another"))
+    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv]")
+    assert "uncalibrated" in out
+
+
+def test_agreement_by_sample_id(tmp_path, monkeypatch, capsys):
+    """The ratings name answers of the first table; an answer that is not there is a mistake."""
+    Mock().install(monkeypatch)
+    rows = answer_rows(10, 0.5)
+    write_csv(tmp_path / "a.csv", rows)
+    lines = [f"{row['sample_id']},{fair('', row['reference'], row['answer'])}" for row in rows[:20]]
+    (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines]))
+    arguments = ("--tables", f"[{tmp_path}/a.csv]", "--agreement", f"{tmp_path}/r.csv")
+    code, out, err = command(monkeypatch, capsys, tmp_path, *arguments)
+    assert code == 0 and "against 20 answers rated by people: weighted kappa 1.00 [1.00, 1.00]" in out, err
+    assert json.loads((tmp_path / "a.judged.json").read_text())["judge_agreement"]["signed_error"] == 0
+    (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines, "elsewhere,4"]))
+    code, _, err = command(monkeypatch, capsys, tmp_path, *arguments)
+    assert code == 2 and "'elsewhere'" in err
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("sample_id,rating\na,5", "'5' is no whole number"),
+        ("sample_id,rating\na,good", "'good' is no whole number"),
+        ("sample_id,rating\na,2.5", "'2.5' is no whole number"),
+        ("rating,answer\n3,x", "sample_id, or question, reference, answer"),
+        ("sample_id,score\na,3", "lacks the columns rating"),
+        ("question,reference,answer,rating\nq,r,a,3\nq,r,a,4", "rated before"),
+    ],
+)
+def test_ratings_with_mistakes(tmp_path, monkeypatch, capsys, lines, says):
+    Mock().install(monkeypatch)
+    (tmp_path / "r.csv").write_text(lines)
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--agreement", f"{tmp_path}/r.csv")
+    assert code == 2 and says in err and "Traceback" not in err

@@ -1,0 +1,264 @@
+"""The configured judge: mistakes before anything starts, a name that tells judges apart, one answer everywhere."""
+
+import asyncio
+import json
+import socket
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from ray import serve
+from ray.exceptions import ActorDiedError
+
+import cluster.serving
+from actors.judge.calls import Failure, Reply
+from actors.judge.ladder import RUNGS, next_step, request
+from actors.judge.local import LocalJudge
+from actors.judge.openai import OpenAIJudge
+from cluster.serving import Service
+from jobs.judge_engine import endpoint, judge_engine, judge_identity
+from jobs.options import load_config
+from jobs.run import Run
+from tests.judging import save_tiny_judge
+
+REQUESTS = [request("What is it?", "Psoriasis.", "It is eczema. " * number, RUNGS[2]) for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_tiny_judge(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture
+def run_of(tmp_path, path, monkeypatch):
+    """Return what makes a run with a judge; Ray is the test's own."""
+    monkeypatch.setattr(Run, "_connect", lambda _: None)
+
+    def make(**settings) -> Run:
+        given = {"engine": "transformers", "model": path, "dtype": "float32", "gpus": 0, **settings}
+        overrides = [(f"judge.{key}", str(value)) for key, value in given.items()]
+        return Run(load_config(None, [("run_dir", str(tmp_path)), *overrides]))
+
+    return make
+
+
+def asked(run: Run, requests) -> list:
+    """Return what the run's judge says to each request."""
+
+    async def together():
+        async with judge_engine(run) as (ask, _):
+            return await asyncio.gather(*(ask(each) for each in requests))
+
+    return asyncio.run(together())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "none"}, "set judge.engine to transformers"),
+        ({"engine": "openai"}, "needs judge.url"),
+        ({"engine": "openai", "url": "ftp://host/v1"}, "is not one"),
+        ({"model": "/no/such/folder"}, "No checkpoint at judge.model '/no/such/folder'"),
+        ({"replicas": 3, "max_replicas": 2}, "judge.max_replicas is 2, below judge.replicas 3"),
+        ({"engine": "vllm", "gpus": 1}, r"needs vLLM.*prunella\[judge\].*judge.engine transformers"),
+        ({"engine": "vllm", "gpus": 0}, "needs judge.gpus 1 or more"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(run_of, monkeypatch, settings, message):
+    monkeypatch.setattr(Run, "_connect", lambda _: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match=message):
+        asked(run_of(**settings), [])
+
+
+def test_the_endpoint_of_an_endpoint_is_refused(run_of):
+    async def start():
+        async with endpoint(run_of(engine="openai", url="http://127.0.0.1:1/v1")):
+            pass
+
+    with pytest.raises(ValueError, match="is an endpoint already"):
+        asyncio.run(start())
+
+
+def test_an_endpoint_out_of_reach_is_a_failure(run_of):
+    (answer,) = asked(run_of(engine="openai", url="http://127.0.0.1:1/v1", model="any"), REQUESTS[:1])
+    assert answer.kind == "closed"
+
+
+def test_the_identity_changes_with_what_decides_a_verdict_and_with_nothing_else(run_of, path, tmp_path):
+    first = judge_identity(run_of())
+    assert "llguidance" in first.engine and "transformers" in first.engine and first.sampling == "greedy"
+    assert judge_identity(run_of(batch=3, replicas=2, timeout=5, keep=True, port=1234)) == first
+    assert judge_identity(run_of(dtype="bfloat16")) != first
+    other = judge_identity(run_of(model=save_tiny_judge(tmp_path / "other", seed=1)))
+    assert other.revision != first.revision and other.tokenizer == first.tokenizer
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("system", "System") + " ")
+    assert judge_identity(run_of(model=str(tmp_path / "other"))).chat_template != first.chat_template
+    remote = judge_identity(run_of(engine="openai", url="http://127.0.0.1:1/v1", model="any"))
+    assert remote.revision == "any at http://127.0.0.1:1/v1"
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [(ActorDiedError(), "closed"), (ValueError("odd"), "server_error"), (None, "timeout")],
+)
+def test_what_goes_wrong_while_asking_is_a_failure(run_of, monkeypatch, end, kind):
+    async def send():
+        if end is not None:
+            raise end
+        await asyncio.sleep(60)
+
+    class Hosted:
+        async def __aenter__(self):
+            return Service("judge", SimpleNamespace(call=SimpleNamespace(remote=lambda *_: send())))
+
+        async def __aexit__(self, *_):
+            pass
+
+    monkeypatch.setattr(cluster.serving, "POLL_S", 0.0)
+    monkeypatch.setattr(cluster.serving, "served", lambda *args, **more: Hosted())
+    (answer,) = asked(run_of(timeout=0.5), REQUESTS[:1])
+    assert isinstance(answer, Failure) and answer.kind == kind
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture
+def serving(private_ray):
+    """Serve on the private Ray, without settings of other tests, and without its own left for them."""
+    serve.shutdown()
+    yield
+    serve.shutdown()
+
+
+def here(path) -> list[Reply]:
+    """Return what the judge says in this process."""
+    judge = LocalJudge(path, None, "float32", False, 0, 16, 8192)
+
+    async def together():
+        return await asyncio.gather(*(judge.ask(each) for each in REQUESTS))
+
+    return asyncio.run(together())
+
+
+def same(replies, expected) -> None:
+    assert [reply.text for reply in replies] == [reply.text for reply in expected]
+    for one, other in zip(replies, expected, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-3)
+
+
+@pytest.mark.slow  # the judging of a table does the same
+def test_a_judge_on_serve_says_what_it_says_here(serving, run_of, path):
+    same(asked(run_of(), REQUESTS), here(path))
+    assert not serve.status().applications
+
+
+def test_our_client_reads_from_our_endpoint_what_the_judge_says_here(serving, run_of, path):
+    port = free_port()
+
+    async def calls():
+        async with endpoint(run_of(port=port)) as url, OpenAIJudge(url, path, None, 60, True) as client:
+            assert url == f"http://127.0.0.1:{port}/v1"
+            wrong = OpenAIJudge(url, "another", None, 60, True)
+            return await asyncio.gather(*(client.ask(each) for each in REQUESTS)), await wrong.ask(REQUESTS[0])
+
+    replies, wrong = asyncio.run(calls())
+    same(replies, here(path))
+    assert wrong.kind == "refused" and "another" not in wrong.message
+    assert not serve.status().applications
+
+
+class FakeVLLM:
+    """Stands in for ray.serve.llm, notes what it is given, and answers chat calls with `answers`."""
+
+    def __init__(self, monkeypatch, *answers: dict):
+        self.configs: list[dict] = []
+        self.requests: list[dict] = []
+        self.answers = list(answers)
+        llm, models = ModuleType("ray.serve.llm"), ModuleType("ray.serve.llm.openai_api_models")
+        llm.LLMConfig = lambda **settings: self.configs.append(settings) or settings
+        llm.LLMServer = type("LLMServer", (), {})
+        llm.build_llm_deployment = lambda config: ("handle", config)
+        llm.build_openai_app = lambda settings: ("http", settings)
+        llm.openai_api_models = models
+        models.ChatCompletionRequest = lambda **body: body
+        monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
+        monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
+        monkeypatch.setattr(serve, "llm", llm, raising=False)
+        monkeypatch.setattr(cluster.serving, "hosted", self._hosted)
+        self.hosted: list[tuple] = []
+
+    def _hosted(self, name, application, scale, keep=False, port=None):
+        self.hosted.append((name, application, scale, keep, port))
+        handle = SimpleNamespace(options=lambda stream: SimpleNamespace(chat=SimpleNamespace(remote=self._chat)))
+
+        class Block:
+            async def __aenter__(self):
+                return Service(name, handle)
+
+            async def __aexit__(self, *_):
+                pass
+
+        return Block()
+
+    async def _chat(self, body: dict):
+        self.requests.append(body)
+        answer = self.answers[len(self.requests) - 1]
+        yield SimpleNamespace(model_dump_json=lambda: json.dumps(answer))
+
+
+def completion() -> dict:
+    likely = [{"token": str(k), "logprob": -float(k + 1)} for k in range(5)]
+    tokens = [
+        {"token": '{"label":', "logprob": -0.1, "top_logprobs": []},
+        {"token": "0", "logprob": -1.0, "top_logprobs": likely},
+    ]
+    return {"choices": [{"message": {"content": '{"label":0}'}, "logprobs": {"content": tokens}}]}
+
+
+def test_vllm_is_given_what_the_config_says(run_of, path, monkeypatch):
+    refusal = {"error": {"message": "too long", "type": "BadRequestError", "code": 400}}
+    fake = FakeVLLM(monkeypatch, completion(), refusal)
+    run = run_of(engine="vllm", gpus=2, dtype="bfloat16", replicas=1, max_replicas=3, concurrency=40, max_length=2048)
+    reply, refused = asked(run, [REQUESTS[0]] * 2)
+
+    assert reply.text == '{"label":0}'
+    assert reply.probabilities == pytest.approx([0.3679, 0.1353, 0.0498, 0.0183, 0.0067], abs=1e-4)
+    verdict = next_step([reply] * 3, 0.0)  # on the rung that asks for the label alone
+    assert verdict.expected == pytest.approx(0.5481, abs=1e-3)
+    assert verdict.label_mass is None  # vLLM's labels have all the mass that the schema leaves, which says nothing
+    assert refused == Failure("refused", "too long")
+    body = fake.requests[0]
+    assert body["model"] == path and body["messages"] == REQUESTS[0].messages and body["temperature"] == 0
+    assert body["structured_outputs"] == {"json": REQUESTS[0].schema} and "response_format" not in body
+    assert body["logprobs"] is True and body["top_logprobs"] == 20 and not body.get("stream")
+
+    (config,) = fake.configs
+    assert config["model_loading_config"] == {"model_id": path, "model_source": path}
+    engine = config["engine_kwargs"]
+    assert engine["tensor_parallel_size"] == 2 and engine["max_model_len"] == 2048 and engine["dtype"] == "bfloat16"
+    assert engine["max_logprobs"] == 20
+    assert config["runtime_env"]["env_vars"] == {"VLLM_NO_USAGE_STATS": "1"}
+    assert engine["generation_config"] == "vllm"  # else Qwen's repetition penalty of 1.05 would apply
+    deployment = config["deployment_config"]
+    assert deployment["autoscaling_config"]["max_replicas"] == 3 and deployment["max_ongoing_requests"] == 40
+    assert issubclass(config["server_cls"], serve.llm.LLMServer)
+    ((name, application, scale, keep, port),) = fake.hosted
+    assert name.startswith("judge-") and application == ("handle", config) and scale.gpus == 2
+    assert keep is False and port is None
+
+
+def test_vllms_endpoint_is_its_own(run_of, monkeypatch):
+    fake = FakeVLLM(monkeypatch)
+
+    async def start():
+        async with endpoint(run_of(engine="vllm", gpus=1, port=8123)) as url:
+            return url
+
+    assert asyncio.run(start()) == "http://127.0.0.1:8123/v1"
+    ((_, application, _, _, port),) = fake.hosted
+    assert application == ("http", {"llm_configs": fake.configs}) and port == 8123

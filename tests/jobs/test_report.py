@@ -1,0 +1,114 @@
+"""The report's page: what it says of a judge, and that nothing in an answer gets out of its place."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from jobs import report_answers
+from jobs.report import rendered
+from tests.jobs.pages import HOSTILE, METHODS, content, page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("page")
+
+
+class Tags(HTMLParser):
+    """Counts tags, and keeps what the data block holds."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.data: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == ("script", {"type": "application/json", "id": "answers-data"}):
+            self.data.append(data)
+
+
+def test_hostile_answers_stay_text(folder):
+    """The page has two scripts, its data and its own; every answer comes out of the data as it went in."""
+    text = page(folder, judged=True)
+    found = Tags(text)
+    assert [one for tag, one in found.tags if tag == "script"] == [
+        {"type": "application/json", "id": "answers-data"},
+        {},
+    ]
+    assert [tag for tag, _ in found.tags].count("h1") == [tag for tag, _ in found.tags].count("style") == 1
+    assert not any(name.startswith("on") for _, one in found.tags for name in one)
+    rows = json.loads("".join(found.data))["rows"]
+    said = [one["answers"][METHODS.index("quant")]["answer"] for one in rows if "spot" in one["reference"]]
+    assert sorted(said) == sorted(report_answers.shortened(one) for one in HOSTILE)
+
+
+def test_the_page_loads_nothing(folder):
+    text = page(folder)
+    assert not re.findall(r"""(?:src|href|action)=["'](?!data:|#)""", text.replace(HOSTILE[1], ""))
+    assert "default-src 'none'" in text
+
+
+def test_each_image_is_embedded_once_for_the_viewer(folder):
+    viewer = content(folder)["viewer"]
+    assert len(viewer["images"]) == 8 and len(viewer["rows"]) == 24
+    assert [one["name"] for one in viewer["images"] if one["thumbnail"] is None] == ["lesion-7.png"]
+    assert viewer["without_thumbnail"] == 1
+    text = page(folder)
+    assert all(text.count(one["thumbnail"]) <= 2 for one in viewer["images"] if one["thumbnail"])  # a sample, and here
+
+
+def test_thumbnails_stop_at_their_bound(folder):
+    paths = [one["image"] for one in content(folder)["samples"]][:3]
+    size = len(report_answers.thumbnail(paths[0]))
+    found = report_answers.bounded(paths, int(1.5 * size))
+    assert found[0] and found[1:] == [None, None]
+
+
+def test_long_answers_are_cut_and_say_so():
+    assert report_answers.shortened("a" * 4000) == "a" * 4000
+    assert report_answers.shortened("a" * 4001).endswith("(cut: 4,001 characters in all)")
+
+
+def test_without_a_judge(folder):
+    text = page(folder)
+    assert "LLM judge: not run." in text and "What the judge says" not in text and "flagged" not in text
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_a_judge_that_passes_its_controls(folder, template):
+    """prune is wrong about the name and the cause of four images: 8 labels of 1, 16 of 4, 75 %."""
+    text = rendered(template, content(folder, judged=True))
+    assert "LLM judge: not run" not in text and "uncalibrated" in text and "Tiny/Judge@1" in text
+    assert "75.0 [70.0, 80.0]" in text and "24/24" in text and "75.0 to 75.0" in text and "0 of 8" in text
+    assert "not to be trusted" not in text
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_a_flagged_judge(folder, template):
+    text = rendered(template, content(folder, judged=True, missed=3))
+    assert "not to be trusted" in text and "prune: reference 3 of 4" in text and "3 of 8" in text
+    assert text.index("not to be trusted") < text.index("75.0 [70.0, 80.0] !")
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_no_headline_above_two_percent_unscored(folder, template):
+    """Of 24 answers one is unscored, 4.2 %: bounds alone, (15 * 4 + 8) / 96 and that with 4 more."""
+    text = rendered(template, content(folder, judged=True, missing=1))
+    assert "no headline" in text and "23/24" in text and "70.8 to 75.0" in text
+    assert "[70.0, 80.0]" not in text
+
+
+def test_metrics_stand_in_the_page(folder):
+    text = page(folder)
+    # prune: melanoma is always right, psoriasis always taken for it
+    assert '<td class="wrong">4</td><td class="empty">0</td>' in text
+    assert "prune: macro F1 33.3" in text and "4 of 8 named rightly" in text
+    for heading in ("Which disease was named", "Does the model still look?", "What is retained"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "not possible with these images and answers" in text  # no blank image was asked about
