@@ -17,7 +17,7 @@ from actors.gate_linears import check_linears, check_modules, quant_method
 from actors.loading import cpu_awq, load_processor, pick_device, quiet
 from actors.probe import PROBE, engine_logits, placed_probe, probe_logits
 from actors.quantizers.structure import weight_bits
-from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
+from actors.specs import HQQ_CHECKPOINT, PACKED_CHECKPOINT, GateError, ModelSpec
 from actors.surgery import local_folder, stored_dtype
 
 NEW_TOKENS = 8
@@ -26,6 +26,7 @@ NEW_TOKENS = 8
 SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 ROUNDED = {8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
 VLLM_TEXTS = ("llama", "mistral", "qwen2", "phi")
+VLLM_BITS = (4, 8)  # with zero points
 
 
 class Gate:
@@ -61,8 +62,8 @@ class Gate:
         model = load_plainly(spec, config)
         found["modules"] = check_modules(model, config)
         before = local_folder(parent.path, parent.revision) if parent and removed is None else None
+        logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
         found["linears"] = check_linears(folder, config, model, before) or "nothing to compare with"
-        logits = probe_logits(model, processor)
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         said, same = [], SAME[spec.dtype]
@@ -149,6 +150,8 @@ def check_vllm(folder: Path, config) -> str:
         return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
     if quant_method(config) == HQQ_CHECKPOINT:
         return "not run; vLLM does not read this format"
+    if quant_method(config) == PACKED_CHECKPOINT and weight_bits(config, 16) not in VLLM_BITS:
+        return f"not run; of this format vLLM reads 4 and 8 bits, and there are {weight_bits(config, 16)}"
     if importlib.util.find_spec("vllm") is None:
         return "not run (vLLM is not installed); the layout is the documented one"
     from vllm import LLM

@@ -16,6 +16,7 @@ PUBLISHED = re.compile(
     r"|vision_tower\.vision_model\.|multi_modal_projector\.)"
 )
 LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
+PACKED = re.compile(r"\.weight_(packed|scale|zero_point|shape)$")  # of a layer that has bits of its own
 T = TypeVar("T")
 
 
@@ -44,7 +45,7 @@ def check_tensors(folder: Path, config) -> str:
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
             raise GateError(f"{name!r} holds NaN or infinity.")
         if match := LAYER.search(name):
-            layers.setdefault(int(match[1]), set()).add(match[2])
+            layers.setdefault(int(match[1]), set()).add(PACKED.sub(".weight", match[2]))
     said = config.text_config.num_hidden_layers
     if sorted(layers) != list(range(said)):
         odd = min(set(layers) ^ set(range(said)))

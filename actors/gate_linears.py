@@ -1,5 +1,6 @@
 """What the gate checks of a loaded model's linears: their kinds, and that each computes with the right weight."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from actors.gate_files import LAYER, tensors_of
 from actors.loading import language_model
 from actors.maths.rounding import dequantize, unpack
+from actors.quantizers.mixed import PARTS, group_bits, unpacked
 from actors.quantizers.structure import SIMULATED, linear_shapes, weight_bits
-from actors.specs import GateError
+from actors.specs import PACKED_CHECKPOINT, GateError
 from actors.surgery import published_name
 
 KERNEL = 2e-2  # largest relative error of a linear's output in float16, for a kernel that reads the stored numbers
@@ -27,6 +29,8 @@ def quant_method(config) -> str | None:
 def check_modules(model, config) -> str:
     """Refuse a model whose decoder linears are not of the kind that the config says, or where others are rounded."""
     method, names = quant_method(config), tuple(linear_shapes(config))
+    if method == PACKED_CHECKPOINT:
+        return _check_bits(model, config)
     kinds = set()
     for name, module in model.named_modules():
         if "language_model" in name and ".layers." in name and name.endswith(names):
@@ -41,15 +45,41 @@ def check_modules(model, config) -> str:
     return f"decoder linears are {', '.join(sorted(kinds))}, the rest is not rounded{simulated}"
 
 
+def _check_bits(model, config) -> str:
+    """Refuse linears with other bits than the config's groups say: they look plain, and carry a scheme."""
+    layers = set(language_model(model).layers.modules())
+    decoder = {
+        module: (number, stem)
+        for number, layer in enumerate(language_model(model).layers)
+        for stem, module in layer.named_modules()
+        if type(module) is torch.nn.Linear
+    }
+    counts: Counter[int] = Counter()
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        bits = scheme.weights.num_bits if scheme else 16
+        if module in decoder:
+            said = group_bits(config.quantization_config, *decoder[module])
+            counts[said] += 1
+            if bits != said:
+                raise GateError(f"{name!r} has {bits} bits, but the config says {said}.")
+        elif scheme or (module in layers and "Linear" in type(module).__name__):
+            raise GateError(f"{name!r} is a {type(module).__name__}: only the decoder's linears may be rounded.")
+    told = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    return f"decoder linears: {told}; the rest is not rounded"
+
+
 def check_linears(folder: Path, config, model, parent: Path | None) -> str | None:
     """Refuse a rounded linear that computes with another weight than it should; None: nothing to compare with.
 
-    The weight is what the packed numbers say, unpacked here, in the AWQ layout, and `parent`'s, within the error of
-    rounding, in the others (not of simulated AWQ, which rescales weights).
+    The weight is what the packed numbers say, unpacked here, in the layouts of AWQ and compressed-tensors, and
+    `parent`'s, within the error of rounding, in the others (not of simulated AWQ, which rescales weights).
     """
     simulated = getattr(config, SIMULATED, None) or {}
     if quant_method(config) == "awq":
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
+    elif quant_method(config) == PACKED_CHECKPOINT:
+        weights, allowed, what = _packed(folder, config), KERNEL, "its stored numbers"
     elif parent is not None and (quant_method(config) or simulated) and simulated.get("method") != "awq":
         weights, allowed = (
             _decoder_weights(parent, tuple(linear_shapes(config))),
@@ -78,6 +108,18 @@ def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
             if len(parts) == 3:
                 q, zero = (unpack(parts[part]).T.contiguous() for part in ("qweight", "qzeros"))
                 yield int(match[1]), stem, dequantize(q, zero, parts["scales"].T.contiguous())
+                parts.clear()
+
+
+def _packed(folder: Path, config) -> Iterator[tuple[int, str, torch.Tensor]]:
+    held: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors_of(folder):
+        if (match := LAYER.search(name)) and name.endswith(PARTS):
+            number, (stem, _, part) = int(match[1]), match[2].rpartition(".")
+            parts = held.setdefault((number, stem), {})
+            parts[part] = tensor
+            if len(parts) == len(PARTS):
+                yield number, stem, unpacked(parts, group_bits(config.quantization_config, number, stem))
                 parts.clear()
 
 

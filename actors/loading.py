@@ -79,13 +79,25 @@ def load_model(
     model, info = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        **_placement(devices),
+        **placement(devices),
         attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
         **common,
         **extra,
     )
+    check_complete(info, path)
+    unpack(model)
+    if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
+        raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
+    _check_placed(model, path)
+    check_finite(model, path)
+    _unify(model, getattr(torch, dtype))
+    return model.eval()
+
+
+def check_complete(info: dict, path: str) -> None:
+    """ValueError if from_pretrained's loading info names weights that are missing, left over or of another shape."""
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if k.endswith("_keys") and v}
     if wrong:
         kind, names = next(iter(wrong.items()))
@@ -93,12 +105,22 @@ def load_model(
             f"{path!r} does not hold the model its config.json describes: {kind.replace('_', ' ')} {names[0]!r}"
             f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}. The layer count or a shard may be wrong."
         )
-    if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
-        raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
-    _check_placed(model, path)
-    _check_finite(model, path)
-    _unify(model, getattr(torch, dtype))
-    return model.eval()
+
+
+def unpack(model: Llava) -> None:
+    """Unpack the weights of a compressed-tensors checkpoint; transformers would at the model's first forward pass.
+
+    Its linears are plain ones then, with weights in the type that the model was loaded in.
+    """
+    if hook := getattr(model, "ct_decompress_hook", None):
+        from compressed_tensors.compressors.base import decompress_module
+        from compressed_tensors.quantization import QuantizationMetadata
+
+        hook.remove()
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                decompress_module(module)
+                QuantizationMetadata.clear_quantization(module)  # it would round the weight again at every step
 
 
 def cpu_awq(stored: dict) -> AwqConfig:
@@ -107,7 +129,8 @@ def cpu_awq(stored: dict) -> AwqConfig:
     return AwqConfig(**{key: stored[key] for key in keys if key in stored}, backend="torch_awq")
 
 
-def _placement(devices: list[torch.device]) -> dict:
+def placement(devices: list[torch.device]) -> dict:
+    """Return what tells from_pretrained to put the layers on these devices."""
     if len(devices) == 1:
         return {"device_map": {"": "cpu" if devices[0].type == "cpu" else devices[0].index}}
     return {"device_map": "auto", "max_memory": {device.index: free_bytes(device) for device in devices}}
@@ -132,7 +155,8 @@ def _unify(model: Llava, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _check_finite(model: Llava, path: str) -> None:
+def check_finite(model: Llava, path: str) -> None:
+    """ValueError if a weight is NaN or infinite."""
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)).item():
             raise ValueError(f"{path!r} has NaN or infinite values in {name!r}: the checkpoint is broken, retrain it.")

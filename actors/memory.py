@@ -7,6 +7,7 @@ import psutil
 import torch
 from transformers import AutoModelForImageTextToText
 
+from actors.specs import PACKED_CHECKPOINT
 from actors.surgery import stored_bytes
 
 TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row
@@ -34,10 +35,12 @@ def count_parameters(config) -> int:
 def weight_bytes(path: str, config, itemsize: int, rounding: int | None, common: dict) -> int:
     """Return the least bytes of a checkpoint's weights in memory.
 
-    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk; where the decoder layers' weights
-    are rounded while they are loaded, they take `rounding` bits each. common: revision, trust_remote_code.
+    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk, unless it is unpacked; where the
+    decoder layers' weights are rounded while they are loaded, they take `rounding` bits each. common: revision,
+    trust_remote_code.
     """
-    if getattr(config, "quantization_config", None):
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and quantized.get("quant_method") != PACKED_CHECKPOINT:  # those are unpacked
         return stored_bytes(path, common["revision"])
     bits = 0
     for name, parameter in meta_model(config, common["trust_remote_code"]).named_parameters():

@@ -79,6 +79,7 @@ class LoraSettings:
 QUANTIZER_BITS = {"awq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "nf4": (4,), "int8": (8,)}
 NF4_BLOCK = 64
 HQQ_CHECKPOINT = "prunella-hqq"  # quant_method in config.json: actors.loading alone reads what hqq rounded
+PACKED_CHECKPOINT = "compressed-tensors"  # quant_method in config.json of layers with bits of their own
 
 
 @dataclass(frozen=True)

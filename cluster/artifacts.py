@@ -88,6 +88,15 @@ class ArtifactStore:
                 shutil.rmtree(left, ignore_errors=True)
         return self.root / f"{host}{os.getpid()}.partial"
 
+    def remove(self, name: str) -> None:
+        """Delete an artifact, if it is there: it loses its name first, so that no half of it is ever found."""
+        doomed = self._own_partial(name)
+        try:
+            os.rename(self.root / name, doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed)
+
     def manifest(self, name: str) -> dict:
         """Return the manifest of a complete artifact."""
         return json.loads((self.root / name / MANIFEST).read_text())

@@ -43,7 +43,7 @@ def protect() -> None:
 
 @contextmanager
 def connected(cpus: int | None = None) -> Iterator[None]:
-    """Connect this process to Ray for the length of the block.
+    """Connect this process to Ray for the length of the block; one that is connected (a worker is) stays so.
 
     With RAY_ADDRESS set (as in every submitted job) that cluster is used and left running. Otherwise a
     private Ray with `cpus` cores (default: all) starts on loopback, in its own temporary folder, and is
@@ -54,6 +54,9 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     protect()
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     folder = None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:

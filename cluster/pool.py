@@ -26,6 +26,10 @@ LOOK_EVERY_S = 2.0  # for nodes that joined or left
 DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
 
 
+class WorkerDied(RuntimeError):
+    """A call's process died under it: of memory, by a signal, or with its node."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one actor holds while it lives: cores, GPUs (a fraction shares one); and how many actors.
@@ -94,6 +98,7 @@ class Pool:
         self._waiting: deque[_Work] = deque()
         self._ended: deque[Outcome] = deque()
         self._left = 0  # outcomes that the running map owes
+        self._began, self.gpu_seconds = time.monotonic(), 0.0  # GPUs held, at most, times the seconds until the exit
 
     def __enter__(self) -> "Pool":
         return self
@@ -103,6 +108,7 @@ class Pool:
             ray.kill(actor)
         self._idle.clear()
         self._flights.clear()
+        self.gpu_seconds = self._resources.gpus * self._most * (time.monotonic() - self._began)
 
     def map(self, method: str, items: Iterable[tuple[Any, tuple]]) -> Iterator[Outcome]:
         """Call `method(*args)` for every (key, args), in this order, on whichever actor is free.
@@ -148,7 +154,7 @@ class Pool:
         except DEATHS as error:
             ray.kill(actor)
             actor = None
-            raise RuntimeError(f"The worker running {self._target}.{method} died ({_one_line(error)}).") from None
+            raise WorkerDied(f"The worker running {self._target}.{method} died ({one_line(error)}).") from None
         finally:
             if actor is not None:
                 self._idle.append(actor)
@@ -196,14 +202,14 @@ class Pool:
             if work is None:
                 ray.kill(actor)  # alive without an object; it would hold its GPU as long as this exception is kept
                 raise unwrapped(error) from error
-            reason = _one_line(unwrapped(error))
+            reason = one_line(unwrapped(error))
         except DEATHS as error:
             ray.kill(actor)  # perhaps it was only out of reach
-            actor, reason = None, f"its worker died ({_one_line(error)})"
+            actor, reason = None, f"its worker died ({one_line(error)})"
             self._deaths += 1
             if self._deaths >= self._most + self._respawns:
                 raise RuntimeError(
-                    f"Workers of {self._target} keep dying; the last one said: {_one_line(error)}. "
+                    f"Workers of {self._target} keep dying; the last one said: {one_line(error)}. "
                     "If they run out of memory, lower replicas.count or replicas.max_rows."
                 ) from None
         if actor is not None:
@@ -224,6 +230,7 @@ def unwrapped(error: RayTaskError) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an error's class and its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

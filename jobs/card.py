@@ -36,7 +36,7 @@ def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dic
     if step["kind"] == "prune":
         step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
     facts["history"] = [*history, step]
-    facts["command"] = _command()
+    facts["command"] = run.command or command()
     facts["versions"] = {name: version(name) for name in ("prunella", "transformers", "torch")}
     write(folder, facts)
 
@@ -90,7 +90,7 @@ def _front_matter(card: str) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def _command() -> str:
+def command() -> str:
     """Return the command of this process; of absolute paths only the last part, for the card is made public."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = [_ABSOLUTE.sub(r"/.../\1", word) for word in sys.argv[1:]]

@@ -11,16 +11,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from actors.maths.statistics import cluster_bootstrap_interval
+from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import ablate, card, evaluate, prepare, prune, quantize, ranges, recover
+from jobs import ablate, card, evaluate, judge, prepare, prune, quantize, ranges, recover
 from jobs.command import main
+from jobs.differences import differences, name_tests
+from jobs.judged import NOT_JUDGED, percent, remarks
+from jobs.metrics import retained, retention
 from jobs.run import Run, Source, Stage
 
 SUMMARY = "summary.json"
+_PCT = ("_pct", "_interval_pct")
 
 
 def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
@@ -63,20 +65,29 @@ def studies(run: Run) -> list[Stage]:
     return [recorded] if others is None else [others, recorded]
 
 
+def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
+    """Return the stages that judge the evaluations, in their order; none without a judge."""
+    if run.config.judge.engine == "none":
+        return []
+    return [judge.stage(run, evaluated) for _, evaluated in planned.values()]
+
+
 def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
     """Return one row per method, from artifacts that exist."""
     removed = run.facts(planned["prune"][0])["removed"]
     rows: list[dict] = []
     original: dict[str, dict] = {}
+    tables: list[dict[str, dict]] = []
+    classes = [kind.name for kind in run.config.data.classes]
     for method, (model, evaluated) in planned.items():
         facts = run.facts(evaluated)
         found, profile = facts["metrics"], facts["profile"]
         quantized = "quant" in method
         answers = {a["sample_id"]: a for a in read_table(run.store.root / evaluated.name / evaluate.ANSWERS)}
         original = original or answers
+        tables.append(answers)
         rows.append(
             {
-                **_difference(original, answers),
                 "method": method,
                 "removed_layers": removed if "prune" in method else [],
                 "quantizer": run.config.quantize.method if quantized else "none",
@@ -85,11 +96,12 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
                 **_bits(run, model, profile),
                 "peak_memory_bytes": profile["peak_memory_bytes"],
                 "peak_memory_kind": profile["peak_memory_kind"],
-                "is_llm_judge": False,
-                "judge_pct": None,
                 **{key: found[key] for key in ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy")},
                 "name_accuracy_interval": found["name_accuracy_interval"],
-                "without_stop_pct": found["without_stop_pct"],
+                **{key: found[key] for key in ("macro_f1_pct", "macro_f1_interval_pct")},
+                **{f"{key}{end}": found[f"{key}{end}"] for key in ("without_stop", "loop") for end in _PCT},
+                "controls": facts["controls"],
+                "retention": retention(list(original.values()), list(answers.values()), classes),
                 "images": found["images"],
                 "answers": found["answers"],
                 "unanswered": found["unanswered"],
@@ -102,7 +114,8 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
                 "evaluation": evaluated.name,
             }
         )
-    return rows
+    found = _compared(run, tables, judgements(run, planned))
+    return [row | columns for row, columns in zip(rows, found, strict=True)]
 
 
 def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
@@ -119,12 +132,26 @@ def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
     return {"bits": stored, **known}
 
 
-def _difference(original: dict[str, dict], answers: dict[str, dict]) -> dict:
-    """Compare two models' baseline scores question by question; the interval resamples images."""
-    shared = sorted(set(original) & set(answers))
-    gained = np.array([answers[s]["baseline"] - original[s]["baseline"] for s in shared])
-    low, high = cluster_bootstrap_interval(gained, np.array([original[s]["group"] for s in shared]))
-    return {"difference_pct": 100 * float(gained.mean()), "difference_interval_pct": [100 * low, 100 * high]}
+def _compared(run: Run, tables: list[dict[str, dict]], judges: list[Stage]) -> list[dict]:
+    """Return what the judge says of every model, and the models' differences to the first; tables: by sample_id."""
+    groups = {s: row["group"] for s, row in tables[0].items()}
+    baseline = differences([{s: row["baseline"] for s, row in rows.items()} for rows in tables], groups, 1.0)
+    named = name_tests([{s: r["verdict"] == "right" for s, r in rows.items() if r["verdict"]} for rows in tables])
+    labels = [judge.labels(run, one) for one in judges] or [{} for _ in tables]
+    judged = differences(labels, groups, TOP_LABEL, "judge_difference")
+    kept = [{"judge_retention": _judge_retention(labels[0], one, groups)} for one in labels]
+    columns = [judge.row(run, one) for one in judges] or [NOT_JUDGED for _ in tables]
+    return [
+        {**column, **one, "name_p_holm": p, **other, **share}
+        for column, one, p, other, share in zip(columns, baseline, named, judged, kept, strict=True)
+    ]
+
+
+def _judge_retention(first: dict[str, int | None], labels: dict[str, int | None], groups: dict) -> dict | None:
+    """Return what a model retains of the first one's labels; None where none are on both sides, or no headline is."""
+    both = [(label, first[s], groups[s]) for s, label in labels.items() if None not in (label, first.get(s))]
+    scores, before, images = zip(*both, strict=True) if both else ((), (), ())
+    return retained(scores, before, images) if both else None
 
 
 def write_summary(run: Run, rows: list[dict]) -> Path:
@@ -137,7 +164,8 @@ def write_summary(run: Run, rows: list[dict]) -> Path:
 def table(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
     heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
-    lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads)]
+    judged = rows[0]["is_llm_judge"]
+    lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads) + judged * f" {'judge %':>17}"]
     for row in rows:
         name = (
             "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
@@ -146,13 +174,16 @@ def table(rows: list[dict]) -> str:
         size = f"{row['nominal_bytes'] / 2**20:.2f} MiB{'*' if row['simulated'] else ''}"
         lines.append(
             f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>16} {baseline:>16} "
-            f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}"
+            f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}" + (f" {percent(row):>17}" if judged else "")
         )
     first = rows[0]
     lines.append(
         f"{first['images']} test images, {first['answers']} answers; 95 % intervals; {first['device']}, "
-        f"{first['threads']} thread(s); LLM judge: not run"
+        f"{first['threads']} thread(s)" + ("" if judged else "; LLM judge: not run")
     )
+    if judged:
+        lines += remarks(rows)
+        lines += [f"{row['method']} against the original, as judged: {judge.finding(row) or '-'}" for row in rows[1:]]
     if any(row["simulated"] for row in rows):
         lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
     for row in rows:
@@ -168,10 +199,13 @@ def _with_interval(value: float, interval: list[float]) -> str:
 def job(run: Run) -> None:
     """Make everything and write the summary."""
     planned = plan(run)
+    judgements(run, planned)  # a judge that cannot be is told of now, not after hours
     for model, evaluated in planned.values():
         run.make(evaluated)
         if isinstance(model, Stage):
             card.refresh(Path(run.make(model)), run.facts(evaluated))
+    if run.config.judge.engine != "none":
+        judge.make_all(run, [evaluated for _, evaluated in planned.values()])
     for study in studies(run):
         run.make(study)
     rows = summary(run, planned)

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jobs.config_estimate import EstimateConfig
+from jobs.config_joint import JointConfig
 from jobs.config_judge import JudgeConfig
-from jobs.section import Count, Dtype, Section
+from jobs.config_search import SearchConfig
+from jobs.section import Bits, Count, Dtype, Quantizer, Recovery, Section
 
 Criterion = Literal[
     "answer_similarity",
@@ -130,7 +133,7 @@ class PruneConfig(Section):
 class RecoverConfig(Section):
     """LoRA / QLoRA fine-tuning on the training split, merged into the weights."""
 
-    method: Literal["lora", "qlora"] = Field("qlora", description="qlora: the frozen weights are in NF4 meanwhile")
+    method: Recovery = Field("qlora", description="qlora: the frozen weights are in NF4 meanwhile")
     rank: Count = Field(16, description="LoRA rank r")
     alpha: Count = Field(8, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout (fraction)")
@@ -143,11 +146,11 @@ class RecoverConfig(Section):
 class QuantizeConfig(Section):
     """Rounding the language model's linear layers."""
 
-    method: Literal["none", "awq", "nf4", "int8", "hqq", "rtn"] = Field(
+    method: Quantizer = Field(
         "awq",
         description="awq, nf4 or int8 (bitsandbytes), hqq, rtn (round to nearest), or none: the model stays as it is",
     )
-    bits: Literal[2, 3, 4, 8, 16] = Field(
+    bits: Bits = Field(
         4,
         description="bits of a weight (bits); unset: 8 for int8, 16 for none; awq and rtn with 2, 3 or 8 are "
         "simulated: rounded weights stored in 16 bits, for studies of accuracy",
@@ -185,6 +188,9 @@ class EvaluateConfig(Section):
         "graph on a GPU, torch.compile on a CPU); the answers are always plain's",
     )
     embedder: str | None = Field(None, description="sentence-transformer of the baseline; unset: ablate.embedder")
+    controls: bool = Field(
+        True, description="score the answers to a blank image, and to one of another class: does the model still look?"
+    )
 
 
 class ProfileConfig(Section):
@@ -221,6 +227,9 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     judge: JudgeConfig = JudgeConfig()
     profile: ProfileConfig = ProfileConfig()
+    estimate: EstimateConfig = EstimateConfig()
+    joint: JointConfig = JointConfig()
+    search: SearchConfig = SearchConfig()
     publish: PublishConfig = PublishConfig()
 
     @model_validator(mode="after")

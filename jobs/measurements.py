@@ -1,4 +1,6 @@
-"""What questions lose without sets of layers: measured once per (model, question, removed set, decoding) and kept.
+"""What questions lose without sets of layers, or by choices of an option per layer; measured once and kept.
+
+A measurement's key is (model, question, removed set or choice, decoding).
 
 The table grows by one file per finished unit of work, in run_dir/measurements/<measure>-<hash of what decides
 the numbers>. Every way to rank and to search reads from it, so none measures again what another has measured.
@@ -40,8 +42,12 @@ class Losses:
 class Measurements:
     """Measures through a pool of actors.critic:LayerCritic what is not in the tables yet.
 
-    `failed` tells why samples were left out: a sample whose measurement failed three times is measured no more.
+    `column` of its rows holds the removed set, `whole` is that of the model as it is. `failed` tells why samples were
+    left out: a sample whose measurement failed three times is measured no more.
     """
+
+    column = "removed"
+    whole: Removed = ()
 
     def __init__(self, run: Run, pool, model: Stage | Source, data: Stage, samples: Sequence[Conversation]):
         self._run, self._pool, self._samples = run, pool, list(samples)
@@ -58,8 +64,8 @@ class Measurements:
         """
         reading = READINGS[criterion]
         samples = self._samples[:1] if reading.measure in WITHOUT_SAMPLES else self._samples
-        sets = [tuple(sorted(removed)) for removed in sets]
-        self._measure(reading.measure, samples, sets, tuple(sorted(base)), label or criterion)
+        sets = [self.key(removed) for removed in sets]
+        self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)
         known = self._rows[reading.measure]
         whole = [sample for sample in samples if all((sample.id, removed) in known for removed in sets)]
         if not whole:
@@ -70,6 +76,10 @@ class Measurements:
         images = np.unique([sample.image for sample in whole], return_inverse=True)[1]
         return Losses(values, weights, images)
 
+    def key(self, removed: Iterable[int]) -> Removed:
+        """Return what identifies a set of layers."""
+        return tuple(sorted(removed))
+
     def outliers(self, singles: Sequence[Removed]) -> list[int]:
         """Return the layers whose single removal costs far more perplexity than the others'."""
         far = loss_outliers(self.losses("perplexity", singles, label="outliers").means_K)
@@ -78,7 +88,7 @@ class Measurements:
     def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
         known = self._known(measure)
         if measure == "answers":  # the whole model's answers are what all others are compared with
-            sets = [(), *sets]
+            sets = [self.whole, *sets]
         missing = {
             sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in known]
             for sample in samples
@@ -101,13 +111,13 @@ class Measurements:
                 self.failed[part[0].id] = outcome.error
                 print(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}", flush=True)
                 continue
-            new = [row for row in outcome.value if (row["sample_id"], tuple(row["removed"])) not in known]
+            new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in known]
             self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
-            known.update(_keyed(new))
+            known.update(self._keyed(new))
 
     def _drafts(self, measure: str, part: list[Conversation], base: Removed):
         known = self._rows[measure]
-        needed = [((sample.id, ()), (sample.id, base)) for sample in part]
+        needed = [((sample.id, self.whole), (sample.id, base)) for sample in part]
         if measure != "answers" or not all(key in known for keys in needed for key in keys):
             return None
         return [Known(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
@@ -118,7 +128,7 @@ class Measurements:
             folder = self._run.folder / "measurements" / f"{measure}-{digest(recipe)}"
             self._tables[measure] = PartTable(folder)
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-            self._rows[measure] = _keyed(self._tables[measure].all_rows())
+            self._rows[measure] = self._keyed(self._tables[measure].all_rows())
         return self._rows[measure]
 
     def _decides(self, measure: str) -> dict:
@@ -128,9 +138,26 @@ class Measurements:
             return {"max_new_tokens": config.generation.max_new_tokens, "embedder": embedder}
         return {"seed": config.seed} if measure == "random" else {}
 
+    def _keyed(self, rows: Iterable[dict]) -> dict[tuple[str, Removed], dict]:
+        return {(row["sample_id"], tuple(row[self.column])): row for row in rows}
 
-def _keyed(rows: Iterable[dict]) -> dict[tuple[str, Removed], dict]:
-    return {(row["sample_id"], tuple(row["removed"])): row for row in rows}
+
+class ChoiceMeasurements(Measurements):
+    """The same of choices, one option per layer, through a pool of actors.choices:ChoiceCritic.
+
+    rounded: the stage whose artifact holds the rounded layers.
+    """
+
+    column = "choice"
+
+    def __init__(self, run: Run, pool, model: Stage | Source, data: Stage, samples: Sequence[Conversation], rounded):
+        super().__init__(run, pool, model, data, samples)
+        self._made_from["rounded"] = rounded.name
+        self.whole = (16,) * run.facts(rounded)["layers"]
+
+    def key(self, removed: Iterable[int]) -> Removed:
+        """Return what identifies a choice: its options, in the order of the layers."""
+        return tuple(removed)
 
 
 def _cost(part: list[Conversation], missing: dict[str, list[Removed]]) -> int:

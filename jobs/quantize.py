@@ -8,13 +8,14 @@ simulated: the weights are rounded, but stored in 16 bits (config.json and the m
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.specs import QuantizeSettings
+from actors.specs import Conversation, QuantizeSettings
 from jobs import card, prepare, verify
 from jobs.command import main
 from jobs.recover import training_conversations
@@ -41,14 +42,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
         settings |= {"bits": quantize.bits, "group_size": quantize.group_size}
     if quantize.method == "awq":
         parents = (model, data)
-        settings |= {
-            "awq_search": quantize.awq_search,
-            "calibration_samples": quantize.calibration_samples,
-            "calibration_images": quantize.calibration_images,
-            "clip": quantize.clip,
-            "dtype": run.config.model.dtype,
-            "seed": run.config.seed,
-        }
+        settings |= {"awq_search": quantize.awq_search, **awq_settings(run)}
     made = Stage(
         "quantize",
         3,
@@ -60,6 +54,36 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     if run.missing([made]):
         check(run, chosen)
     return made
+
+
+def awq_settings(run: Run) -> dict:
+    """Return what decides AWQ's scales and clipping, besides bits and groups."""
+    quantize = run.config.quantize
+    return {
+        "calibration_samples": quantize.calibration_samples,
+        "calibration_images": quantize.calibration_images,
+        "clip": quantize.clip,
+        "dtype": run.config.model.dtype,
+        "seed": run.config.seed,
+    }
+
+
+def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
+    """Draw AWQ's calibration conversations from the training split; none for the other methods."""
+    quantize = run.config.quantize
+    if quantize.method != "awq":
+        return []
+    drawn = training_conversations(run.make(data))
+    picks = np.random.default_rng(run.config.seed).permutation(len(drawn))[: quantize.calibration_samples]
+    return [drawn[i] if quantize.calibration_images else replace(drawn[i], image=None) for i in picks]
+
+
+def calibration_note(run: Run, data: Stage, calibration: Sequence[Conversation]) -> dict | None:
+    """Return what a model card tells of the calibration."""
+    if not calibration:
+        return None
+    ids = [c.id for c in calibration]
+    return {"conversations": len(ids), "digest": card.conversations_digest(run.make(data), ids)}
 
 
 def chosen_settings(run: Run) -> QuantizeSettings:
@@ -78,13 +102,7 @@ def check(run: Run, settings: QuantizeSettings) -> None:
 def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: Path, facts: dict) -> None:
     """Quantize, in one worker unless several can share AWQ's search; `settings` are the stage's."""
     quantize = run.config.quantize
-    calibration = []
-    if quantize.method == "awq":
-        calibration = training_conversations(run.make(data))
-        picks = np.random.default_rng(run.config.seed).permutation(len(calibration))[: quantize.calibration_samples]
-        calibration = [calibration[i] for i in picks]
-        if not quantize.calibration_images:
-            calibration = [replace(item, image=None) for item in calibration]
+    calibration = calibration_conversations(run, data)
     spec = run.model_spec(model)
     shared = quantize.method == "awq" and quantize.awq_search == "layerwise"
     count = run.worker_count() if shared else 1
@@ -100,11 +118,8 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
         "settings": settings,
         **{key: facts[key] for key in ("bits_per_weight", "simulated")},
         "bits": quantize.bits,
-        "calibration": None,
+        "calibration": calibration_note(run, data, calibration),
     }
-    if calibration:
-        ids = [c.id for c in calibration]
-        step["calibration"] = {"conversations": len(ids), "digest": card.conversations_digest(run.make(data), ids)}
     card.finish(run, model, folder, facts, step)
     simulated = " (simulated: stored in 16 bits)" if facts["simulated"] else ""
     print(

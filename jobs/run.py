@@ -57,17 +57,25 @@ class Source:
 
 
 class Run:
-    """What the stages of one job share. Ray starts when the first worker is needed, and not before."""
+    """What the stages of one job share. Ray starts when the first worker is needed, and not before.
 
-    def __init__(self, config: Config):
+    home: a run whose connection, embedders and fingerprints this one borrows while others run beside it; a worker then
+    has replicas.cpus cores in place of a whole node's. command: what started the job, for model cards.
+    """
+
+    def __init__(self, config: Config, home: "Run | None" = None, command: str | None = None):
         self.config = config
+        self.home = home
+        self.command: str | None = command or (home.command if home else None)
         self.folder = checked_run_dir(config.run_dir)
         self.store = ArtifactStore(self.folder / "artifacts")
-        self.fingerprints = Fingerprints(self.folder / "artifacts" / "fingerprints.json")
+        cache = self.folder / "artifacts" / "fingerprints.json"
+        self.fingerprints: Fingerprints = home.fingerprints if home else Fingerprints(cache)
         self._cleanup = ExitStack()
         self._connected = False
         self._seen: set[str] = set()
         self._embedders: dict[str, Pool] = {}
+        self._pools: list[Pool] = []  # of the stage that is being made
 
     def __enter__(self) -> "Run":
         return self
@@ -92,8 +100,10 @@ class Run:
             for parent in stage.parents:
                 self.make(parent)
             print(f"{stage.kind}: computing {stage.name}", flush=True)
+            self._pools.clear()
             with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
                 stage.build(self, folder, facts)
+                facts["gpu_seconds"] = round(sum(pool.gpu_seconds for pool in self._pools), 3)
             found = self.store.find(stage.name)
         elif stage.name not in self._seen:
             print(f"{stage.kind}: {stage.name} exists, reused", flush=True)
@@ -157,7 +167,8 @@ class Run:
                 f"replicas: {wanted.count} wanted, room for {fit} now; the others start when there is room", flush=True
             )
         kwargs |= {"spec": self.model_spec(stage, wanted.gpus), "max_rows": wanted.max_rows}
-        return Pool(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count))
+        self._pools.append(Pool(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count)))
+        return self._pools[-1]
 
     def worker(self, target: str, count: int = 1, **kwargs) -> "Pool":
         """Return workers with one GPU each; without GPUs one has all cores of one node, several have replicas.cpus."""
@@ -166,20 +177,22 @@ class Run:
 
         self._connect()
         wanted = self.config.replicas
-        cpus = wanted.cpus if wanted.gpus or count > 1 else max(wanted.cpus, largest_node())
+        shares = self.home is not None or wanted.gpus or count > 1
+        cpus = wanted.cpus if shares else max(wanted.cpus, largest_node())
         there = capacity()
         if cpus > there[0] or (wanted.gpus and there[1] < 1):
             if is_private():
                 raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
             print(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}", flush=True)
-        return Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
+        self._pools.append(Pool(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count)))
+        return self._pools[-1]
 
     def worker_count(self) -> int:
         """Return how many workers with one GPU each the replicas' GPUs make; without GPUs replicas.count, 1 if auto."""
         from cluster.connection import is_private, room
 
         wanted = self.config.replicas
-        if wanted.count == "auto" and not wanted.gpus:
+        if self.home is not None or (wanted.count == "auto" and not wanted.gpus):
             return 1
         self._connect()
         fit = max(1, room(wanted.cpus, 1 if wanted.gpus else 0))
@@ -201,6 +214,8 @@ class Run:
         """Return the worker that holds a sentence-transformer; it lives as long as the run."""
         from cluster.pool import Pool, Resources
 
+        if self.home is not None:
+            return self.home.embedder(name)
         self._connect()
         if name not in self._embedders:
             pool = Pool("actors.embedder:Embedder", {"name": name}, Resources(cpus=0))
@@ -208,7 +223,9 @@ class Run:
         return self._embedders[name]
 
     def _connect(self) -> None:
-        if not self._connected:
+        if self.home is not None:
+            self.home._connect()
+        elif not self._connected:
             from cluster.connection import connected
 
             self._cleanup.enter_context(connected())
@@ -235,6 +252,7 @@ def checked_run_dir(text: str) -> Path:
 
 
 def _hub_commit(repository: str, revision: str | None) -> str:
+    import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -242,7 +260,7 @@ def _hub_commit(repository: str, revision: str | None) -> str:
         return revision
     try:
         return str(HfApi().model_info(repository, revision=revision).sha)
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
         reason = type(error).__name__
     try:  # a node without network may have it in its cache, in a folder named by the commit
         return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name

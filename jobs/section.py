@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Quantizer = Literal["none", "awq", "nf4", "int8", "hqq", "rtn"]
+Bits = Literal[2, 3, 4, 8, 16]
+Recovery = Literal["lora", "qlora"]
 
 
 class Section(BaseModel):

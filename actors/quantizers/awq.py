@@ -5,7 +5,7 @@ through the layers as they were before rounding, as in the authors' code.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def quantize_awq(
 
     ValueError: no calibration conversations, or a checkpoint that does not hold what its config says.
     """
-    hidden, kwargs = _inputs(spec, source, config, calibration)
+    hidden, kwargs = inputs_for(spec, source, config, calibration)
     write_gemm(source, config, settings, out, scaled_tensors(source, config, settings, hidden, kwargs))
     return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
 
@@ -51,9 +51,9 @@ def search_to_files(
 
     Returns {calibration_tokens}; ValueError as `quantize_awq`.
     """
-    hidden, kwargs = _inputs(spec, source, config, calibration)
+    hidden, kwargs = inputs_for(spec, source, config, calibration)
     missing = [number for number in chosen if not _layer_file(folder, number).exists()]
-    for number, tensors in searched_layers(source, config, settings, hidden, kwargs, missing):
+    for number, tensors in searched_layers(source, config, hidden, kwargs, dict.fromkeys(missing, settings)):
         temporary = _layer_file(folder, number).with_suffix(f".{os.getpid()}")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         temporary.rename(_layer_file(folder, number))
@@ -76,7 +76,10 @@ def _layer_file(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:05d}.safetensors"
 
 
-def _inputs(spec: ModelSpec, source: Path, config, calibration: Sequence[Conversation]):
+def inputs_for(
+    spec: ModelSpec, source: Path, config, calibration: Sequence[Conversation]
+) -> tuple[torch.Tensor, list[dict]]:
+    """Return the first decoder layer's inputs and every layer's arguments; ValueError: no calibration conversations."""
     if not calibration:
         raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
     return inputs_of_checkpoint(spec, source, config, calibration)
@@ -86,18 +89,19 @@ def scaled_tensors(
     source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the checkpoint's tensors, decoder layers scaled and clipped, not rounded; `hidden` is used up."""
-    for _, tensors in searched_layers(source, config, settings, hidden, kwargs, range(len(kwargs))):
+    for _, tensors in searched_layers(source, config, hidden, kwargs, dict.fromkeys(range(len(kwargs)), settings)):
         for name in list(tensors):
             yield name, tensors.pop(name)  # free before the next layer is read
     yield from other_tensors(source)
 
 
 def searched_layers(
-    source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict], chosen: Sequence[int]
+    source: Path, config, hidden: torch.Tensor, kwargs: list[dict], chosen: Mapping[int, QuantizeSettings]
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield (number, tensors by their names in the file) of the `chosen` layers, scaled and clipped, in order.
 
-    `hidden` is used up: it passes through the other layers, too, as far as the last chosen one.
+    `chosen` gives each its settings. `hidden` is used up: it passes through the other layers, too, as far as the last
+    chosen one.
     """
     decoder = empty_decoder(config)
     layers = read_layers(source, len(decoder.layers))
@@ -110,7 +114,7 @@ def searched_layers(
         )
         del tensors
         if number in chosen:
-            search_layer(layer, hidden, kwargs[number], settings)
+            search_layer(layer, hidden, kwargs[number], chosen[number])
             yield number, {names[part]: layer.get_parameter(part).detach().cpu() for part in names}
         else:
             pass_through(layer, hidden, kwargs[number])

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from actors.maths.sizes import HQQ_ROWS
 from actors.quantizers.storage import rest_dtype, write_rounded
 from actors.specs import HQQ_CHECKPOINT, QuantizeSettings
 from actors.surgery import iterate_tensors
@@ -21,7 +22,6 @@ MISSING = (
     "hqq checkpoints are made and read with the hqq package, which is not installed: pip install hqq==0.2.8.post1 "
     "(or choose --quantize.method nf4, awq or rtn)."
 )
-_ROWS = {8: 1, 4: 2, 3: 10, 2: 4}  # groups of which hqq packs one value each into a word
 
 
 def quantize_hqq(source: Path, config, settings: QuantizeSettings, out: Path) -> None:
@@ -61,7 +61,7 @@ class HqqLinear(nn.Module):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         groups = linear.weight.numel() // group_size
         packed = torch.int32 if bits == 3 else torch.uint8
-        self.register_buffer("weight", torch.empty(-(-groups // _ROWS[bits]) * group_size, dtype=packed))
+        self.register_buffer("weight", torch.empty(-(-groups // HQQ_ROWS[bits]) * group_size, dtype=packed))
         self.register_buffer("scale", torch.empty(groups, 1, dtype=dtype))
         self.register_buffer("zero", torch.empty(groups, 1, dtype=dtype))
         self._quantizer = _library().Quantizer

@@ -80,9 +80,14 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
 
 
 def weight_bits(config, stored: int) -> int:
-    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded."""
+    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded.
+
+    Where layers have bits of their own: the fewest.
+    """
     rounded = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None)
     if not rounded:
         return stored
     given = rounded if isinstance(rounded, dict) else rounded.to_dict()
+    if groups := given.get("config_groups"):
+        return min(group["weights"]["num_bits"] for group in groups.values())
     return given.get("bits") or (8 if given.get("load_in_8bit") else 4)

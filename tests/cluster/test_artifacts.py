@@ -110,6 +110,16 @@ def run(script: str, root: Path) -> subprocess.CompletedProcess:
     )
 
 
+def test_a_removed_artifact_is_gone_and_can_be_made_again(store):
+    for content in ("first", "second"):
+        with store.create("stage-1", {}) as (folder, _):
+            (folder / "unit").write_text(content)
+        assert (store.find("stage-1") / "unit").read_text() == content
+        store.remove("stage-1")
+        assert store.find("stage-1") is None and files(store) == set()
+    store.remove("stage-1")
+
+
 def test_a_name_that_is_taken_by_something_else_is_an_error(store):
     (store.root / "prune-1").mkdir(parents=True)
     (store.root / "prune-1" / "stray").write_text("no manifest here")

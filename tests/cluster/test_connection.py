@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.connection import _check_reachable, capacity, private_folder
+from cluster.connection import _check_reachable, capacity, connected, private_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A process that starts a private Ray and prints what it consists of: its folder, processes and listening sockets.
@@ -171,3 +171,12 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next():
         assert own.is_dir() and not os.path.exists(left)
     finally:
         own.rmdir()
+
+
+def test_a_process_that_is_connected_already_stays_so(private_ray):
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    with connected():
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()

@@ -130,3 +130,26 @@ class Streams:
 
     def process(self) -> int:
         return os.getpid()
+
+
+class Stages:
+    """Makes stages that are empty files; notes every try in `folder`/tries."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+
+    def make(self, name: str, seconds: float, end: str, number: float) -> dict:
+        """Wait, and end well, in an error (`end`: its words), or once by SIGKILL (`end`: "dies")."""
+        path = self._folder / name
+        if path.exists():
+            return {"made": False, "pid": os.getpid(), "number": number}
+        with open(self._folder / "tries", "a") as file:
+            file.write(f"{name}\n")
+        time.sleep(seconds)
+        if end == "dies" and not (self._folder / f"{name}.died").exists():
+            (self._folder / f"{name}.died").touch()
+            die()
+        if end not in ("", "dies"):
+            raise RuntimeError(end)
+        path.touch()
+        return {"made": True, "pid": os.getpid(), "number": number}

@@ -133,7 +133,7 @@ def test_a_quantized_model(tmp_path, monkeypatch, simulated, words):
 def test_the_command_tells_no_private_path(monkeypatch):
     words = ["--run_dir", "/home/me/secret/run", "--data.root=/data/x y/derm", "--model.path", "owner/name"]
     monkeypatch.setattr(sys, "argv", ["x", *words, "--prune.order", "[3, 10]", "--publish.to", "s3://bucket/a/b"])
-    said = card._command()
+    said = card.command()
     assert said.endswith("--run_dir /.../run --data.root=/.../derm --model.path owner/name --prune.order '[3, 10]' "
                          "--publish.to s3://bucket/a/b")  # fmt: skip
     assert "secret" not in said and "x y" not in said

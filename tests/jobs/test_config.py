@@ -12,12 +12,15 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 
 
 def test_there_are_configs():
-    assert {"derm-tiny.yaml", "llava-1.5-7b-dermnet.yaml"} <= {path.name for path in CONFIGS}
+    assert {"derm-tiny.yaml", "llava-1.5-7b-dermnet.yaml", "judge-qwen2.5-32b.yaml"} <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_parses_and_answers_every_question(path):
     config = load_config(str(path), [])
+    if path.name.startswith("judge-"):
+        assert config.judge.engine != "none" and not config.data.classes
+        return
     assert len(config.data.classes) == 8
     for question in config.data.questions:
         for kind in config.data.classes:

@@ -156,6 +156,28 @@ def test_a_second_run_computes_nothing(finished):
 
 
 @pytest.mark.slow
+def test_a_judge_joins_a_finished_pipeline(finished, tmp_path):
+    """Only judging is left to do; a random judge is found out; the report says so, and needs the verdicts."""
+    from tests.judging import save_tiny_judge
+
+    small = {"engine": "transformers", "model": save_tiny_judge(tmp_path), "dtype": "float32", "gpus": 0, "controls": 2}
+    judge = options(finished[0], **{f"judge.{key}": str(value) for key, value in small.items()})
+    assert_says(run("report", *judge), "Nothing to report", "judge")
+    result = run("compress", *judge)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^(\w+): computing", result.stdout, re.MULTILINE) == ["judge"] * 6
+    assert "judge %" in result.stdout and "FLAGGED" in result.stdout and "uncalibrated" in result.stdout
+    rows = json.loads((finished[0] / "summary.json").read_text())
+    assert all(row["is_llm_judge"] and row["judge_flagged"] and not row["judge_calibrated"] for row in rows)
+    assert all(row["judge_total"] == row["answers"] for row in rows)
+    assert run("report", *judge).returncode == 0
+    assert "FLAGGED" in (finished[0] / "report.html").read_text().upper()
+    again = run("compress", *judge)
+    assert again.returncode == 0 and "computing" not in again.stdout and "different answers" not in again.stdout
+    assert run("compress", *options(finished[0])).returncode == 0  # other tests read a summary without a judge
+
+
+@pytest.mark.slow
 def test_another_quantizer_reuses_the_rest(finished):
     result = run("compress", *options(finished[0], **{"quantize.method": "rtn"}))
     assert result.returncode == 0, result.stderr
@@ -177,6 +199,22 @@ def test_the_report_stands_alone(finished):
     assert "pairs of layers are truly apart" in page and "Kendall" in page
     assert page.count("<svg") == 4 and page.count('<article class="sample">') >= 3
     assert "data:image/jpeg;base64," in page
+
+
+def test_the_original_looks_and_is_what_the_others_are_measured_by(finished):
+    rows = json.loads((finished[0] / "summary.json").read_text())
+    for row in rows:
+        controls = read_table(finished[0] / "artifacts" / row["evaluation"] / "controls.parquet")
+        assert len(controls) == 2 * row["answers"] == 2 * row["controls"]["blank"]["answers"]
+        assert {one["control"] for one in controls} == {"blank", "swapped"}
+        assert set(row["retention"]) == {"baseline", "exact", "name_accuracy", "macro_f1", "stopped", "without_loop"}
+    original = rows[0]
+    assert all(kept["pct"] == 100 for kept in original["retention"].values())
+    assert original["controls"]["swapped"]["name_fall_interval_pct"][0] > 30
+    assert original["controls"]["blank"]["baseline_fall_interval_pct"][0] > 20
+    blank = [one for one in controls if one["control"] == "blank"]
+    assert len({one["answer"] for one in blank}) <= len({one["question"] for one in blank}) == 3
+    assert rows[1]["retention"]["exact"]["pct"] < 100 and 0 < original["macro_f1_pct"] <= 100
 
 
 def test_single_jobs_take_a_path(finished):

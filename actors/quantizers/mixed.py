@@ -1,0 +1,230 @@
+"""Decoder layers rounded to different bits in one checkpoint, in the compressed-tensors "pack-quantized" layout.
+
+transformers loads it with the compressed-tensors package, and vLLM documents it for 4 and 8 bits: config.json gives
+every group of layers its bits; the layers in no group keep 16. compressed-tensors 0.18 to 0.20 cannot load zero points
+into transformers, and packs 3 bits in another order than 0.17: hence the pinned version.
+
+Axes of the layout: q, z integers [out, in], [out, groups], stored as q - 2^(bits-1); words of int32 along `in` for
+the weight, along `out` for the zero points, 32 // bits values each; scales float16 [out, groups].
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from actors.loading import quiet
+from actors.maths.rounding import dequantize, round_to_nearest
+from actors.quantizers.awq import inputs_for, searched_layers
+from actors.quantizers.storage import check_rounded, narrowed, other_tensors, read_layers, write_rounded
+from actors.quantizers.structure import check_quantizable, linear_shapes
+from actors.specs import PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
+from actors.surgery import local_folder
+
+FORMAT = "pack-quantized"
+STORED = torch.float16
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+NAME = "language_model.model.layers.{}.{}"  # as published
+_SHAPE_BYTES = 16  # weight_shape: two int64
+MISSING = (
+    "Checkpoints of mixed bits need the compressed-tensors package, which is not installed: "
+    "pip install -c constraints.txt '.[mixed]'."
+)
+
+
+def packer():
+    """Return compressed-tensors' (pack, unpack); ValueError: the package is missing."""
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+    except ImportError as error:
+        raise ValueError(f"{MISSING} ({error})") from None
+    return pack_to_int32, unpack_from_int32
+
+
+def packed(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+    """Round a weight [out, in] to nearest and return the layout's parts of it."""
+    pack, _ = packer()
+    q, zero, scale = round_to_nearest(weight, group, bits)
+    middle = 2 ** (bits - 1)
+    return {
+        "weight_packed": pack((q - middle).to(torch.int8), bits),
+        "weight_scale": scale,
+        "weight_zero_point": pack((zero - middle).to(torch.int8), bits, packed_dim=0).contiguous(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def unpacked(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """Return the weight [out, in] in float32 that the parts of `packed` stand for."""
+    _, unpack = packer()
+    shape, scale = torch.Size(parts["weight_shape"].tolist()), parts["weight_scale"]
+    q = unpack(parts["weight_packed"], bits, shape)
+    zero = unpack(parts["weight_zero_point"], bits, scale.shape, packed_dim=0)
+    return dequantize(q.int(), zero.int(), scale)
+
+
+def linear_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
+    """Return the bytes of a weight [out, in] in the layout (16 bits: not rounded)."""
+    if bits == 16:
+        return 2 * outputs * inputs
+    groups, per_word = inputs // group, 32 // bits
+    return (
+        4 * (outputs * -(-inputs // per_word) + groups * -(-outputs // per_word)) + 2 * outputs * groups + _SHAPE_BYTES
+    )
+
+
+def rounded_layers(
+    spec: ModelSpec,
+    source: Path,
+    config,
+    settings: QuantizeSettings,
+    bits: Sequence[int],
+    calibration: Sequence[Conversation],
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Yield (number, tensors by their names in the layer) of every decoder layer, its linears packed at its `bits`.
+
+    awq: scaled and clipped at these bits first; the calibration inputs are those of the unrounded model, so that a
+    layer is the same whatever bits the others have. 16 bits: the layer as it is.
+    """
+    rounded = [number for number, each in enumerate(bits) if each < 16]
+    linears = tuple(f"{name}.weight" for name in linear_shapes(config))
+    scaled: Iterator = iter(())
+    if settings.method == "awq" and rounded:
+        hidden, kwargs = inputs_for(spec, source, config, calibration)
+        chosen = {number: replace(settings, bits=bits[number]) for number in rounded}
+        scaled = searched_layers(source, config, hidden, kwargs, chosen)
+    for number, layer in enumerate(read_layers(source, len(bits))):
+        tensors = {part: tensor for part, (_, tensor) in layer.items()}
+        if number in rounded and settings.method == "awq":
+            names = {name: part for part, (name, _) in layer.items()}
+            tensors = {names[name]: tensor for name, tensor in next(scaled)[1].items()}
+        made: dict[str, torch.Tensor] = {}
+        for part, tensor in tensors.items():
+            if number in rounded and part in linears:
+                stem = part.removesuffix("weight")
+                made |= {
+                    stem + name: value for name, value in packed(tensor, bits[number], settings.group_size).items()
+                }
+            else:
+                made[part] = narrowed(NAME.format(number, part), tensor, STORED)
+        yield number, made
+
+
+def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str]) -> dict:
+    """Return the quantization_config of a checkpoint whose decoder layers have these bits (16: not rounded)."""
+    groups = {}
+    names = "|".join(map(re.escape, linears))
+    for each in sorted(set(bits) - {16}):
+        numbers = "|".join(str(number) for number, own in enumerate(bits) if own == each)
+        groups[f"bits_{each}"] = {
+            "targets": [rf"re:.*language_model\.(model\.)?layers\.({numbers})\.({names})$"],
+            "weights": {
+                "num_bits": each,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "group",
+                "group_size": group,
+            },
+            "format": FORMAT,
+        }
+    return {
+        "quant_method": PACKED_CHECKPOINT,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [],
+    }
+
+
+def group_bits(config: dict, number: int, stem: str) -> int:
+    """Return the bits that a quantization_config gives the linear `stem` of decoder layer `number`."""
+    name = NAME.format(number, stem)
+    for group in config["config_groups"].values():
+        if any(re.match(target.removeprefix("re:"), name) for target in group["targets"]):
+            return group["weights"]["num_bits"]
+    return 16
+
+
+class MixedQuantizer:
+    """Rounds decoder layers to bits of their own; a worker class."""
+
+    def __init__(self):
+        quiet()
+
+    def quantize(
+        self,
+        spec: ModelSpec,
+        settings: QuantizeSettings,
+        bits: Sequence[int],
+        calibration: Sequence[Conversation],
+        out: str,
+    ) -> dict:
+        """Write the checkpoint of `spec` with every decoder layer's linears at its `bits` to `out`; returns facts.
+
+        settings: awq or rtn, the group size and clipping; its own bits are not read. The facts are those of
+        actors.quantizers.storage.check_rounded. ValueError: bits for another number of layers, or the method cannot.
+        """
+        source, config = _opened(spec, settings)
+        layers = config.text_config.num_hidden_layers
+        if len(bits) != layers:
+            raise ValueError(f"Bits were given for {len(bits)} layers, the model has {layers}.")
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for number, layer in rounded_layers(spec, source, config, settings, bits, calibration):
+                for part, tensor in layer.items():
+                    yield NAME.format(number, part), tensor
+            yield from other_tensors(source)
+
+        written = deepcopy(config)
+        if set(bits) != {16}:
+            written.quantization_config = quantization_config(bits, settings.group_size, list(linear_shapes(config)))
+        write_rounded(source, Path(out), written, STORED, tensors(), lambda weight: {"weight": weight})
+        return check_rounded(source, Path(out), config, replace(settings, bits=4))
+
+    def options(
+        self,
+        spec: ModelSpec,
+        settings: QuantizeSettings,
+        bits: Sequence[int],
+        calibration: Sequence[Conversation],
+        folder: str,
+    ) -> dict:
+        """Write every decoder layer at each of `bits` to a file of its own in `folder`; returns {layers, bytes}.
+
+        They are what `quantize` would write of them; `read_option` reads one.
+        """
+        source, config = _opened(spec, settings)
+        layers, size = config.text_config.num_hidden_layers, 0
+        for each in bits:
+            made = rounded_layers(spec, source, config, settings, [each] * layers, calibration)
+            for number, tensors in made:
+                file = option_file(folder, number, each)
+                save_file({part: tensor.contiguous() for part, tensor in tensors.items()}, file)
+                size += file.stat().st_size
+        return {"layers": layers, "bytes": size}
+
+
+def option_file(folder: str, number: int, bits: int) -> Path:
+    """Return the file of one decoder layer at `bits` in an artifact of `MixedQuantizer.options`."""
+    return Path(folder) / f"layer-{number:05d}-{bits}.safetensors"
+
+
+def read_option(folder: str, number: int, bits: int) -> dict[str, torch.Tensor]:
+    """Return a decoder layer's parameters by name, rounded to `bits` and unpacked to float32."""
+    stored = load_file(option_file(folder, number, bits))
+    stems = [name.removesuffix("weight_packed") for name in stored if name.endswith("weight_packed")]
+    rounded = {f"{stem}weight": unpacked({part: stored[stem + part] for part in PARTS}, bits) for stem in stems}
+    return rounded | {name: tensor for name, tensor in stored.items() if not name.endswith(PARTS)}
+
+
+def _opened(spec: ModelSpec, settings: QuantizeSettings):
+    packer()
+    source = local_folder(spec.path, spec.revision)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
+    check_quantizable(config, settings)
+    return source, config

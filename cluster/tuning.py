@@ -1,0 +1,250 @@
+"""Ray Tune over settings that share stages: every stage is made once, whichever trials ask for it.
+
+A trial is a coordinator without a core or a GPU: it asks the broker for its stages in order, and reports what the last
+one says. The broker hands stages to workers outside the trials' placement groups, as many at a time as it was told;
+what a stage needs (cores, GPUs) it asks for itself. A stage that another trial asked for is waited for, not made again.
+A worker that dies is replaced and its stage tried again; a stage that raises has failed, and so has every trial that
+needs it, while the others go on.
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.pool import ATTEMPTS, Pool, Resources, WorkerDied, one_line
+
+import ray  # isort: skip  (cluster.pool protects it first)
+from ray import tune  # isort: skip
+
+NEWS_EVERY_S = 1.0
+TRIALS_PER_STAGE = 4  # coordinators for each stage that may be made at a time: those that wait for one leave others
+RESTARTS = 3  # of a trial whose process died
+_ONE_BYTE = {
+    "memory": 1
+}  # the least that Tune lets a trial ask for; a fraction of a core would cost stages a whole one
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage: its name, which says whether two are the same, and what else `make(name, *args)` is given."""
+
+    name: str
+    args: tuple = ()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes stages: a class ("package.module:Class") built with kwargs, whose `make(name, *args)` returns a dict.
+
+    The dict has "made" (False: it was there already) and numbers to report. parallel: stages at a time.
+    """
+
+    target: str
+    kwargs: dict = field(default_factory=dict)
+    parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How many settings Optuna suggests, and what it is to raise or lower: {"score": "max", "memory": "min"}."""
+
+    trials: int
+    objectives: Mapping[str, str]
+    seed: int = 0
+    batch: int = 8  # suggestions made on the same knowledge; fixed, so that a resumed search suggests the same
+
+
+class _Broker:
+    """The one place that knows which stages are being made. One line of `log` for each that was made, or failed."""
+
+    def __init__(self, maker: Maker, log: str):
+        self._log = Path(log)
+        self._ends: dict[str, asyncio.Future] = {}
+        self._news: list[dict] = []
+        self._workers: asyncio.Queue[Pool] = asyncio.Queue()
+        for _ in range(maker.parallel):
+            self._workers.put_nowait(Pool(maker.target, maker.kwargs, Resources(cpus=0)))
+
+    async def make(self, task: Task) -> dict:
+        """Return {"error": None or the reason, ...what the maker returned}, when somebody has made the stage."""
+        if task.name not in self._ends:
+            self._ends[task.name] = asyncio.ensure_future(self._made(task))
+        return await asyncio.shield(self._ends[task.name])
+
+    async def news(self) -> list[dict]:
+        """Return what happened since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    async def _made(self, task: Task) -> dict:
+        worker = await self._workers.get()
+        try:
+            return await self._tried(worker, task)
+        finally:
+            self._workers.put_nowait(worker)
+
+    async def _tried(self, worker: Pool, task: Task) -> dict:
+        started, reason, tries = time.time(), "", 0
+        self._news.append({"event": "started", "name": task.name})
+        while tries < ATTEMPTS:
+            tries += 1
+            try:
+                found = await asyncio.to_thread(worker.call, "make", task.name, *task.args)
+            except WorkerDied as error:  # of the stage, or of what it asked for
+                reason = str(error)
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError | RuntimeError) else one_line(error)
+                break
+            else:
+                if found["made"]:
+                    self._note("made", task, started, tries=tries, pid=found["pid"])
+                return {**found, "error": None}
+        self._note("failed", task, started, tries=tries, error=reason)
+        return {"error": reason}
+
+    def _note(self, event: str, task: Task, started: float, **more) -> None:
+        row = {
+            "event": event,
+            "name": task.name,
+            "started": started,
+            "seconds": round(time.time() - started, 3),
+            **more,
+        }
+        self._news.append(row)
+        with open(self._log, "a") as log:
+            log.write(json.dumps(row) + "\n")
+
+
+def _coordinate(config: dict, broker=None, chains: Mapping[Key, Sequence[Task]] | None = None) -> None:
+    """Ask for one setting's stages in order, and report what the last one says; of an unknown setting, nothing."""
+    found: dict = {}
+    for task in (chains or {}).get(tuple(config["setting"].values()), ()):
+        found = ray.get(broker.make.remote(task))
+        if found["error"]:
+            break
+    tune.report({**found, "failed": int(bool(found.get("error")))})
+
+
+class _Watch(tune.Callback):
+    """Tells the job what happens, and keeps what every trial reported last."""
+
+    def __init__(self, broker, on_event: Callable[[dict], None]):
+        self._broker, self._on_event, self._asked = broker, on_event, 0.0
+        self.ends: dict[Key, dict] = {}
+
+    def __reduce__(self):  # Tune pickles its settings; what is restored here is content-addressed instead
+        return _Watch, (None, print)
+
+    def tell(self) -> None:
+        """Pass on what the broker has to say."""
+        self._asked = time.monotonic()
+        for event in ray.get(self._broker.news.remote()):
+            self._on_event(event)
+
+    def on_step_end(self, iteration, trials, **info) -> None:
+        if time.monotonic() - self._asked >= NEWS_EVERY_S:
+            self.tell()
+
+    def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+        self._end(trial, trial.last_result)
+
+    def on_trial_error(self, iteration, trials, trial, **info) -> None:
+        self._end(trial, {"error": f"its trial died {RESTARTS + 1} times"})
+
+    def _end(self, trial, result: dict) -> None:
+        self.tell()
+        key = tuple(trial.config["setting"].values())
+        self.ends[key] = result
+        self._on_event({"event": "trial", "key": key, **result})
+
+
+def run_trials(
+    chains: Mapping[Key, Sequence[Task]],
+    maker: Maker,
+    folder: Path,
+    log: Path,
+    on_event: Callable[[dict], None],
+    loggers: Sequence[str] = (),
+    sampled: Sampled | None = None,
+) -> dict[Key, dict]:
+    """Make every setting's stages, or those of the settings that Optuna suggests; return what the last stages say.
+
+    {"error": the reason} where one failed. Keys are the settings' values, in the same order for all. folder: what
+    Tune writes, made anew. log: one JSON line for every stage that was made or failed, appended. on_event: is told
+    {"event": "started" | "made" | "failed", "name", ...} of stages and {"event": "trial", "key", ...} of trials.
+    """
+    _quiet()
+    shutil.rmtree(folder, ignore_errors=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    broker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Broker).remote(maker, str(log))
+    watch = _Watch(broker, on_event)
+    trainable = tune.with_parameters(_coordinate, broker=broker, chains=dict(chains))
+    space, settings = _space(list(chains), maker.parallel, sampled)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([_ONE_BYTE])),
+        param_space=space,
+        tune_config=settings,
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent.resolve()),
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+            callbacks=[watch, *_loggers(loggers, folder)],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+        watch.tell()
+    finally:
+        ray.kill(broker)  # and with it the workers, which it owns
+    return watch.ends
+
+
+def _space(keys: list[Key], parallel: int, sampled: Sampled | None) -> tuple[dict, Any]:
+    """Return Tune's parameter space and its settings: a grid over the keys, or the values that they are made of."""
+    columns = [list(dict.fromkeys(column)) for column in zip(*keys, strict=True)]
+    if sampled is None:
+        grid = [{str(place): value for place, value in enumerate(key)} for key in keys]
+        most = TRIALS_PER_STAGE * parallel
+        return {"setting": tune.grid_search(grid)}, tune.TuneConfig(max_concurrent_trials=most)
+    import optuna
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    names, modes = list(sampled.objectives), list(sampled.objectives.values())
+    searcher = OptunaSearch(metric=names, mode=modes, seed=sampled.seed)
+    limited = ConcurrencyLimiter(searcher, max_concurrent=sampled.batch, batch=True)
+    space = {str(place): tune.choice(values) for place, values in enumerate(columns)}
+    return {"setting": space}, tune.TuneConfig(search_alg=limited, num_samples=sampled.trials)
+
+
+def _loggers(names: Sequence[str], folder: Path) -> list:
+    found: list = []
+    if "tensorboard" in names:
+        from ray.tune.logger import TBXLoggerCallback
+
+        found.append(TBXLoggerCallback())
+    if "mlflow" in names:
+        if importlib.util.find_spec("mlflow") is None:
+            raise ValueError("The logger mlflow is not installed: pip install mlflow-skinny, or leave it out.")
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        store = f"sqlite:///{folder.resolve()}/mlflow.db"
+        found.append(MLflowLoggerCallback(store, experiment_name=folder.name))
+    return found
+
+
+def _quiet() -> None:
+    """Leave Ctrl-C and the choice of loggers to the job; a setting that failed has no numbers to report."""
+    switches = ("DISABLE_AUTO_CALLBACK_LOGGERS", "DISABLE_SIGINT_HANDLER", "DISABLE_STRICT_METRIC_CHECKING")
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", **{f"TUNE_{switch}": "1" for switch in switches}}

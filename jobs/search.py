@@ -1,0 +1,250 @@
+"""Find the best model for a budget of memory and time: Ray Tune over depth x recovery x quantizer x bits.
+
+    python -m jobs.search --config configs/derm-tiny-search.yaml
+    python -m jobs.search --config configs/derm-tiny-search.yaml --resume
+    python -m jobs.search --config configs/derm-tiny-search.yaml --resolve-only --search.budget.ms_per_token 5
+    ray job submit --working-dir . -- python -m jobs.search --config configs/llava-1.5-7b-dermnet.yaml \\
+        --data.root /shared/dermnet --run_dir /shared/runs/dermnet --search.budget.memory_gib 4
+
+Settings share stages, and every stage is made once. Those whose estimated memory misses the budget are listed, not run.
+With search.screen_images all others are evaluated on a part of the test images first; a setting to which another one
+is better that takes no more (the same kernels, no fewer layers removed, no more memory) is not evaluated further. The
+rest is evaluated on all, and judged if judge.engine is set. A setting that fails is a row with its reason.
+
+The memory of a row is what the driver saw on the GPU; on a CPU, where a process is mostly interpreter, it is the
+estimate. The rows go to run_dir/search/rows.json, what was made when to run_dir/search/log.jsonl. Stopped, however it
+was, the search goes on with the same command: what is finished is not made again. --resolve-only answers for another
+budget from the rows.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+
+from jobs import card, judge
+from jobs.command import main
+from jobs.progress import Progress
+from jobs.run import Run, Stage
+from jobs.search_budget import Entrant, compared, front, resolve, said, screened_out
+from jobs.search_rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
+from jobs.search_space import Setting, space
+from jobs.search_stages import SEARCH, Plan, plans
+
+OBJECTIVES = {"score": "max", "memory_gib": "min", "ms_per_token": "min"}
+Key = tuple[str, ...]
+
+
+class Search:
+    """A search in progress: what is planned, what failed, who lost."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.settings = space(run.config)
+        self.sampled = len(self.settings) > run.config.search.max_trials
+        if self.sampled and run.config.search.screen_images is None:
+            raise ValueError(
+                f"The space has {len(self.settings)} settings, more than search.max_trials "
+                f"({run.config.search.max_trials}): Optuna needs a cheap score to suggest some, so set "
+                "search.screen_images, or raise search.max_trials."
+            )
+        self.plans = plans(run, self.settings)
+        self.sizes = estimates(run, self.plans)
+        limit = run.config.search.budget.memory_gib
+        within = [limit is None or size <= limit for size in self.sizes]
+        self.open = [plan for plan, fits in zip(self.plans, within, strict=True) if fits]
+        self.failures: dict[Key, str] = {}
+        self.lost: dict[Key, dict] = {}
+
+    def rows(self) -> list[dict]:
+        """Return the table as it is now."""
+        rows = rows_of(self.run, self.plans, self.sizes, self.failures, self.lost)
+        return [row for row in rows if row["status"] != "open"] if self.sampled else rows
+
+    def build(self) -> None:
+        """Make the checkpoints, and their first, cheap evaluations: all, or those that Optuna suggests."""
+        work = {plan.setting.key: (plan, plan.first) for plan in self.open}
+        self._rung("screen" if self._screens else "build", work, parallel=_beside(self.run), sampled=self.sampled)
+
+    def screen(self) -> None:
+        """Compare the cheap evaluations, and note who loses."""
+        seen = [plan for plan in self.open if plan.screen and self.run.store.find(plan.screen.name)]
+        size = {plan.setting.key: size for plan, size in zip(self.plans, self.sizes, strict=True)}
+        tables = {plan.setting.key: answers(self.run, plan.screen.name) for plan in seen if plan.screen}
+        groups = {sample: row["group"] for table in tables.values() for sample, row in table.items()}
+        entrants = [
+            Entrant(p.setting, size[p.setting.key], {s: r["baseline"] for s, r in tables[p.setting.key].items()})
+            for p in seen
+        ]
+        self.lost = screened_out(entrants, groups)
+        self.open = [plan for plan in seen if plan.setting.key not in self.lost]
+        print(
+            f"search: {len(self.lost)} of {len(seen)} settings lose in the screen, {len(self.open)} go on", flush=True
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate who is left on all images; on a CPU one at a time, so that no other work disturbs the clocks."""
+        left = [plan for plan in self.open if plan.setting.key not in self.failures]
+        work = {plan.setting.key: (plan, [plan.evaluation]) for plan in left}
+        wanted = self.run.config.replicas
+        self._rung("evaluate", work, parallel=_beside(self.run) if wanted.gpus >= 1 else 1)
+
+    def judge(self) -> None:
+        """Let one session of the judge score all that were evaluated."""
+        done = [plan.evaluation for plan in self.open if self.run.store.find(plan.evaluation.name)]
+        if self.run.config.judge.engine != "none" and done:
+            judge.make_all(self.run, done)
+
+    @property
+    def _screens(self) -> bool:
+        return self.run.config.search.screen_images is not None
+
+    def _rung(self, name: str, work: dict[Key, tuple[Plan, list[Stage]]], parallel: int, sampled: bool = False) -> None:
+        """Make what is missing of every setting's stages, as trials of Ray Tune."""
+        missing = {key: self.run.missing(stages) for key, (_, stages) in work.items()}
+        waiting = [key for key, stages in missing.items() if stages]
+        print(f"search: {name}, {len(work) - len(waiting)} of {len(work)} settings have it already", flush=True)
+        if not waiting:
+            return
+        from cluster.tuning import Maker, Sampled, Task, run_trials
+
+        size = {plan.setting.key: size for plan, size in zip(self.plans, self.sizes, strict=True)}
+
+        def task(plan: Plan, stage: Stage) -> Task:
+            fields = {name: getattr(plan.setting, name) for name in Setting.__dataclass_fields__}
+            return Task(stage.name, (fields, parallel > 1, {"memory_gib": size[plan.setting.key]}))
+
+        chosen = list(work) if sampled else waiting  # Optuna is told again what is finished: it suggests the same
+        chains = {key: [task(work[key][0], s) for s in missing[key] or work[key][1][-1:]] for key in chosen}
+        config = self.run.config
+        trials = Sampled(config.search.max_trials, OBJECTIVES, config.seed) if sampled else None
+        kwargs = {
+            "config": {**config.model_dump(mode="json"), "run_dir": str(self.run.folder)},
+            "command": card.command(),
+            "address": os.environ.get("RAY_ADDRESS"),
+        }
+        maker = Maker("jobs.search_stages:StageMaker", kwargs, parallel)
+        folder = self.run.folder / SEARCH
+        with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
+            heard = _Heard(self, progress, {key: stages[-1] for key, (_, stages) in work.items() if not missing[key]})
+            ends = run_trials(chains, maker, folder / name, folder / LOG, heard, config.search.loggers, trials)
+        self.failures |= {key: end["error"] for key, end in ends.items() if end.get("error")}
+
+
+class _Heard:
+    """Says in one line what happened, and keeps the table up to date."""
+
+    def __init__(self, search: Search, progress: Progress, finished: dict[Key, Stage]):
+        self._search, self._progress = search, progress
+        self._labels = {setting.key: setting.label for setting in search.settings}
+        self._best: tuple[float, str] | None = None
+        for key, stage in finished.items():
+            if stage.kind == "evaluate":
+                self._scored(search.run.facts(stage)["metrics"]["baseline_pct"], key)
+
+    def __call__(self, event: dict) -> None:
+        if event["event"] == "started":
+            print(f"search: making {event['name']}", flush=True)
+        elif event["event"] == "made":
+            print(f"search: made {event['name']} in {event['seconds']:.0f} s", flush=True)
+        elif event["event"] == "failed":
+            print(f"search: {event['name']} failed: {event['error']}", flush=True)
+        else:
+            self._trial(event)
+
+    def _trial(self, event: dict) -> None:
+        label, error = self._labels[event["key"]], event.get("error")
+        if error:
+            self._search.failures[event["key"]] = error
+        elif "score" in event:
+            self._scored(event["score"], event["key"])
+        best = f"{label} {'failed' if error else 'done'}" + (
+            f"; best {self._best[0]:.1f}, {self._best[1]}" if self._best else ""
+        )
+        self._progress.step(best)
+        write_rows(self._search.run, self._search.rows())
+
+    def _scored(self, score: float, key: Key) -> None:
+        if self._best is None or score > self._best[0]:
+            self._best = score, self._labels[key]
+
+
+def _beside(run: Run) -> int:
+    """Return how many stages are made at a time: as many as there is room for workers, or replicas are asked for."""
+    from cluster.connection import room
+
+    run._connect()
+    wanted = run.config.replicas
+    return (
+        wanted.count if wanted.count != "auto" else max(1, room(wanted.cpus, max(1, wanted.gpus) if wanted.gpus else 0))
+    )
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Lay the rows out for a terminal."""
+    fronts = {cost: {row["setting"] for row in front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
+    lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
+    for row in rows:
+        cells = [row["setting"], row["status"], "", "", "", f"{row['estimate_gib']:.4g}", "", "", "", ""]
+        if row["status"] == "done":
+            low, high = row["score_interval_pct"]
+            marks = ["*" if row["setting"] in own else "" for own in fronts.values()]
+            cells[2:5] = [f"{row['score_pct']:.1f}", f"[{low:.0f}, {high:.0f}]", f"{row['params'] / 1e6:.3f}"]
+            cells[5:7] = [f"{row['memory_gib']:.4g}", marks[0]]
+            cells[7:] = [f"{row['ms_per_token']:.2f}", marks[1], f"{row['seconds_alone']:.0f}"]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for cells in lines:
+        first = [cell.ljust(width) for cell, width in zip(cells[:2], widths, strict=False)]
+        text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
+    for row in [row for row in rows if row["status"] == "done"][:1]:
+        kind = "LLM judge" if row["score_kind"] == "judge" else "baseline score, LLM judge: not run"
+        text.append(
+            f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
+            f"{row['memory_kind']}; *: none has a better score with as little"
+        )
+    told = [row for row in rows if row["status"] in ("failed", "screened out")]
+    return "\n".join(text + [f"{row['setting']} {row['status']}: {row['reason']}" for row in told])
+
+
+def job(run: Run) -> None:
+    """Search, or solve again; print the table and the answer."""
+    config, recorded = run.config.search, read_rows(run)
+    if (config.resume or config.resolve_only) and not recorded:
+        raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
+    if not config.resolve_only:
+        recorded = searched(run)
+    print(table(recorded))
+    print(said(resolve(recorded, config.budget, lambda best, second: compared(run, best, second)), config.budget))
+
+
+def searched(run: Run) -> list[dict]:
+    """Do what is not done yet, and return the rows."""
+    started = time.monotonic()
+    search = Search(run)
+    path = write_rows(run, search.rows())
+    print(
+        f"search: {len(search.plans)} settings, {len(search.plans) - len(search.open)} over budget; rows are in {path}",
+        flush=True,
+    )
+    search.build()
+    if run.config.search.screen_images is not None:
+        search.screen()
+    search.evaluate()
+    search.judge()
+    rows = search.rows()
+    write_rows(run, rows)
+    for plan in search.open:
+        if isinstance(plan.model, Stage) and run.store.find(plan.evaluation.name):
+            card.refresh(run.store.root / plan.model.name, run.facts(plan.evaluation))
+    sums = totals(run, rows)
+    print(
+        f"search: took {time.monotonic() - started:.0f} s now; {sums['stages']} stages of {sums['seconds']:.0f} s "
+        f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s",
+        flush=True,
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main(__doc__, job, {"resume": "search.resume", "resolve-only": "search.resolve_only"})

@@ -1,0 +1,90 @@
+"""The settings of a search: how many layers go, how the model is fine-tuned after it, how it is rounded."""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+
+from actors.specs import QUANTIZER_BITS
+from jobs.config import Config
+
+_MODES = ("--resume", "--search.resume", "--resolve-only", "--search.resolve_only", "--search.resolve-only")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the space; bits: of the decoder's linears, 16 where nothing is rounded."""
+
+    depth: int
+    recovery: str
+    quantizer: str
+    bits: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names it in Tune: one value for each thing that is searched."""
+        return str(self.depth), self.recovery, f"{self.quantizer}{self.bits}"
+
+    @property
+    def label(self) -> str:
+        """What names it for people."""
+        parts = [f"{self.depth} out"] if self.depth else []
+        parts += [self.recovery] if self.recovery != "none" else []
+        parts += [f"{self.quantizer} {self.bits} bit"] if self.quantizer != "none" else []
+        return ", ".join(parts) or "original"
+
+    @property
+    def kernels(self) -> tuple[str, int]:
+        """What multiplies its weights: of two settings with the same, the one with fewer layers is not slower."""
+        if self.quantizer in ("awq", "rtn"):  # one layout; with other bits than 4 simulated, that is, stored in 16
+            return ("awq", 4) if self.bits == 4 else ("none", 16)
+        return self.quantizer, self.bits
+
+
+def space(config: Config) -> list[Setting]:
+    """Return all settings in order; ValueError: bits that none of the quantizers has."""
+    search = config.search
+    rounded = []
+    for quantizer in dict.fromkeys(search.quantizers):
+        own = QUANTIZER_BITS.get(quantizer, (16,))
+        chosen = [bits for bits in dict.fromkeys(search.bits) if bits in own] if len(own) > 1 else list(own)
+        if not chosen:
+            raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(own)}.")
+        rounded += [(quantizer, bits) for bits in chosen]
+    return [
+        Setting(depth, recovery, quantizer, bits)
+        for depth in dict.fromkeys(search.depths)
+        for recovery in dict.fromkeys(search.recoveries)
+        for quantizer, bits in rounded
+    ]
+
+
+def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
+    """Return the configuration of one setting; screen: that of its cheap evaluation."""
+    changes: dict[str, dict] = {
+        "prune": {"layers": setting.depth},
+        "quantize": {"method": setting.quantizer, "bits": setting.bits},
+    }
+    if setting.recovery != "none":
+        changes["recover"] = {"method": setting.recovery}
+    if screen:
+        given = config.evaluate.limit, config.search.screen_images
+        limit = min(images for images in given if images is not None)
+        changes["evaluate"] = {"limit": limit, "controls": False, "warmup_runs": 1, "timed_runs": 3}
+    sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def alone(setting: Setting) -> str:
+    """Return the command that makes this one setting: this process's, with a space of one."""
+    words = [word for word in sys.argv[1:] if word.partition("=")[0] not in _MODES]
+    chosen = {"depths": setting.depth, "recoveries": setting.recovery, "quantizers": setting.quantizer}
+    if len(QUANTIZER_BITS.get(setting.quantizer, ())) > 1:
+        chosen["bits"] = setting.bits
+    for name, value in chosen.items():
+        words += [f"--search.{name}", f"[{value}]"]
+    return shlex.join(["python", "-m", "jobs.search", *words, "--search.screen_images", "null"])
+
+
+def described(setting: Setting) -> dict:
+    """Return a setting's columns."""
+    return {"setting": setting.label, **asdict(setting)}

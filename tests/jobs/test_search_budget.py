@@ -1,0 +1,107 @@
+"""Who loses in the screen, who is on the front, what a budget allows: from rows alone."""
+
+import pytest
+
+from jobs.config_search import BudgetConfig
+from jobs.search_budget import Entrant, fits, front, resolve, said, screened_out
+from jobs.search_space import Setting
+
+IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
+
+
+def entrant(
+    depth: int, good: float, quantizer: str = "none", recovery: str = "none", gib: float | None = None
+) -> Entrant:
+    """Right on the share `good` of the images (of three answers each)."""
+    setting = Setting(depth, recovery, quantizer, {"none": 16}.get(quantizer, 4))
+    scores = {s: float(int(s) // 3 < good * 20) for s in IMAGES}
+    return Entrant(setting, 1.0 - 0.1 * depth if gib is None else gib, scores)
+
+
+def test_a_setting_loses_to_a_better_one_that_takes_no_more():
+    weak, healed, whole = entrant(4, 0.4), entrant(4, 0.9, recovery="lora"), entrant(0, 0.95)
+    lost = screened_out([weak, healed, whole], IMAGES)
+    assert list(lost) == [weak.setting.key]
+    loss = lost[weak.setting.key]
+    assert (loss["to"], loss["pct"]) == ("4 out, lora", 50.0) and 20 < loss["low"] < 50 < loss["high"] < 80
+
+
+def test_none_loses_to_what_takes_more_or_has_other_kernels_or_is_not_resolved():
+    assert screened_out([entrant(4, 0.4), entrant(2, 1.0)], IMAGES) == {}  # fewer layers out
+    assert screened_out([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
+    assert screened_out([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
+    assert screened_out([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
+    assert screened_out([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
+
+
+def row(setting: str, score: float, gib: float, ms: float, **more) -> dict:
+    given = {"setting": setting, "status": "done", "score_pct": score, "score_interval_pct": [score - 5, score + 5]}
+    given |= {"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "estimate_gib": gib, "simulated": False}
+    return {**given, "is_llm_judge": False, "checkpoint": f"artifacts/{setting}", "evaluation": setting, **more}
+
+
+ROWS = [
+    row("whole", 96.0, 13.4, 30.0),
+    row("awq", 95.0, 4.5, 20.0),
+    row("nf4", 95.0, 4.6, 25.0),
+    row("deep", 80.0, 3.9, 10.0),
+    row("deep sft", 90.0, 3.9, 10.0),
+    row("three bits", 94.0, 3.6, 30.0, simulated=True),
+    row("far", 0.0, 2.0, 5.0, status="failed", reason="The loss is nan"),
+    row("big", 0.0, 20.0, 5.0, status="over budget"),
+]
+
+
+def names(rows) -> list[str]:
+    return [one["setting"] for one in rows]
+
+
+def test_the_front_has_what_no_other_beats():
+    assert names(front(ROWS, "memory_gib")) == ["three bits", "awq", "whole"]
+    assert names(front(ROWS, "ms_per_token")) == ["deep sft", "awq", "whole"]
+
+
+def difference(best: dict, second: dict) -> dict:
+    points = best["score_pct"] - second["score_pct"]
+    found = "unresolved" if points < 6 else "better"
+    values = {"pct": points, "interval_pct": [points - 6, points + 6], "finding": found, "detectable_pct": 8.5}
+    return {f"difference_{name}": value for name, value in values.items()}
+
+
+def test_the_answer_is_the_best_that_fits_and_leaves_a_margin():
+    budget = BudgetConfig(memory_gib=5.0, ms_per_token=25)
+    found = resolve(ROWS, budget, difference)
+    assert (found["answer"]["setting"], found["runner_up"]["setting"]) == ("awq", "nf4")  # equal scores: less memory
+    assert found["margins"] == {"memory_gib": pytest.approx(0.5), "ms_per_token": pytest.approx(5.0)}
+    text = said(found, budget)
+    assert "answer for 5 GiB and 25 ms/token: awq: 95.0 [90.0, 100.0] (baseline, no LLM judge)" in text
+    assert "leaves 0.5 GiB (10 %)" in text and "runner-up: nf4" in text and "artifacts/awq" in text
+    assert "+0.0 points [-6.0, +6.0], unresolved by this evaluation, which detects 8.5" in text
+
+
+def test_another_budget_has_another_answer():
+    found = resolve(ROWS, BudgetConfig(memory_gib=4.0), difference)
+    assert names([found["answer"], found["runner_up"]]) == ["deep sft", "deep"]
+    assert "resolved by this evaluation" in said(found, BudgetConfig(memory_gib=4.0))
+    assert resolve(ROWS, BudgetConfig(), difference)["answer"]["setting"] == "whole"
+
+
+def test_what_is_simulated_failed_or_was_not_run_is_no_answer():
+    budget = BudgetConfig(memory_gib=3.7)
+    assert not any(fits(one, budget) for one in ROWS)
+    found = resolve(ROWS, budget, difference)
+    assert found["answer"] is None and found["nearest"]["setting"] in ("deep", "deep sft")
+    assert "none fits; the nearest is deep" in said(found, budget)
+    assert "no setting was evaluated" in said(resolve(ROWS[-2:], budget, difference), budget)
+
+
+def test_settings_that_an_older_budget_left_out_are_told():
+    found = resolve(ROWS, BudgetConfig(memory_gib=24.0), difference)
+    assert found["untried"] == ["big"] and "1 settings were never tried" in said(found, BudgetConfig(memory_gib=24.0))
+    assert resolve(ROWS, BudgetConfig(memory_gib=19.0), difference)["untried"] == []
+
+
+def test_a_single_setting_has_no_runner_up():
+    budget = BudgetConfig(memory_gib=20.0)
+    found = resolve(ROWS[:1], budget, difference)
+    assert found["runner_up"] is None and "no other setting fits" in said(found, budget)

@@ -1,0 +1,97 @@
+"""A search while its driver, a trial and a worker are killed: the same table, and no finished stage again."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.search_rows import MEASURED
+from tests.jobs.test_mistakes import ROOT
+from tests.jobs.test_pipeline import SMALL
+
+WORK = {
+    **SMALL,
+    "ablate.compare": "[]",
+    "evaluate.controls": "false",
+    "search.depths": "[0, 2]",
+    "search.recoveries": "[none, lora]",
+    "search.quantizers": "[none, rtn]",
+    "search.screen_images": "4",
+}
+UNEQUAL = ("command", "process_peak_gib", *MEASURED)
+
+
+def start(folder: Path, images: Path, *more: str) -> subprocess.Popen:
+    """Start a search in `folder`; both searches draw their images to one place, which names the artifacts."""
+    chosen = {"run_dir": str(folder), "data.root": str(images), **WORK}
+    words = [word for key, value in chosen.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-m", "jobs.search", "--config", "configs/derm-tiny-search.yaml", *words, *more]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def rows(folder: Path) -> list[dict]:
+    found = json.loads((folder / "search" / "rows.json").read_text())
+    return [{key: value for key, value in row.items() if key not in UNEQUAL} for row in found]
+
+
+def log(folder: Path) -> list[dict]:
+    path = folder / "search" / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def made(folder: Path) -> list[str]:
+    return [line["name"] for line in log(folder) if line["event"] == "made"]
+
+
+def kill_one(driver: subprocess.Popen, title: str, draw: random.Random) -> bool:
+    """Kill a process below the driver whose title begins so, if there is one."""
+    try:
+        below = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name().startswith(title)]
+        if below:
+            draw.choice(below).kill()
+        return bool(below)
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_search_that_is_killed_goes_on_to_the_same_table(tmp_path):
+    calm, stormy, images = tmp_path / "calm", tmp_path / "stormy", tmp_path / "images"
+    driver = start(calm, images)
+    output = driver.communicate()[0].decode()
+    assert driver.returncode == 0, output
+    count = len(made(calm))
+    assert len(set(made(calm))) == count == len(list((calm / "artifacts").glob("*/manifest.json")))
+    kinds = Counter(name.partition("-")[0] for name in made(calm))
+    assert (kinds["prune"], kinds["recover"], kinds["quantize"]) == (1, 2, 4)
+
+    draw, seen = random.Random(3), []
+    for moment in sorted(draw.sample(range(2, count - 1), 3)):
+        driver, hit = start(stormy, images), {"ray::Implicit": False, "ray::_Host.call": False}
+        while driver.poll() is None and len(made(stormy)) < moment:
+            for title in [title for title, done in hit.items() if not done and len(made(stormy)) > len(seen)]:
+                hit[title] = kill_one(driver, title, draw)
+            time.sleep(0.1)
+        time.sleep(draw.uniform(0, 2))
+        assert driver.poll() is None, driver.communicate()[0].decode()
+        driver.kill()
+        driver.communicate()
+        seen = made(stormy)
+        assert len(seen) >= moment
+    driver = start(stormy, images, "--resume")
+    output = driver.communicate()[0].decode()
+    assert driver.returncode == 0, output
+    assert max(Counter(made(stormy)).values()) == 1, "a finished stage was made again"
+    assert set(made(stormy)) <= set(made(calm)) and len(set(made(calm)) - set(made(stormy))) <= 3
+    assert [line for line in log(stormy) if line["event"] == "failed"] == []
+    assert rows(stormy) == rows(calm)
+    assert "status" in output and "answer for no limit" in output
