@@ -15,7 +15,8 @@ from matplotlib.transforms import Bbox  # noqa: E402
 BLUE, GREY, RED = "#2b6cb0", "#a0aec0", "#c05621"
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
+    """Return a figure as an SVG element, and forget the figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -41,7 +42,7 @@ def importance_figure(scores: list[dict], removed: tuple[int, ...] = (), label: 
     axes.set_ylabel("\n".join(textwrap.wrap(f"{label} (axis starts at {floor:.3g})", 34)))
     axes.set_ylim(floor, high + 0.05 * (high - floor))
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def ranges_figure(rows: list[dict]) -> str:
@@ -60,7 +61,7 @@ def ranges_figure(rows: list[dict]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     grid[0, 0].set_ylabel("largest |x| of a channel")
     grid[0, -1].legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def loss_figure(losses: list[dict]) -> str:
@@ -71,7 +72,7 @@ def loss_figure(losses: list[dict]) -> str:
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def tradeoff_figure(rows: list[dict]) -> str:
@@ -95,7 +96,7 @@ def tradeoff_figure(rows: list[dict]) -> str:
     axes.margins(x=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, rows)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _label(axes, rows: list[dict]) -> None:

@@ -7,7 +7,7 @@ Every option of every layer is measured alone, an integer program finds the choi
 measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
 rounding), evaluated, and compared with the best of the uniform settings that the budget allows: as few layers removed
 (at most half) as it takes at 3, 4, 8 or 16 bits, by the same rounding and with the same recovery. All rows go to
-run_dir/joint.json.
+run_dir/joint.json; those of what was built to the table of jobs.search, too, whose answer and report know them.
 
 The budget is what actors.estimate says: weights, keys and values, working memory, at 16 bits for what is not rounded.
 A reader that unpacks the weights, as transformers does, takes more.
@@ -20,13 +20,14 @@ from dataclasses import replace
 from scipy.stats import spearmanr
 
 from cluster.artifacts import write_text
-from jobs import ablate, mixed, prepare, select
+from jobs import ablate, card, judge, mixed, prepare, select
 from jobs.command import main
 from jobs.estimate import setting
 from jobs.joint_build import UNIFORM, evaluated, pruning
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
 from jobs.measurements import ChoiceMeasurements
 from jobs.run import Run, Source, Stage
+from jobs.search_rows import joint_rows, write_rows
 
 ROWS = "joint.json"
 GIB, MIB = 2**30, 2**20
@@ -160,7 +161,12 @@ def job(run: Run) -> None:
     named = {f"joint {number}": choice for number, choice in enumerate(found.best[: joint.candidates], 1)}
     least = sorted(uniform, key=lambda choice: found.tried[choice][joint.damage])[: joint.candidates]
     named |= {f"{UNIFORM} {max(choice)} bit": choice for choice in least}
-    rows = evaluated(run, base, data, named, found)
+    rows, plans = evaluated(run, base, data, named, found)
+    if run.config.judge.engine != "none":
+        judge.make_all(run, [plan.evaluation for plan in plans])
+    context = run.config.estimate.cuda_context_gib if run.config.replicas.gpus else 0.0
+    sizes = [row["estimate_bytes"] / GIB + context for row in rows]
+    write_rows(run, joint_rows(run, plans, sizes, card.command()))
     added = additivity(list(found.tried.values()), joint.damage)
     content = {
         "budget_bytes": budget,

@@ -7,8 +7,10 @@ from typing import Any
 from cluster.tables import read_table
 from jobs import card, evaluate, mixed, prune, recover
 from jobs.differences import differences
-from jobs.joint_choice import REMOVED, Choice, Search
+from jobs.joint_choice import REMOVED, WHOLE, Choice, Search
 from jobs.run import Run, Source, Stage
+from jobs.search_space import Setting
+from jobs.search_stages import Plan
 
 UNIFORM = "uniform"
 _METRICS = ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval")
@@ -29,9 +31,11 @@ def build(run: Run, base: Source, data: Stage, choice: Choice) -> tuple[Stage | 
     return model, evaluate.stage(own, model, data), own
 
 
-def evaluated(run: Run, base: Source, data: Stage, named: dict[str, Choice], search: Search) -> list[dict]:
-    """Build and evaluate choices that were tried; returns their rows, compared with the best uniform one."""
-    rows, answers = [], []
+def evaluated(
+    run: Run, base: Source, data: Stage, named: dict[str, Choice], search: Search
+) -> tuple[list[dict], list[Plan]]:
+    """Build and evaluate choices that were tried; returns their rows, compared with the best uniform one, and plans."""
+    rows, answers, plans = [], [], []
     for method, choice in named.items():
         model, evaluation, own = build(run, base, data, choice)
         own.make(evaluation)
@@ -41,6 +45,9 @@ def evaluated(run: Run, base: Source, data: Stage, named: dict[str, Choice], sea
         given = read_table(run.store.root / evaluation.name / evaluate.ANSWERS)
         answers.append({row["sample_id"]: row for row in given})
         tried = search.tried[choice]
+        gone, rounded = choice.count(REMOVED), isinstance(model, Stage) and model.kind == "mixed"
+        kind = ("mixed", 0) if rounded else ("none", WHOLE)
+        plans.append(Plan(Setting(gone, run.config.recover.method, *kind, name=method), model, None, evaluation, ()))
         rows.append(
             {
                 "method": method,
@@ -58,7 +65,7 @@ def evaluated(run: Run, base: Source, data: Stage, named: dict[str, Choice], sea
                 "evaluation": evaluation.name,
             }
         )
-    return compared(rows, answers)
+    return compared(rows, answers), plans
 
 
 def compared(rows: list[dict], answers: list[dict[str, dict]]) -> list[dict]:

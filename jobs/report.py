@@ -8,6 +8,7 @@ Reads what jobs.compress with the same options made; opens offline.
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def job(run: Run) -> None:
     print(f"report: {run.folder / HTML}", flush=True)
 
 
-def rendered(template: str, content: dict) -> str:
+def rendered(template: str, content: dict, script_name: str = "report.js") -> str:
     """Fill in a template; the page's script is allowed to run by its digest, and no other is."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -65,7 +66,7 @@ def rendered(template: str, content: dict) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = (TEMPLATES / "report.js").read_text()
+    script = (TEMPLATES / script_name).read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(content, script=script, script_digest=digest)
 
@@ -151,7 +152,6 @@ def _ranges(run: Run, recorded: Stage) -> dict:
 
 def shown(row: dict) -> dict:
     """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
-    low, high = row["baseline_interval_pct"]
     finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]
     return {
@@ -159,9 +159,9 @@ def shown(row: dict) -> dict:
         "params_text": _count(row["params"]),
         "bits_text": f"{row['bits']} (simulated)" if row["simulated"] else str(row["bits"]),
         "weights_text": _weights(row),
-        "peak_text": _size(row["peak_memory_bytes"]),
-        "baseline_text": f"{row['baseline_pct']:.1f} [{low:.1f}, {high:.1f}]",
-        "name_text": "-" if name is None else f"{row['name_accuracy']:.1f} [{name[0]:.1f}, {name[1]:.1f}]",
+        "peak_text": size(row["peak_memory_bytes"]),
+        "baseline_text": with_interval(row["baseline_pct"], row["baseline_interval_pct"]),
+        "name_text": "-" if name is None else with_interval(row["name_accuracy"], name),
         "latency_text": "{:.2f} [{:.2f}, {:.2f}]".format(row["ms_per_token"], *row["ms_per_token_p5_p95"]),
         "unresolved": finding == "unresolved",
         "difference_text": "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["difference_pct"], *row["difference_interval_pct"])
@@ -194,12 +194,18 @@ def _count(number: int) -> str:
 def _weights(row: dict) -> str:
     """Tell the size of the weights; of simulated ones the size that they would have, and the one they have."""
     if row["simulated"]:
-        return f"{_size(row['nominal_bytes'])} ({_size(row['weight_bytes'])} stored)"
-    return _size(row["weight_bytes"])
+        return f"{size(row['nominal_bytes'])} ({size(row['weight_bytes'])} stored)"
+    return size(row["weight_bytes"])
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+def size(count: float) -> str:
+    """Write a number of bytes in GiB or MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """Write a percentage and its interval."""
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ is better that takes no more (the same kernels, no fewer layers removed, no more
 rest is evaluated on all, and judged if judge.engine is set. A setting that fails is a row with its reason.
 
 The memory of a row is what the driver saw on the GPU; on a CPU, where a process is mostly interpreter, it is the
-estimate. The rows go to run_dir/search/rows.json, what was made when to run_dir/search/log.jsonl. Stopped, however it
+estimate. The rows go to run_dir/search/rows.json, the report to run_dir/search/report.html, what was made when to
+run_dir/search/log.jsonl. What jobs.joint built in the same run_dir takes part. Stopped, however it
 was, the search goes on with the same command: what is finished is not made again. --resolve-only answers for another
 budget from the rows.
 """
@@ -26,6 +27,7 @@ from jobs.command import main
 from jobs.progress import Progress
 from jobs.run import Run, Stage
 from jobs.search_budget import Entrant, compared, front, resolve, said, screened_out
+from jobs.search_report import write_report
 from jobs.search_rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.search_space import Setting, space
 from jobs.search_stages import SEARCH, Plan, plans
@@ -213,13 +215,16 @@ def job(run: Run) -> None:
     if (config.resume or config.resolve_only) and not recorded:
         raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
     if not config.resolve_only:
-        recorded = searched(run)
+        searched(run)
+        recorded = read_rows(run)  # those of the joint choice are among them
+    found = resolve(recorded, config.budget, lambda best, second: compared(run, best, second))
     print(table(recorded))
-    print(said(resolve(recorded, config.budget, lambda best, second: compared(run, best, second)), config.budget))
+    print(said(found, config.budget))
+    print(f"search: {write_report(run, recorded, found)}", flush=True)
 
 
-def searched(run: Run) -> list[dict]:
-    """Do what is not done yet, and return the rows."""
+def searched(run: Run) -> None:
+    """Do what is not done yet, and write the rows."""
     started = time.monotonic()
     search = Search(run)
     path = write_rows(run, search.rows())
@@ -243,7 +248,6 @@ def searched(run: Run) -> list[dict]:
         f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s",
         flush=True,
     )
-    return rows
 
 
 if __name__ == "__main__":

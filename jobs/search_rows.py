@@ -59,30 +59,33 @@ def rows_of(
     how much. status: done, over budget, screened out, failed, or open (not finished). seconds_alone, gpu_hours_alone:
     of the setting's stages as far as they are made, whoever made them; its screen is not among them.
     """
+    budget = run.config.search.budget.memory_gib
     rows = []
     for plan, size in zip(plans, estimated, strict=True):
-        rows.append(_row(run, plan, size, failures.get(plan.setting.key), lost.get(plan.setting.key)))
-    return _headlines(rows)
+        end = None
+        if budget is not None and size > budget:
+            end = "over budget", f"the estimate of {size:.4g} GiB is above {budget:g} GiB"
+        elif failure := failures.get(plan.setting.key):
+            end = "failed", failure
+        elif loss := lost.get(plan.setting.key):
+            words = "{to} takes no more and is better by {pct:.1f} [{low:.1f}, {high:.1f}]"
+            end = "screened out", words.format(**loss)
+        rows.append(_row(run, plan, size, end, "uniform", alone(plan.setting)))
+    return rows
 
 
-def _row(run: Run, plan: Plan, estimate_gib: float, failure: str | None, loss: dict | None) -> dict:
-    budget = run.config.search.budget.memory_gib
-    status, reason = "open", None
-    if budget is not None and estimate_gib > budget:
-        status, reason = "over budget", f"the estimate of {estimate_gib:.4g} GiB is above {budget:g} GiB"
-    elif failure is not None:
-        status, reason = "failed", failure
-    elif loss is not None:
-        status = "screened out"
-        reason = (
-            f"{loss['to']} takes no more and is better by {loss['pct']:.1f} [{loss['low']:.1f}, {loss['high']:.1f}]"
-        )
-    elif run.store.find(plan.evaluation.name):
-        status = "done"
+def joint_rows(run: Run, plans: Sequence[Plan], estimated: Sequence[float], command: str) -> list[dict]:
+    """Return a row like those of the search for everything that jobs.joint built and evaluated."""
+    return [_row(run, plan, size, None, "joint", command) for plan, size in zip(plans, estimated, strict=True)]
+
+
+def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None, method: str, command: str) -> dict:
+    evaluated = run.store.find(plan.evaluation.name)
+    status, reason = end or ("done" if evaluated else "open", None)
     made = [stage for stage in plan.chain if run.store.find(stage.name)]
     model = plan.model
     return {
-        "method": "uniform",
+        "method": method,
         **described(plan.setting),
         "status": status,
         "reason": reason,
@@ -97,7 +100,7 @@ def _row(run: Run, plan: Plan, estimate_gib: float, failure: str | None, loss: d
         "evaluation": plan.evaluation.name,
         "screen": plan.screen.name if plan.screen else None,
         "artifacts": [stage.name for stage in plan.chain],
-        "command": alone(plan.setting),
+        "command": command,
     }
 
 
@@ -139,7 +142,7 @@ def _judged(run: Run, plan: Plan) -> dict:
     return {**judge.row(run, made), "judgement": made.name} if run.store.find(made.name) else unjudged
 
 
-def _headlines(rows: list[dict]) -> list[dict]:
+def _headlines(rows: Sequence[dict]) -> list[dict]:
     """Add the score that settings are compared by: the judge's percentage if all that were evaluated have one."""
     done = [row for row in rows if row["status"] == "done"]
     kind = "judge" if done and all(row["judge_pct"] is not None for row in done) else "baseline"
@@ -188,11 +191,12 @@ def read_log(run: Run) -> list[dict]:
 
 
 def write_rows(run: Run, rows: Sequence[dict]) -> Path:
-    """Write the rows to run_dir/search/rows.json, atomically; those of other methods stay, behind them."""
+    """Write the rows to run_dir/search/rows.json, atomically; those of other methods stay, the uniform ones first."""
     path = run.folder / SEARCH / ROWS
     path.parent.mkdir(parents=True, exist_ok=True)
     others = [row for row in read_rows(run) if row["method"] not in {own["method"] for own in rows}]
-    write_text(path, json.dumps([*rows, *others], indent=1))
+    everything = sorted([*rows, *others], key=lambda row: row["method"] != "uniform")
+    write_text(path, json.dumps(_headlines(everything), indent=1))
     return path
 
 

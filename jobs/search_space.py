@@ -12,12 +12,13 @@ _MODES = ("--resume", "--search.resume", "--resolve-only", "--search.resolve_onl
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the space; bits: of the decoder's linears, 16 where nothing is rounded."""
+    """One point of the space; bits: of the decoder's linears, 16 where nothing is rounded, 0 where layers differ."""
 
     depth: int
     recovery: str
     quantizer: str
     bits: int
+    name: str = ""  # what people call it, if not by the others
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -27,6 +28,8 @@ class Setting:
     @property
     def label(self) -> str:
         """What names it for people."""
+        if self.name:
+            return self.name
         parts = [f"{self.depth} out"] if self.depth else []
         parts += [self.recovery] if self.recovery != "none" else []
         parts += [f"{self.quantizer} {self.bits} bit"] if self.quantizer != "none" else []
@@ -87,4 +90,4 @@ def alone(setting: Setting) -> str:
 
 def described(setting: Setting) -> dict:
     """Return a setting's columns."""
-    return {"setting": setting.label, **asdict(setting)}
+    return {"setting": setting.label, **{key: value for key, value in asdict(setting).items() if key != "name"}}

@@ -1,54 +1,14 @@
 """The report's page as a reader uses it, in headless Chromium: filters, an answer opened, keys, narrow screens."""
 
 import re
-import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.jobs.browsing import check_readable, check_width, needs_chromium, page_of
 from tests.jobs.pages import HOSTILE, METHODS, page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt-get install chromium): the viewer was not tried out"
-)
-# The least contrast that text has to have, and where it is less (WCAG 2.2, 1.4.3 AA).
-LOW_CONTRAST = """() => {
-  const light = (text) => {
-    const parts = text.match(/[\\d.]+/g).map(Number);
-    const [r, g, b] = parts.slice(0, 3).map((v) => v / 255)
-      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return { value: 0.2126 * r + 0.7152 * g + 0.0722 * b, seen: parts.length < 4 || parts[3] > 0 };
-  };
-  const behind = (element) => {
-    for (; element; element = element.parentElement) {
-      const found = light(getComputedStyle(element).backgroundColor);
-      if (found.seen) return found.value;
-    }
-    return 1;
-  };
-  const low = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || element.closest("svg, script, style, noscript") || !element.getClientRects().length) continue;
-    const style = getComputedStyle(element), a = light(style.color).value, b = behind(element);
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
-    if (ratio < (large ? 3 : 4.5)) low.push(`${element.outerHTML.slice(0, 60)} ${ratio.toFixed(2)}`);
-  }
-  return low;
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM)
-        yield opened
-        opened.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +20,8 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def opened(browser, path):
-    """The page, newly loaded; in the end no script of an answer ran, and nothing was complained of."""
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    complaints: list[str] = []
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
-    tab.set_default_timeout(5000)
-    tab.goto(path.as_uri())
-    yield tab
-    assert tab.evaluate("window.broken") is None and complaints == []
-    tab.close()
+    with page_of(browser, path) as tab:
+        yield tab
 
 
 def found(tab) -> str:
@@ -160,23 +111,11 @@ def test_keys_alone(opened):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_itself_never_scrolls_sideways(opened, width):
-    opened.set_viewport_size({"width": width, "height": 900})
-    opened.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    assert opened.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
-    wide = opened.evaluate("[...document.querySelectorAll('table')].map((t) => !!t.closest('.scroll[tabindex=\"0\"]'))")
-    assert len(wide) > 5 and all(wide)
+    check_width(opened, width, tables=6)
 
 
 def test_readable_by_all(opened):
-    opened.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    assert opened.evaluate(LOW_CONTRAST) == []
-    levels = opened.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
-    assert opened.evaluate("[...document.querySelectorAll('select, input')].every((one) => one.labels.length === 1)")
-    assert opened.evaluate("[...document.querySelectorAll('img')].every((one) => one.alt)")
-    assert opened.evaluate(
-        "[...document.querySelectorAll('svg')].every((one) => one.closest('[role=img][aria-label]'))"
-    )
+    check_readable(opened)
     assert opened.get_by_role("alert").inner_text().startswith("This judged run is flagged")
 
 

@@ -1,0 +1,157 @@
+"""The search's report from rows written by hand: its figures, and its page as a reader uses it."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from jobs import published, search_report
+from jobs.figures_search import Mark, front_figure, layers_figure
+from jobs.options import load_config
+from jobs.run import Run
+from jobs.search_budget import resolve
+from jobs.search_report import write_report
+from tests.jobs.browsing import check_readable, check_width, needs_chromium, page_of
+
+HOSTILE = "</td></tr></table><script>window.broken = 1</script>"
+_UNKNOWN = dict.fromkeys(("score_pct", "score_interval_pct", "memory_gib", "ms_per_token", "params"))
+
+
+def row(setting: str, score: float | None, gib: float, ms: float, quantizer: str = "none", **more) -> dict:
+    """One row; evaluated if it has a score."""
+    done = score is not None
+    found = {
+        **{"setting": setting, "status": "done", "reason": None, "quantizer": quantizer, "estimate_gib": gib},
+        **{"score_pct": score, "score_interval_pct": done and [score - 5, min(100, score + 4)]},
+        **{"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "params": 1_000_000, "images": 24},
+        **{"answers": 72, "device": "CPU", "threads": 1, "seconds_alone": 10 * gib, "removed_layers": [3, 4]},
+        **{"simulated": False, "is_llm_judge": False, "score_kind": "baseline", "checkpoint": f"artifacts/{setting}"},
+        **{"evaluation": setting, "artifacts": [], "screen": None, "gpu_hours_alone": 0.0},
+        "command": f"python -m jobs.search --search.depths '[2]' # {setting}",
+    }
+    return {**found, **({} if done else _UNKNOWN), **more}
+
+
+ROWS = [
+    row("original", 96.0, 4.0, 30.0),
+    row("2 out", 80.0, 3.5, 20.0),
+    row("awq 4 bit", 95.5, 1.5, 25.0, "awq"),
+    row("2 out, awq 4 bit", None, 1.2, 0.0, "awq", status="failed", reason=HOSTILE),
+    row("2 out, nf4 4 bit", None, 1.3, 0.0, "nf4", status="screened out", reason="awq 4 bit is better"),
+    row("int8", None, 9.0, 0.0, "int8", status="over budget", reason="the estimate of 9 GiB is above 5 GiB"),
+    row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint"),
+]
+DIFFERENCE = {"difference_finding": "unresolved", "difference_pct": 0.5, "difference_interval_pct": [-1.0, 2.0]}
+
+
+def new_run(folder) -> Run:
+    options = {"run_dir": str(folder), "search.budget.memory_gib": "3.9", "search.budget.ms_per_token": "26"}
+    return Run(load_config(None, list(options.items())))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run = new_run(folder)
+    choice = {"method": "joint 1", "choice": [4, 0, 16, 8], "predicted": 0.5, "kl": 0.75, "estimate_bytes": 2**20}
+    choice |= {"baseline_pct": 90.0, "baseline_interval_pct": [85.0, 94.0], "best_uniform": False}
+    choice |= {"difference_pct": 1.0, "difference_interval_pct": [-1.0, 3.0], "difference_finding": "unresolved"}
+    uniform = {**choice, "method": "uniform 4 bit", "choice": [4, 4, 4, 0], "best_uniform": True, "predicted": None}
+    added = {"choices": 9, "mean_predicted": 0.25, "mean_measured": 0.5, "spearman": 0.875}
+    joint = {"budget_bytes": 2**20, "damage": "kl", "additivity": added, "candidates": [choice, uniform]}
+    (folder / "joint.json").write_text(json.dumps(joint))
+    found = resolve(ROWS, run.config.search.budget, lambda best, second: {**DIFFERENCE, "difference_detectable_pct": 2})
+    return write_report(run, ROWS, found)
+
+
+def test_figures_are_files_and_show_fronts_and_budget(path):
+    texts = {}
+    for name in ("front-memory", "front-time", "layers"):
+        root = ET.parse(path.parent / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        texts[name] = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "budget 3.9" in texts["front-memory"] and "budget 26" in texts["front-time"]
+    assert "memory (GiB; estimate)" in texts["front-memory"] and "VRAM (GB)" in texts["front-memory"]
+    # the fronts: of memory joint 1 (7), awq (3), original (1); of time joint 1, awq, original
+    for name in ("front-memory", "front-time"):
+        assert {"1", "3", "7"} <= set(texts[name]) and not {"2", "4"} & set(texts[name])
+    assert texts["layers"].count("4") >= 4 and texts["layers"].count("–") == 2 and "joint 1" in texts["layers"]
+
+
+def test_a_figure_has_a_cross_for_each_published_point():
+    marks = [Mark(1, 2.0, 90.0, 85.0, 95.0, "none", True)]
+    figure = front_figure(marks, "memory", "score", None, [(p.memory_gb, p.score_pct) for p in published.MEMORY], "GB")
+    assert len(published.MEMORY) == 7 + 6 + 4  # two of Table 4's rows are in the other tables
+    crosses = ET.fromstring(figure).iter("{http://www.w3.org/2000/svg}use")
+    styles = [use.get("style", "") for use in crosses]
+    assert sum("#1a202c" in style for style in styles) >= len(published.MEMORY)
+    assert "budget" not in figure
+
+
+def test_every_number_of_bits_is_in_its_cell():
+    texts = [e.text for e in ET.fromstring(layers_figure([("a", [0, 3, 4, 8, 16])])).iter() if e.tag.endswith("text")]
+    assert texts.count("3") == 2 and texts.count("8") == texts.count("16") == texts.count("–") == 1
+
+
+def test_without_results_there_is_a_page_that_says_so(tmp_path):
+    rows = [row for row in ROWS if row["status"] != "done"]
+    run = new_run(tmp_path)
+    text = write_report(run, rows, resolve(rows, run.config.search.budget, lambda *_: {})).read_text()
+    assert "none, no setting was evaluated" in text and "<svg" not in text and "A choice for every layer" not in text
+
+
+def test_reuse_is_told_in_percent(tmp_path):
+    sums = {"stages": 3, "seconds": 40.0, "seconds_apart": 100.0, "busy_seconds": 30.0}
+    told = search_report._spent({**sums, "gpu_hours": 0.5, "gpu_hours_apart": 1.25})
+    assert (told["saved"], told["gpu"]) == ("60", ["0.50", "1.25"])
+    assert search_report._spent({**sums, "gpu_hours": None, "gpu_hours_apart": None})["gpu"] is None
+
+
+@pytest.fixture
+def opened(browser, path):
+    with page_of(browser, path) as tab:
+        yield tab
+
+
+def numbers(tab) -> list[int]:
+    return [int(text) for text in tab.locator("#settings tbody td:first-child").all_inner_texts()]
+
+
+@needs_chromium
+def test_the_table_is_sorted_by_the_head_that_is_pressed(opened):
+    assert numbers(opened) == [1, 2, 3, 4, 5, 6, 7]
+    score = opened.get_by_role("button", name="score %")
+    score.click()
+    assert numbers(opened) == [2, 7, 3, 1, 4, 5, 6]  # without a score: last
+    assert opened.locator("th[aria-sort=ascending]").inner_text().startswith("score %")
+    score.focus()
+    opened.keyboard.press("Enter")
+    assert numbers(opened) == [1, 3, 7, 2, 4, 5, 6]
+    opened.get_by_role("button", name="memory").click()
+    assert numbers(opened) == [7, 4, 5, 3, 2, 1, 6]
+    opened.get_by_role("button", name="setting").click()
+    assert numbers(opened) == [2, 4, 5, 3, 6, 7, 1]
+    assert opened.locator("th[aria-sort]").count() == 1
+
+
+@needs_chromium
+def test_the_answer_and_the_reasons_are_there(opened):
+    answer = opened.locator(".answer").inner_text()
+    assert "answer for 3.9 GiB and 26 ms/token: awq 4 bit: 95.5" in answer and "runner-up: joint 1" in answer
+    assert "unresolved by this evaluation, which detects 2.0" in answer
+    assert HOSTILE in opened.locator(".reasons").inner_text()
+    assert "9 choices of the first round" in opened.locator("main").inner_text()
+    assert opened.locator("tr", has_text="answer, front of memory, front of time").count() == 1
+    opened.get_by_text("7, joint 1").click()
+    assert opened.get_by_text("# joint 1").is_visible()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_width_makes_the_page_scroll_sideways(opened, width):
+    check_width(opened, width, tables=2)
+
+
+@needs_chromium
+def test_all_can_read_it(opened):
+    check_readable(opened)
