@@ -118,17 +118,22 @@ class PromptPass:
         hidden = hidden.to(device)
         count = int((self.join_R <= index).sum())
         before = self.inputs if index == 0 else len(hidden)
-        if count > before:
-            hidden = torch.cat([hidden, hidden[self.source_R[before:count].to(device)]])
-        rows = self.keep_RL[:count, index].nonzero()[:, 0]
+        if count == before:
+            return self._run(index, layer, hidden, args, kwargs)
+        joining = hidden[self.source_R[before:count].to(device)]
+        if self.keep_RL[before:count, index].any():
+            return self._run(index, layer, torch.cat([hidden, joining]), args, kwargs)
+        return torch.cat([self._run(index, layer, hidden, args, kwargs), joining])  # it is the one that they lack
+
+    def _run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        rows = self.keep_RL[: len(hidden), index].nonzero()[:, 0]
         self.layer_rows_run += len(rows)
         if not len(rows):
             return hidden
-        mask = self._masks[self.windows[index]]
-        kwargs = _moved(kwargs, device, mask)
-        if len(rows) == count:
+        kwargs = _moved(kwargs, hidden.device, self._masks[self.windows[index]])
+        if len(rows) == len(hidden):
             return _first(layer(hidden, *args, **kwargs))
-        rows = rows.to(device)
+        rows = rows.to(hidden.device)
         return hidden.index_copy(0, rows, _first(layer(hidden[rows], *args, **kwargs)))
 
     def owners(self, layer: int, chosen_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
