@@ -126,6 +126,15 @@ def test_criteria_without_samples_are_measured_once(tmp_path):
     assert [part for _, part, *_ in pool.units] == [["s0"]]
 
 
+def test_criteria_without_samples_pass_over_a_poison_sample(tmp_path):
+    pool = FakePool(poison=("s0", "s1"))
+    measured = measurements(tmp_path, pool)
+    measured.losses("answer_similarity", [(1,)])
+    pool.units.clear()
+    assert measured.losses("magnitude+", [(1,), (2,)]).values_NK == pytest.approx(np.array([[0.022, 0.032]]))
+    assert [part for _, part, *_ in pool.units] == [["s2"]]
+
+
 def best_set(size: int, order) -> tuple[int, ...]:
     return min((loss(s), s) for s in itertools.combinations(sorted(order), size))[1]
 
