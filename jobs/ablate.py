@@ -9,7 +9,7 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 --ablate.compare says how far other criteria agree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,12 +67,18 @@ def calibration_samples(folder: str, count: int, seed: int) -> list[Conversation
 
 
 @contextmanager
-def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple[Measurements, int]]:
-    """Yield what measures `model` on the calibration questions, and its number of layers."""
+def measurements(
+    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[Criterion]
+) -> Iterator[tuple[Measurements, int]]:
+    """Yield what measures `model` on the calibration questions, and its number of layers.
+
+    criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
+    measured: its embedder cannot be loaded.
+    """
     samples = calibration_samples(run.make(data), run.config.ablate.samples, run.config.seed)
     critic = {
         "max_new_tokens": run.config.generation.max_new_tokens,
-        "embedder": run.config.ablate.embedder,
+        "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,
         "seed": run.config.seed,
     }
     with run.replicas(model, "actors.critic:LayerCritic", **critic) as pool:
@@ -82,7 +88,7 @@ def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Find the candidates, measure their single removals, rank them."""
     config = run.config.ablate
-    with measurements(run, model, data) as (measured, layers):
+    with measurements(run, model, data, [config.criterion]) as (measured, layers):
         outliers: list[int] = []
         if config.candidates == "outliers":
             outliers = measured.outliers([(layer,) for layer in range(layers)])
@@ -106,7 +112,7 @@ def compare(
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
     rows = read_table(run.store.root / scores.name / SCORES)
     layers = [row["layer"] for row in rows]
-    with measurements(run, model, data) as (measured, _):
+    with measurements(run, model, data, criteria) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         for criterion in criteria:
             rows += score_rows(criterion, layers, measured.losses(criterion, [(layer,) for layer in layers]))
