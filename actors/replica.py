@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from actors import footprint
-from actors.decoding import DECODERS
+from actors.decoding import DECODERS, check_greedy
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
 from actors.loading import (
@@ -33,7 +33,8 @@ class LlavaReplica:
     """A LLaVA-shaped model in memory.
 
     max_rows: the most rows (sample x removed set) in one batch. Fewer are planned where the free memory does
-    not hold their keys and values; out of memory halves the batch and goes on.
+    not hold their keys and values; out of memory halves the batch and goes on. ValueError: what `load_model` refuses,
+    or a generation config that asks for more than the best token (repetition_penalty and its likes).
     """
 
     def __init__(self, spec: ModelSpec, max_rows: int = 1024):
@@ -42,6 +43,7 @@ class LlavaReplica:
         device = pick_device() if spec.gpus else "cpu"
         self._memory = {"baseline_bytes": footprint.taken(device)}
         self.model = load_model(**vars(spec))
+        check_greedy(self.model.generation_config, spec.path)
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         self._memory["load_peak_bytes"] = footprint.peak(device)
         self.device = language_model(self.model).embed_tokens.weight.device

@@ -1,10 +1,15 @@
 """Static decoding gives plain generate's tokens, or says why it cannot."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import actors.decoding
-from actors.decoding import DECODERS, Plain, Static
+from actors.decoding import DECODERS, NEUTRAL, Plain, Static, check_greedy
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from tests.tiny import draw_samples, save_tiny, tiny_model
@@ -62,3 +67,21 @@ def test_static_decoding_refuses_several_devices(monkeypatch):
     monkeypatch.setattr(actors.decoding, "layer_devices", lambda model: devices)
     with pytest.raises(ValueError, match="one GPU, the model is on 2"):
         Static(tiny_model("clip-llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", 1.1), ("suppress_tokens", [7]), ("min_new_tokens", 3), ("num_beams", 2)]
+)
+def test_what_generate_would_do_besides_is_refused(tiny_path, tmp_path, name, value):
+    """The engine takes the best token; with such a config `generate` would not, and the two would differ silently."""
+    shutil.copytree(tiny_path, tmp_path / "copy")
+    file = tmp_path / "copy" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"copy' sets {name} to {re.escape(str(value))} in .*remove it there"):
+        LlavaReplica(ModelSpec(str(file.parent)))
+
+
+def test_neutral_and_sampling_settings_pass():
+    """What asks for nothing, and what only sampling reads."""
+    neutral = {name: value for name, value in NEUTRAL.items() if value is not None}
+    check_greedy(GenerationConfig(**neutral, suppress_tokens=[], do_sample=True, temperature=0.2, top_p=0.9), "x")
