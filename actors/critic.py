@@ -11,14 +11,13 @@ import torch
 
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine import padded, verify_pass
+from actors.engine import LOGITS_AT_ONCE, padded, verify_pass
 from actors.loading import language_model, pick_device, pixel_dtype
 from actors.maths.criteria import token_cosines, token_kl, token_nll
 from actors.replica import LlavaReplica
 from actors.rows import PromptPass
 from actors.specs import Conversation, Known, ModelSpec
 
-LOGITS_AT_ONCE = 2**26
 FLOAT16_LOSS_SCALE = 2.0**10
 
 

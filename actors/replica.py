@@ -19,7 +19,7 @@ from actors.loading import (
     pixel_dtype,
     quiet,
 )
-from actors.memory import cached_bytes, count_parameters, free_bytes
+from actors.memory import cached_bytes, count_parameters, free_bytes, out_of_memory
 from actors.profiler import device_facts, measure
 from actors.quantizers.structure import weight_bits
 from actors.specs import ModelSpec, Sample
@@ -141,8 +141,8 @@ class LlavaReplica:
             return self._halves(part, chosen, run)
         try:
             return run(part, chosen)
-        except torch.OutOfMemoryError:
-            if len(part) <= 1 and len(chosen) <= 1:
+        except RuntimeError as error:
+            if not out_of_memory(error) or (len(part) <= 1 and len(chosen) <= 1):
                 raise
         torch.cuda.empty_cache()
         self._rows = self._max_rows = max(1, rows // 2)
