@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +36,90 @@ def test_static_decoding_gives_the_same_tokens(tmp_path, lesions, monkeypatch, n
         found = static(prompt, 12, lambda ticks=ticks: ticks.append(1))
         assert found == Plain(replica.model)(prompt, 12, lambda: None) and len(found) == len(ticks) == 12
         assert not {first[3], first[5]} & set(found)
+
+
+class Graphs:
+    """What Static asks of torch.cuda to capture a graph, on the CPU; `events` is what was asked, in order."""
+
+    def __init__(self, monkeypatch, static: Static):
+        self.events: list[str] = []
+        self._static, self._choose, self._step = static, static._choose, static._step
+        streams = {"main": self._stream("main"), "aside": self._stream("aside")}
+        fakes = {
+            "Stream": lambda device: streams["aside"],
+            "current_stream": lambda device: streams["main"],
+            "stream": self._inside,
+            "CUDAGraph": lambda: SimpleNamespace(replay=self._replay, captured=[]),
+            "graph": self._capturing,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(actors.decoding.torch.cuda, name, fake)
+        monkeypatch.setattr(static, "_step", self._noted_step)
+        monkeypatch.setattr(static, "_device", torch.device("cuda", 0))
+
+    def _stream(self, name: str):
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: self.events.append(f"{name} waits for {other.name}")
+        )
+
+    @contextmanager
+    def _inside(self, stream):
+        self.events.append(f"into {stream.name}")
+        yield
+        self.events.append(f"out of {stream.name}")
+
+    @contextmanager
+    def _capturing(self, graph):
+        """What is called meanwhile is written down and not computed, as on a GPU."""
+        self._static._choose = lambda **inputs: graph.captured.append(inputs)
+        yield
+        self._static._choose = self._choose
+        (inputs,) = graph.captured
+        assert inputs["input_ids"] is self._static._token, "a graph reads its input where it was captured"
+        self.events.append("captured")
+
+    def _noted_step(self) -> None:
+        self.events.append("step")
+        self._step()
+
+    def _replay(self) -> None:
+        self.events.append("replay")
+        self._step()
+
+
+def test_a_graph_is_captured_once_per_length_and_replayed(tiny_path, lesions, monkeypatch):
+    """Two steps on a stream of their own, then the one that is recorded, then a replay for each token but the first."""
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    static, plain = Static(replica.model), Plain(replica.model)
+    graphs = Graphs(monkeypatch, static)
+    capture = ["aside waits for main", "into aside", "step", "step", "out of aside", "main waits for aside"]
+    capture += ["step", "captured"]
+    prompts = [replica._pixels(sample) for sample in draw_samples(lesions)[:2]]
+    assert len({prompt["input_ids"].shape for prompt in prompts}) == 2
+    for prompt, captures in ((prompts[0], True), (prompts[0], False), (prompts[1], True)):
+        graphs.events.clear()
+        assert static(prompt, 6, lambda: None) == plain(prompt, 6, lambda: None)
+        assert graphs.events == [*(capture if captures else []), *["replay"] * 5]
+
+
+def test_a_graph_that_cannot_be_captured_is_an_error(tiny_path, lesions, monkeypatch):
+    """A kernel that waits for the device; out of memory is passed on as it is."""
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    static, prompt = Static(replica.model), replica._pixels(draw_samples(lesions)[0])
+    graphs = Graphs(monkeypatch, static)
+    errors = iter([RuntimeError("operation not permitted when stream is capturing"), torch.OutOfMemoryError("full")])
+
+    @contextmanager
+    def capturing(graph):
+        raise next(errors)
+        yield
+
+    monkeypatch.setattr(actors.decoding.torch.cuda, "graph", capturing)
+    with pytest.raises(ValueError, match=r"not permitted when stream is capturing.* set evaluate\.decode plain"):
+        static(prompt, 4, lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        static(prompt, 4, lambda: None)
+    assert "replay" not in graphs.events
 
 
 @pytest.mark.slow
