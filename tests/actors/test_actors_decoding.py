@@ -38,6 +38,15 @@ def test_static_decoding_gives_the_same_tokens(tmp_path, lesions, monkeypatch, n
         assert not {first[3], first[5]} & set(found)
 
 
+def test_the_run_that_captures_is_not_measured(tiny_path, probe, monkeypatch):
+    """Without warm-up runs one goes before all the same: it feeds the prompt twice, and its times say nothing."""
+    eager(monkeypatch)
+    prefill, fed = Static._prefill, []
+    monkeypatch.setattr(Static, "_prefill", lambda self, inputs: (prefill(self, inputs), fed.append(1)))
+    (run,) = LlavaReplica(ModelSpec(tiny_path)).profile(probe, 0, 1, 3, "static")["runs"]
+    assert run["ms_per_token"] > 0 and len(fed) == 3
+
+
 class Graphs:
     """What Static asks of torch.cuda to capture a graph, on the CPU; `events` is what was asked, in order."""
 

@@ -35,10 +35,10 @@ BATCHED = 6  # removals of (b) that are timed
 _Answers = dict[tuple[str, tuple[int, ...]], list[int]]
 
 
-def real_model():
-    """Return LLaVA-1.5-7B with random float16 weights on the GPU."""
+def real_model(config):
+    """Return a model, such as LLaVA-1.5-7B, with random float16 weights on the GPU."""
     with torch.device("cuda"):
-        return AutoModelForImageTextToText.from_config(llava_7b(), dtype=torch.float16, attn_implementation="sdpa")
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float16, attn_implementation="sdpa")
 
 
 class Embedded(LlavaReplica):
@@ -240,7 +240,7 @@ def main() -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no GPU is visible here (--tiny runs anywhere)")
     torch.manual_seed(0)
-    model, image_tokens = (tiny_model("clip-llama", 7), 16) if options.tiny else (real_model(), 576)
+    model, image_tokens = (tiny_model("clip-llama", 7), 16) if options.tiny else (real_model(llava_7b()), 576)
     contest = Contest(model, options.samples, image_tokens, options.tokens, options.max_rows)
     print(json.dumps(run(contest)))
 
