@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu bench-judge clean
+.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu bench-gpu-quantized bench-judge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-half  how exact the engine is in half precision"
 	@echo "make bench-judge  the judge's loop against an engine of known speed"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
+	@echo "make bench-gpu-quantized  that shape in 16 and 4 bits on a GPU: memory, latency, seconds to quantize"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
@@ -57,6 +58,9 @@ bench-judge: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.gpu_ablation
+
+bench-gpu-quantized: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.gpu_quantized
 
 bench-quantizers: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.quantizers

@@ -11,28 +11,27 @@ import torch
 
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine import padded, verify_pass
-from actors.loading import language_model, pixel_dtype
+from actors.engine import LOGITS_AT_ONCE, padded, verify_pass
+from actors.loading import language_model, pick_device, pixel_dtype
 from actors.maths.criteria import token_cosines, token_kl, token_nll
 from actors.replica import LlavaReplica
 from actors.rows import PromptPass
 from actors.specs import Conversation, Known, ModelSpec
 
-LOGITS_AT_ONCE = 2**26
 FLOAT16_LOSS_SCALE = 2.0**10
 
 
 class LayerCritic:
     """One replica and the measures of what it loses without layers.
 
-    embedder: the sentence-transformer of the measure "answers", loaded when the first answers differ.
-    seed: of the measure "random".
+    embedder: the sentence-transformer of the measure "answers", None where that is not asked for; it is loaded before
+    the model, so that a wrong name is an error (ValueError) at once. seed: of the measure "random".
     """
 
-    def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str, seed: int):
+    def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str | None, seed: int):
+        self._embedder = Embedder(embedder, pick_device() if spec.gpus else "cpu") if embedder else None
         self.replica = LlavaReplica(spec, max_rows)
-        self._tokens, self._embedder_name, self._seed = max_new_tokens, embedder, seed
-        self._embedder: Embedder | None = None
+        self._tokens, self._seed = max_new_tokens, seed
         self._measures: dict[str, Callable] = {
             "answers": self._answers,
             "reference": self._reference,
@@ -79,10 +78,9 @@ class LayerCritic:
 
     def cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
         """Return the cosine between the embeddings of every pair of texts, 1 for equal ones."""
+        assert self._embedder is not None, "made without an embedder"
         different = [pair for pair in pairs if pair[0] != pair[1]]
-        if different and self._embedder is None:
-            self._embedder = Embedder(self._embedder_name, str(self.replica.device))
-        found = dict(zip(different, self._embedder.similarities(different), strict=True)) if self._embedder else {}
+        found = dict(zip(different, self._embedder.similarities(different), strict=True))
         return [found.get(pair, 1.0) for pair in pairs]
 
     @torch.inference_mode()

@@ -9,6 +9,25 @@ from actors.loading import layer_devices
 from actors.specs import Llava
 
 Tick = Callable[[], None]
+# What a generation_config.json can ask of `generate(do_sample=False)` besides the best token; where it asks nothing.
+NEUTRAL = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")),
+    **dict.fromkeys(("forced_eos_token_id", "sequence_bias", "exponential_decay_length_penalty", "stop_strings")),
+    **dict.fromkeys(("force_words_ids", "constraints", "penalty_alpha", "dola_layers", "watermarking_config")),
+}
+
+
+def check_greedy(generation_config, path: str) -> None:
+    """ValueError if a checkpoint's generation config asks for answers other than the best token at each step."""
+    for name, neutral in NEUTRAL.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, neutral, []):
+            raise ValueError(
+                f"{path!r} sets {name} to {value!r} in its generation_config.json, of which greedy answers here know "
+                "nothing: remove it there (of a hub's model, in a copy)."
+            )
 
 
 class _Ticking(StoppingCriteria):

@@ -23,6 +23,7 @@ from actors.rows import Part, PromptPass, StepPass, switched
 from actors.specs import Llava
 
 LOGIT_ROWS = 64
+LOGITS_AT_ONCE = 2**26  # whatever the vocabulary: what no plan of rows counts
 KEEP_OPEN = 0.75
 SMALL_FLOP = 1e7  # of one linear: below it, waking another core takes longer than what it would do
 
@@ -157,8 +158,9 @@ def _best_after(model, hidden, rows: range, lengths: Sequence[int], count: int) 
     """Return the best token at each of `count` places from the prompt's end on, for every row."""
     found: list[list[int]] = []
     places_C = torch.arange(count, device=hidden.device)
-    for start in range(rows.start, rows.stop, LOGIT_ROWS):
-        part = torch.arange(start, min(start + LOGIT_ROWS, rows.stop), device=hidden.device)
+    step = min(LOGIT_ROWS, max(1, LOGITS_AT_ONCE // (count * model.lm_head.weight.shape[0])))
+    for start in range(rows.start, rows.stop, step):
+        part = torch.arange(start, min(start + step, rows.stop), device=hidden.device)
         ends = torch.tensor([lengths[row] - 1 for row in part.tolist()], device=hidden.device)
         places = (ends[:, None] + places_C).clamp(max=hidden.shape[1] - 1)  # beyond a short row's draft: never read
         found += model.lm_head(hidden[part[:, None], places]).argmax(-1).tolist()

@@ -95,3 +95,9 @@ def claim_devices(device: str, gpus: float) -> list[torch.device]:
     for each in found:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), each)
     return found
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an allocation failed: torch has a class for that on a GPU, and a bare RuntimeError on a CPU."""
+    said = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)

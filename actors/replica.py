@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from actors import footprint
-from actors.decoding import DECODERS
+from actors.decoding import DECODERS, check_greedy
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
 from actors.loading import (
@@ -19,7 +19,7 @@ from actors.loading import (
     pixel_dtype,
     quiet,
 )
-from actors.memory import cached_bytes, count_parameters, free_bytes
+from actors.memory import cached_bytes, count_parameters, free_bytes, out_of_memory
 from actors.profiler import device_facts, measure
 from actors.quantizers.structure import weight_bits
 from actors.specs import ModelSpec, Sample
@@ -33,7 +33,8 @@ class LlavaReplica:
     """A LLaVA-shaped model in memory.
 
     max_rows: the most rows (sample x removed set) in one batch. Fewer are planned where the free memory does
-    not hold their keys and values; out of memory halves the batch and goes on.
+    not hold their keys and values; out of memory halves the batch and goes on. ValueError: what `load_model` refuses,
+    or a generation config that asks for more than the best token (repetition_penalty and its likes).
     """
 
     def __init__(self, spec: ModelSpec, max_rows: int = 1024):
@@ -42,6 +43,7 @@ class LlavaReplica:
         device = pick_device() if spec.gpus else "cpu"
         self._memory = {"baseline_bytes": footprint.taken(device)}
         self.model = load_model(**vars(spec))
+        check_greedy(self.model.generation_config, spec.path)
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         self._memory["load_peak_bytes"] = footprint.peak(device)
         self.device = language_model(self.model).embed_tokens.weight.device
@@ -139,8 +141,8 @@ class LlavaReplica:
             return self._halves(part, chosen, run)
         try:
             return run(part, chosen)
-        except torch.OutOfMemoryError:
-            if len(part) <= 1 and len(chosen) <= 1:
+        except RuntimeError as error:
+            if not out_of_memory(error) or (len(part) <= 1 and len(chosen) <= 1):
                 raise
         torch.cuda.empty_cache()
         self._rows = self._max_rows = max(1, rows // 2)
@@ -211,6 +213,7 @@ class LlavaReplica:
         """
         device, path, revision = self.device.type, self._spec.path, self._spec.revision
         decoder = DECODERS[decode](self.model)
+        warmup_runs = max(warmup_runs, int(decode == "static"))  # its first run captures the step
         restarted = footprint.restart_peak(device)
         runs = measure(self.model, lambda: self._pixels(sample), decoder, warmup_runs, timed_runs, new_tokens)
         steady, (place, kind) = footprint.peak(device), footprint.KINDS[device]

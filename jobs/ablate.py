@@ -9,14 +9,14 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 --ablate.compare says how far other criteria agree.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_draws
+from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_intervals
 from actors.specs import Conversation
 from cluster.tables import read_table, write_table
 from jobs import prepare
@@ -43,7 +43,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     if config.criterion == "answer_similarity":
         settings["embedder"] = run.embedder_identity(config.embedder)
         settings["max_new_tokens"] = run.config.generation.max_new_tokens
-    return Stage("ablate", 2, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+    return Stage("ablate", 3, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
 def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
@@ -52,7 +52,7 @@ def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage
     criteria = [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
     settings = {"criteria": criteria}
     return Stage(
-        "compare", 1, settings, (model, data, scores), lambda r, f, facts: compare(r, model, data, scores, criteria, f)
+        "compare", 2, settings, (model, data, scores), lambda r, f, facts: compare(r, model, data, scores, criteria, f)
     )
 
 
@@ -67,12 +67,18 @@ def calibration_samples(folder: str, count: int, seed: int) -> list[Conversation
 
 
 @contextmanager
-def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple[Measurements, int]]:
-    """Yield what measures `model` on the calibration questions, and its number of layers."""
+def measurements(
+    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[Criterion]
+) -> Iterator[tuple[Measurements, int]]:
+    """Yield what measures `model` on the calibration questions, and its number of layers.
+
+    criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
+    measured: its embedder cannot be loaded.
+    """
     samples = calibration_samples(run.make(data), run.config.ablate.samples, run.config.seed)
     critic = {
         "max_new_tokens": run.config.generation.max_new_tokens,
-        "embedder": run.config.ablate.embedder,
+        "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,
         "seed": run.config.seed,
     }
     with run.replicas(model, "actors.critic:LayerCritic", **critic) as pool:
@@ -82,7 +88,7 @@ def measurements(run: Run, model: Stage | Source, data: Stage) -> Iterator[tuple
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Find the candidates, measure their single removals, rank them."""
     config = run.config.ablate
-    with measurements(run, model, data) as (measured, layers):
+    with measurements(run, model, data, [config.criterion]) as (measured, layers):
         outliers: list[int] = []
         if config.candidates == "outliers":
             outliers = measured.outliers([(layer,) for layer in range(layers)])
@@ -106,7 +112,7 @@ def compare(
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
     rows = read_table(run.store.root / scores.name / SCORES)
     layers = [row["layer"] for row in rows]
-    with measurements(run, model, data) as (measured, _):
+    with measurements(run, model, data, criteria) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         for criterion in criteria:
             rows += score_rows(criterion, layers, measured.losses(criterion, [(layer,) for layer in layers]))
@@ -130,16 +136,19 @@ def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> 
 
 
 def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> list[dict]:
-    """Return one row per layer: score in its label's unit, rank (1 goes first), and 95 % intervals of both.
+    """Return one row per layer: loss, score in its label's unit, rank (1 goes first), 95 % intervals of the last two.
 
-    apart_from_next: the paired interval of the difference to the layer of the next rank does not hold 0.
+    Of layers that lose the same the first goes first, and the intervals hold the ranks of all. A loss that is no
+    number is the largest. apart_from_next: the paired interval of the difference to the layer of the next rank does
+    not hold 0.
     """
     reading = READINGS[criterion]
     means = losses.means_K
     draws = cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N)
     low, high = percentile_interval(draws)
-    first, last = percentile_interval(rank_draws(draws))
-    order = sorted(range(len(candidates)), key=lambda k: (means[k], candidates[k]))
+    first, last = rank_intervals(draws)
+    lost = np.where(np.isnan(means), np.inf, means)
+    order = sorted(range(len(candidates)), key=lambda k: (lost[k], candidates[k]))
     differs = apart(draws)
     rows = []
     for k, layer in enumerate(candidates):
@@ -149,6 +158,7 @@ def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> l
             {
                 "criterion": criterion,
                 "layer": layer,
+                "loss": float(lost[k]),
                 "score": reading.shown(float(means[k])),
                 "low": shown[0],
                 "high": shown[1],
@@ -170,15 +180,25 @@ def pairs_apart(losses: Losses) -> tuple[int, int]:
 
 
 def agreement_rows(scores: list[dict]) -> list[dict]:
-    """Return Kendall's tau-b between the rankings by every two criteria."""
-    ranks: dict[str, list[int]] = {}
+    """Return Kendall's tau-b between the losses by every two criteria; None where one loses the same by all layers."""
+    losses: dict[str, list[float]] = {}
     for row in scores:
-        ranks.setdefault(row["criterion"], []).append(row["rank"])
+        losses.setdefault(row["criterion"], []).append(row["loss"])
     return [
-        {"criterion": one, "other": other, "tau": float(kendalltau(ranks[one], ranks[other]).statistic)}
-        for one in ranks
-        for other in ranks
+        {"criterion": one, "other": other, "tau": _tau(losses[one], losses[other])}
+        for one in losses
+        for other in losses
     ]
+
+
+def _tau(one: list[float], other: list[float]) -> float | None:
+    tau = float(kendalltau(one, other).statistic)
+    return None if np.isnan(tau) else tau
+
+
+def shown_tau(tau: float | None) -> str:
+    """Return Kendall's tau as tables show it."""
+    return "undefined" if tau is None else f"{tau:+.2f}"
 
 
 def job(run: Run) -> None:
@@ -196,7 +216,7 @@ def job(run: Run) -> None:
         others = Path(run.make(comparison_stage(run, model, data, scored)))
         for row in read_table(others / AGREEMENT):
             if row["criterion"] == criterion != row["other"]:
-                print(f"Kendall's tau with {row['other']}: {row['tau']:+.2f}")
+                print(f"Kendall's tau with {row['other']}: {shown_tau(row['tau'])}")
     print(f"ablate: scores and figure are in {folder}", flush=True)
 
 

@@ -63,7 +63,9 @@ class Measurements:
         RuntimeError: every sample failed.
         """
         reading = READINGS[criterion]
-        samples = self._samples[:1] if reading.measure in WITHOUT_SAMPLES else self._samples
+        samples = self._samples
+        if reading.measure in WITHOUT_SAMPLES:  # any one will do
+            samples = [sample for sample in samples if sample.id not in self.failed][:1]
         sets = [self.key(removed) for removed in sets]
         self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)
         known = self._rows[reading.measure]

@@ -121,7 +121,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     others = compress.comparison(run)
     pairs = read_table(run.store.root / others.name / ablate.AGREEMENT) if others else []
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
-    tau = {(row["criterion"], row["other"]): row["tau"] for row in pairs}
+    tau = {(row["criterion"], row["other"]): ablate.shown_tau(row["tau"]) for row in pairs}
     found = next((run.facts(p) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None)
     label = READINGS[criterion].label
     return {

@@ -52,7 +52,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     """Search, and compare the set that was found with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
     order, ranked = run.facts(scores)["order"], one_shot(run, scores)
-    with measurements(run, model, data) as (measured, _):
+    with measurements(run, model, data, [criterion]) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         steps: list[dict] = []
 

@@ -26,7 +26,13 @@ def in_units(
                 broken.append(unit)
             else:
                 yield unit, outcome
-    yield from _mapped(pool, method, [[one] for unit in broken for one in unit], arguments)
+    singles = [[one] for unit in broken for one in unit]
+    if not singles:
+        return
+    with Progress(f"{label}, one by one", len(singles)) as progress:
+        for single, outcome in _mapped(pool, method, singles, arguments):
+            progress.step(note="questions")
+            yield single, outcome
 
 
 def _mapped(pool, method, units, arguments) -> Iterator[tuple[list, "Outcome"]]:

@@ -2,13 +2,15 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from actors.derm_tiny.build import PATCH, SIDE, build_processor
+from actors.loading import language_model
 from actors.specs import Conversation, Sample
 
 DERM_TINY = Path(__file__).resolve().parent.parent / "actors" / "derm_tiny" / "checkpoint"
@@ -180,6 +183,27 @@ def plain_answer(model, processor, sample: Sample, max_new_tokens: int) -> list[
     inputs = plain_inputs(processor, sample)
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def without(model, removed: Sequence[int]) -> Iterator[None]:
+    """Take layers out of a model, as surgery on its files would, for the length of the block."""
+    decoder, text = language_model(model), model.config.text_config
+    stock, kinds = decoder.layers, getattr(text, "layer_types", None)
+    kept = [number for number in range(len(stock)) if number not in removed]
+    decoder.layers, text.num_hidden_layers = nn.ModuleList(stock[number] for number in kept), len(kept)
+    if kinds:
+        text.layer_types = [kinds[number] for number in kept]
+    for number, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = number
+    try:
+        yield
+    finally:
+        decoder.layers, text.num_hidden_layers = stock, len(stock)
+        if kinds:
+            text.layer_types = kinds
+        for number, layer in enumerate(stock):
+            layer.self_attn.layer_idx = number
 
 
 def draw_samples(root: Path, images: int = 2, questions: Sequence[str] = QUESTIONS) -> list[Sample]:

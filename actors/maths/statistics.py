@@ -2,7 +2,7 @@
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, rankdata
 
 # Modified z-score above which a value is an outlier, and the factors that scale it (Iglewicz and Hoaglin 1993).
 OUTLIER_Z, MAD_SCALE, MEAN_SCALE = 3.5, 1.4826, 1.2533
@@ -82,9 +82,16 @@ def cluster_bootstrap_interval(
     return float(low[0]), float(high[0])
 
 
-def rank_draws(draws_BK: Float[np.ndarray, "b k"]) -> Float[np.ndarray, "b k"]:
-    """Return the rank of every column in each draw: 1 for the smallest."""
-    return draws_BK.argsort(axis=1).argsort(axis=1) + 1.0
+def rank_intervals(
+    draws_BK: Float[np.ndarray, "b k"], level: float = 0.95
+) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+    """Return the percentile interval of every column's rank: 1 for the smallest; what is no number is the largest.
+
+    Equal columns share the ranks that they take together: the low end counts the first of them, the high end the last.
+    """
+    filled_BK = np.where(np.isnan(draws_BK), np.inf, draws_BK)
+    first_BK, last_BK = (rankdata(filled_BK, method=ties, axis=1).astype(float) for ties in ("min", "max"))
+    return percentile_interval(first_BK, level)[0], percentile_interval(last_BK, level)[1]
 
 
 def apart(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:

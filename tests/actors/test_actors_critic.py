@@ -24,7 +24,7 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def critic(checkpoint):
-    return LayerCritic(ModelSpec(checkpoint), 64, 12, EMBEDDER, seed=3)
+    return LayerCritic(ModelSpec(checkpoint), 64, 12, None, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_reference_losses_equal_pruned_models(checkpoint, critic, samples, tmp_p
 
 def test_neither_the_base_nor_the_batch_changes_reference_losses(checkpoint, critic, samples):
     expected = critic.measure("reference", samples, SETS)
-    small = LayerCritic(ModelSpec(checkpoint), 2, 12, EMBEDDER, seed=3)
+    small = LayerCritic(ModelSpec(checkpoint), 2, 12, None, seed=3)
     for found in (critic.measure("reference", samples, SETS, (1,)), small.measure("reference", samples, SETS)):
         assert [r["removed"] for r in found] == [r["removed"] for r in expected]
         assert [r["nll"] for r in found] == pytest.approx([r["nll"] for r in expected], rel=1e-4)
@@ -159,8 +159,8 @@ def test_magnitude_is_read_off_the_file(checkpoint, critic, samples):
 def test_random_depends_on_the_seed_alone(checkpoint, critic, samples):
     sets = [(b,) for b in range(LAYERS)]
     scores = [row["random"] for row in critic.measure("random", samples[:1], sets)]
-    again = LayerCritic(ModelSpec(checkpoint), 64, 12, EMBEDDER, seed=3).measure("random", samples[:1], sets)
-    other = LayerCritic(ModelSpec(checkpoint), 64, 12, EMBEDDER, seed=4).measure("random", samples[:1], sets)
+    again = LayerCritic(ModelSpec(checkpoint), 64, 12, None, seed=3).measure("random", samples[:1], sets)
+    other = LayerCritic(ModelSpec(checkpoint), 64, 12, None, seed=4).measure("random", samples[:1], sets)
     assert scores == [row["random"] for row in again] != [row["random"] for row in other]
     assert len(set(scores)) == LAYERS
 
@@ -181,3 +181,8 @@ def test_answer_loss_is_one_minus_the_cosine_of_the_answers(samples):
     known = [Known(whole[s.id]["answer"], base[s.id]["token_ids"]) for s in samples]
     plain = critic.measure("answers", samples, [(5, 2), (5, 7)])
     assert critic.measure("answers", samples, [(5, 2), (5, 7)], (5,), known) == plain
+
+
+def test_a_wrong_embedder_is_an_error_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=f"Cannot load the sentence-transformer '{tmp_path}'"):
+        LayerCritic(ModelSpec("/no/model"), 64, 48, str(tmp_path), seed=3)

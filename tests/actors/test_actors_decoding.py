@@ -1,10 +1,17 @@
 """Static decoding gives plain generate's tokens, or says why it cannot."""
 
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import actors.decoding
-from actors.decoding import DECODERS, Plain, Static
+from actors.decoding import DECODERS, NEUTRAL, Plain, Static, check_greedy
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from tests.tiny import draw_samples, save_tiny, tiny_model
@@ -29,6 +36,99 @@ def test_static_decoding_gives_the_same_tokens(tmp_path, lesions, monkeypatch, n
         found = static(prompt, 12, lambda ticks=ticks: ticks.append(1))
         assert found == Plain(replica.model)(prompt, 12, lambda: None) and len(found) == len(ticks) == 12
         assert not {first[3], first[5]} & set(found)
+
+
+def test_the_run_that_captures_is_not_measured(tiny_path, probe, monkeypatch):
+    """Without warm-up runs one goes before all the same: it feeds the prompt twice, and its times say nothing."""
+    eager(monkeypatch)
+    prefill, fed = Static._prefill, []
+    monkeypatch.setattr(Static, "_prefill", lambda self, inputs: (prefill(self, inputs), fed.append(1)))
+    (run,) = LlavaReplica(ModelSpec(tiny_path)).profile(probe, 0, 1, 3, "static")["runs"]
+    assert run["ms_per_token"] > 0 and len(fed) == 3
+
+
+class Graphs:
+    """What Static asks of torch.cuda to capture a graph, on the CPU; `events` is what was asked, in order."""
+
+    def __init__(self, monkeypatch, static: Static):
+        self.events: list[str] = []
+        self._static, self._choose, self._step = static, static._choose, static._step
+        streams = {"main": self._stream("main"), "aside": self._stream("aside")}
+        fakes = {
+            "Stream": lambda device: streams["aside"],
+            "current_stream": lambda device: streams["main"],
+            "stream": self._inside,
+            "CUDAGraph": lambda: SimpleNamespace(replay=self._replay, captured=[]),
+            "graph": self._capturing,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(actors.decoding.torch.cuda, name, fake)
+        monkeypatch.setattr(static, "_step", self._noted_step)
+        monkeypatch.setattr(static, "_device", torch.device("cuda", 0))
+
+    def _stream(self, name: str):
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: self.events.append(f"{name} waits for {other.name}")
+        )
+
+    @contextmanager
+    def _inside(self, stream):
+        self.events.append(f"into {stream.name}")
+        yield
+        self.events.append(f"out of {stream.name}")
+
+    @contextmanager
+    def _capturing(self, graph):
+        """What is called meanwhile is written down and not computed, as on a GPU."""
+        self._static._choose = lambda **inputs: graph.captured.append(inputs)
+        yield
+        self._static._choose = self._choose
+        (inputs,) = graph.captured
+        assert inputs["input_ids"] is self._static._token, "a graph reads its input where it was captured"
+        self.events.append("captured")
+
+    def _noted_step(self) -> None:
+        self.events.append("step")
+        self._step()
+
+    def _replay(self) -> None:
+        self.events.append("replay")
+        self._step()
+
+
+def test_a_graph_is_captured_once_per_length_and_replayed(tiny_path, lesions, monkeypatch):
+    """Two steps on a stream of their own, then the one that is recorded, then a replay for each token but the first."""
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    static, plain = Static(replica.model), Plain(replica.model)
+    graphs = Graphs(monkeypatch, static)
+    capture = ["aside waits for main", "into aside", "step", "step", "out of aside", "main waits for aside"]
+    capture += ["step", "captured"]
+    prompts = [replica._pixels(sample) for sample in draw_samples(lesions)[:2]]
+    assert len({prompt["input_ids"].shape for prompt in prompts}) == 2
+    for prompt, captures in ((prompts[0], True), (prompts[0], False), (prompts[1], True)):
+        graphs.events.clear()
+        assert static(prompt, 6, lambda: None) == plain(prompt, 6, lambda: None)
+        assert graphs.events == [*(capture if captures else []), *["replay"] * 5]
+
+
+def test_a_graph_that_cannot_be_captured_is_an_error(tiny_path, lesions, monkeypatch):
+    """A kernel that waits for the device; out of memory is passed on as it is."""
+    replica = LlavaReplica(ModelSpec(tiny_path))
+    static, prompt = Static(replica.model), replica._pixels(draw_samples(lesions)[0])
+    graphs = Graphs(monkeypatch, static)
+    errors = iter([RuntimeError("operation not permitted when stream is capturing"), torch.OutOfMemoryError("full")])
+
+    @contextmanager
+    def capturing(graph):
+        raise next(errors)
+        yield
+
+    monkeypatch.setattr(actors.decoding.torch.cuda, "graph", capturing)
+    with pytest.raises(ValueError, match=r"not permitted when stream is capturing.* set evaluate\.decode plain"):
+        static(prompt, 4, lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        static(prompt, 4, lambda: None)
+    assert "replay" not in graphs.events
 
 
 @pytest.mark.slow
@@ -62,3 +162,21 @@ def test_static_decoding_refuses_several_devices(monkeypatch):
     monkeypatch.setattr(actors.decoding, "layer_devices", lambda model: devices)
     with pytest.raises(ValueError, match="one GPU, the model is on 2"):
         Static(tiny_model("clip-llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", 1.1), ("suppress_tokens", [7]), ("min_new_tokens", 3), ("num_beams", 2)]
+)
+def test_what_generate_would_do_besides_is_refused(tiny_path, tmp_path, name, value):
+    """The engine takes the best token; with such a config `generate` would not, and the two would differ silently."""
+    shutil.copytree(tiny_path, tmp_path / "copy")
+    file = tmp_path / "copy" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"copy' sets {name} to {re.escape(str(value))} in .*remove it there"):
+        LlavaReplica(ModelSpec(str(file.parent)))
+
+
+def test_neutral_and_sampling_settings_pass():
+    """What asks for nothing, and what only sampling reads."""
+    neutral = {name: value for name, value in NEUTRAL.items() if value is not None}
+    check_greedy(GenerationConfig(**neutral, suppress_tokens=[], do_sample=True, temperature=0.2, top_p=0.9), "x")

@@ -1,6 +1,7 @@
 """Drafts and shared prefixes change the cost of an answer, never the answer."""
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Limits, _of_like_length, greedy, verified
+from actors.loading import language_model
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
-from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_samples, save_tiny
+from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_samples, save_tiny, without
 
 STOPS = tuple(range(2, 512, 16))
 LIMITS = Limits(12, STOPS)
@@ -36,6 +38,15 @@ def plain(replica, prompts, keep_VL) -> list[list[list[int]]]:
     return [flat[i * len(keep_VL) : (i + 1) * len(keep_VL)] for i in range(len(prompts))]
 
 
+@torch.inference_mode()
+def generated(replica, prompt: torch.Tensor, removed) -> list[int]:
+    """Return what plain `generate` says without our engine, on the model with the layers taken out."""
+    mask = torch.ones(1, len(prompt), dtype=torch.long)
+    given = {"inputs_embeds": prompt[None], "attention_mask": mask, "eos_token_id": list(STOPS), "pad_token_id": 0}
+    with without(replica.model, removed):
+        return replica.model.generate(**given, max_new_tokens=LIMITS.tokens, do_sample=False)[0].tolist()
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     kind=st.sampled_from(["right", "wrong", "empty", "short", "long", "mixed"]),
@@ -44,9 +55,13 @@ def plain(replica, prompts, keep_VL) -> list[list[list[int]]]:
     seed=st.integers(0, 99),
 )
 def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
-    """Random bases and removed sets, drafts right, wrong, empty, too short and too long; unequal prompts."""
+    """Random bases and removed sets, drafts right, wrong, empty, too short and too long; unequal prompts.
+
+    In half of them one answer, without zero to L - 3 layers, is compared with plain `generate` on the pruned model.
+    """
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     picks = random.Random(seed)
+    removed = [*removed, picks.sample(range(LAYERS), seed // 2 % (LAYERS - 2))]
     base_L, keep_VL = keep([base])[0], keep(removed)
     right = greedy(model.model, prompts, base_L.repeat(len(prompts), 1), LIMITS)
     noise = [[picks.randrange(512) for _ in range(picks.randrange(30))] for _ in prompts]
@@ -60,6 +75,9 @@ def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
     }[kind]
     answers, counts = verified(model.model, prompts, drafts, base_L, keep_VL, LIMITS)
     assert answers == plain(model, prompts, keep_VL)
+    if seed % 2:
+        chosen = picks.randrange(len(prompts))
+        assert answers[chosen][-1] == generated(model, prompts[chosen], removed[-1])
     assert counts["rows"] == len(prompts) * len(removed)
 
 
@@ -73,25 +91,44 @@ def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
     assert counts["rows_verified_whole"] == counts["rows"] == len(prompts)
 
 
+@contextmanager
+def layer_rows(model):
+    """Count, on the stock layers themselves, the rows that every call runs."""
+    rows: list[int] = []
+
+    def note(layer, args, kwargs):
+        rows.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    hooks = [each.register_forward_pre_hook(note, with_kwargs=True) for each in language_model(model).layers]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_prefix_sharing_runs_as_many_layers_as_the_formula_says(model, lesions):
     """All L single removals: the base runs L layers; the variant without layer b runs the L-1-b layers above it.
 
     Per prompt L + (0 + 1 + ... + L-1) = L (L + 1) / 2 layer rows, where plain decoding of the prompts runs
-    L + L (L - 1).
+    L + L (L - 1). Answers of one token end with the pass that verifies.
     """
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     full = torch.ones(LAYERS, dtype=torch.bool)
     singles = keep([(layer,) for layer in range(LAYERS)])
-    _, counts = verified(model.model, prompts, [[] for _ in prompts], full, singles, LIMITS)
-    assert counts["layer_rows_run"] == len(prompts) * LAYERS * (LAYERS + 1) // 2
+    with layer_rows(model.model) as run:
+        _, counts = verified(model.model, prompts, [[] for _ in prompts], full, singles, Limits(1, ()))
+    assert sum(run) == counts["layer_rows_run"] == len(prompts) * LAYERS * (LAYERS + 1) // 2
 
 
 def test_a_later_round_shares_with_its_own_base(model, lesions):
     """Base without layer 1: the variant without 1 and 3 shares layers 0 and 2 (1 is off in both)."""
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     base_L, keep_VL = keep([(1,)])[0], keep([(1, 3)])
-    answers, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
-    assert counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
+    with layer_rows(model.model) as run:
+        _, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, Limits(1, ()))
+    assert sum(run) == counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
+    answers, _ = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
     assert answers == plain(model, prompts, keep_VL)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import actors.engine
 import actors.replica
 from actors.engine import verified
 from actors.loading import language_model
@@ -105,7 +106,16 @@ def test_batch_size_does_not_change_rows(tiny_path, replica, lesions):
         assert LlavaReplica(ModelSpec(tiny_path), max_rows).answers(samples, REMOVED, 8) == together
 
 
-def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch):
+def full_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def full_cpu() -> None:
+    torch.empty(10**14)
+
+
+@pytest.mark.parametrize("full", [full_gpu, full_cpu])
+def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch, full):
     """With room for 5 rows, six samples are halved, then one sample's variants are; no answer is lost."""
     samples = draw_samples(lesions)
     expected = replica.answers(samples, REMOVED, 4)
@@ -114,7 +124,7 @@ def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch
     def crowded(model, prompts, drafts, base_L, keep_VL, limits):
         tried.append(len(prompts) * (len(keep_VL) + 1))
         if tried[-1] > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            full()
         return verified(model, prompts, drafts, base_L, keep_VL, limits)
 
     monkeypatch.setattr(actors.replica, "verified", crowded)
@@ -128,12 +138,35 @@ def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch
 def test_out_of_memory_on_one_row_is_an_error(tiny_path, lesions, monkeypatch, name):
     """One row that does not fit cannot be halved: the error is the user's to see, not an endless loop."""
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(actors.replica, name, full)
+    monkeypatch.setattr(actors.replica, name, lambda *_: full_gpu())
     with pytest.raises(torch.OutOfMemoryError):
         LlavaReplica(ModelSpec(tiny_path), max_rows=4).answers(draw_samples(lesions), [(), (1,)], 4)
+
+
+def test_another_error_does_not_halve_the_batch(tiny_path, lesions, monkeypatch):
+    tried = []
+
+    def broken(*_):
+        tried.append(1)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(actors.replica, "verified", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        LlavaReplica(ModelSpec(tiny_path)).answers(draw_samples(lesions), [(), (1,)], 4)
+    assert len(tried) == 1
+
+
+def test_logits_are_taken_in_bounded_parts(tiny_path, lesions, monkeypatch):
+    """Of prompts with drafts of 8 tokens no more than 3 rows' logits at a time; the answers stay the same."""
+    replica, samples = LlavaReplica(ModelSpec(tiny_path)), draw_samples(lesions)
+    drafts = [[5] * 8 for _ in samples]
+    expected = replica.answers(samples, REMOVED, 8, drafts=drafts)
+    vocabulary, seen = len(replica.model.lm_head.weight), []
+    replica.model.lm_head.register_forward_hook(lambda m, a, logits: seen.append(logits.shape))
+    monkeypatch.setattr(actors.engine, "LOGITS_AT_ONCE", 3 * 8 * vocabulary + 1)
+    assert replica.answers(samples, REMOVED, 8, drafts=drafts) == expected
+    checked = [tuple(shape) for shape in seen if len(shape) == 3]
+    assert set(checked) == {(3, 8, vocabulary)} and len(checked) == len(samples) * len(REMOVED) / 3
 
 
 def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch):

@@ -15,10 +15,8 @@ rate plus the weights, keys and values read while decoding at the measured bandw
 import argparse
 import json
 from collections import Counter
-from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
@@ -29,7 +27,7 @@ from actors.replica import LlavaReplica
 from actors.specs import Sample
 from tests.benchmarks.machine import floor_s, timed
 from tests.ties import Mismatch, first_difference, judged
-from tests.tiny import llava_7b, tiny_model
+from tests.tiny import llava_7b, tiny_model, without
 
 FULL = (128, 29)  # samples and removals that the seconds are extrapolated to
 SINGLE = (2, 3)  # samples and removals of (a) that are timed
@@ -37,10 +35,10 @@ BATCHED = 6  # removals of (b) that are timed
 _Answers = dict[tuple[str, tuple[int, ...]], list[int]]
 
 
-def real_model():
-    """Return LLaVA-1.5-7B with random float16 weights on the GPU."""
+def real_model(config):
+    """Return a model, such as LLaVA-1.5-7B, with random float16 weights on the GPU."""
     with torch.device("cuda"):
-        return AutoModelForImageTextToText.from_config(llava_7b(), dtype=torch.float16, attn_implementation="sdpa")
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float16, attn_implementation="sdpa")
 
 
 class Embedded(LlavaReplica):
@@ -70,23 +68,6 @@ def random_prompts(model, count: int, image_tokens: int) -> dict[str, torch.Tens
         image = (torch.randn(image_tokens, table.shape[1]) * table.float().std().item()).to(table)
         prompts[f"{number:03d}"] = torch.cat([table[ids[:4]], image, table[ids[4:]]])
     return prompts
-
-
-@contextmanager
-def without(model, removed: tuple[int, ...]):
-    """Take layers out of a model, as surgery on its files would, for the length of the block."""
-    decoder, text = language_model(model), model.config.text_config
-    stock = decoder.layers
-    decoder.layers = nn.ModuleList(layer for number, layer in enumerate(stock) if number not in removed)
-    text.num_hidden_layers = len(decoder.layers)
-    for number, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = number
-    try:
-        yield
-    finally:
-        decoder.layers, text.num_hidden_layers = stock, len(stock)
-        for number, layer in enumerate(stock):
-            layer.self_attn.layer_idx = number
 
 
 class Contest:
@@ -259,7 +240,7 @@ def main() -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no GPU is visible here (--tiny runs anywhere)")
     torch.manual_seed(0)
-    model, image_tokens = (tiny_model("clip-llama", 7), 16) if options.tiny else (real_model(), 576)
+    model, image_tokens = (tiny_model("clip-llama", 7), 16) if options.tiny else (real_model(llava_7b()), 576)
     contest = Contest(model, options.samples, image_tokens, options.tokens, options.max_rows)
     print(json.dumps(run(contest)))
 

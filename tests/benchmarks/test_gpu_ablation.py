@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests.benchmarks.gpu_ablation import Contest, without
-from tests.tiny import tiny_model
+from tests.benchmarks.gpu_ablation import Contest
+from tests.tiny import tiny_model, without
 
 CODE = """
 import runpy, sys

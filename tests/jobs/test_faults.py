@@ -83,7 +83,8 @@ def test_sigkilled_replicas_and_driver_change_nothing(tmp_path):
     for key, (_, loss) in found.items():  # which texts are embedded together changes the last digits
         assert loss == pytest.approx(expected[key][1], abs=1e-6)
     for one, other in zip(scores(stormy), scores(calm), strict=True):
-        assert one == {**other, **{name: pytest.approx(other[name], abs=1e-6) for name in ("score", "low", "high")}}
+        floats = ("loss", "score", "low", "high")
+        assert one == {**other, **{name: pytest.approx(other[name], abs=1e-6) for name in floats}}
 
 
 def scores(folder: Path) -> list[dict]:

@@ -2,7 +2,9 @@
 
 import itertools
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from actors.specs import Conversation, Known
 from cluster.pool import Outcome
 from cluster.tables import read_table
+from jobs import ablate
 from jobs.measurements import Measurements
 from jobs.options import load_config
 from jobs.run import Run, Source, Stage
@@ -124,6 +127,33 @@ def test_criteria_without_samples_are_measured_once(tmp_path):
     pool = FakePool()
     measurements(tmp_path, pool).losses("magnitude+", [(1,), (2,)])
     assert [part for _, part, *_ in pool.units] == [["s0"]]
+
+
+def test_criteria_without_samples_pass_over_a_poison_sample(tmp_path):
+    pool = FakePool(poison=("s0", "s1"))
+    measured = measurements(tmp_path, pool)
+    measured.losses("answer_similarity", [(1,)])
+    pool.units.clear()
+    assert measured.losses("magnitude+", [(1,), (2,)]).values_NK == pytest.approx(np.array([[0.022, 0.032]]))
+    assert [part for _, part, *_ in pool.units] == [["s2"]]
+
+
+@pytest.mark.parametrize("criterion", ["answer_similarity", "perplexity"])
+def test_workers_load_an_embedder_where_answers_are_compared(tmp_path, monkeypatch, criterion):
+    """A name that is none stops the run when its first worker starts, and only then if it is needed."""
+    asked = []
+
+    @contextmanager
+    def replicas(self, model, target, embedder, **_):
+        asked.append(embedder)
+        yield SimpleNamespace(call=lambda method: 12)
+
+    monkeypatch.setattr(Run, "replicas", replicas)
+    monkeypatch.setattr(ablate, "calibration_samples", lambda *_: SAMPLES)
+    run = Run(load_config("configs/derm-tiny.yaml", [("run_dir", str(tmp_path)), ("ablate.embedder", "no/such")]))
+    with ablate.measurements(run, Source("model-1", "x"), Source("data", "x"), [criterion]) as (_, layers):
+        assert layers == 12
+    assert asked == (["no/such"] if criterion == "answer_similarity" else [None])
 
 
 def best_set(size: int, order) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ def test_layers_are_ranked_by_what_is_lost_and_only_sure_differences_are_called_
     found = losses(np.stack([np.full(40, 0.2), np.zeros(40), 0.21 + noise - noise.mean()], axis=1))
     rows = {row["layer"]: row for row in ablate.score_rows("answer_similarity", [2, 5, 7], found)}
     assert [rows[layer]["rank"] for layer in (5, 2, 7)] == [1, 2, 3]
-    assert rows[2]["score"] == pytest.approx(0.8) == rows[2]["low"] == rows[2]["high"]
+    assert [rows[2][key] for key in ("score", "low", "high")] == pytest.approx([0.8] * 3)
     assert rows[7]["low"] < rows[7]["score"] < rows[7]["high"]
     assert rows[7]["score"] == pytest.approx(0.79)
     assert rows[5]["apart_from_next"] and not rows[2]["apart_from_next"]
@@ -86,10 +86,37 @@ def test_losses_are_weighted_by_tokens():
     assert row["score"] == pytest.approx(np.e)
 
 
-def test_kendalls_tau_between_rankings():
+def test_layers_that_lose_the_same_share_their_ranks():
+    """All but layer 4 cost nothing, always: each may be the first, the second or the third to go."""
+    found = losses(np.tile([0.0, 0.0, 0.3, 0.0], (12, 1)))
+    rows = {row["layer"]: row for row in ablate.score_rows("answer_similarity", [1, 3, 4, 6], found)}
+    assert [rows[layer]["rank"] for layer in (1, 3, 6, 4)] == [1, 2, 3, 4]
+    ranks = {layer: (row["rank_low"], row["rank_high"]) for layer, row in rows.items()}
+    assert ranks == {1: (1, 3), 3: (1, 3), 6: (1, 3), 4: (4, 4)}
+    assert [rows[layer]["apart_from_next"] for layer in (1, 3, 6, 4)] == [False, False, True, False]
+
+
+def test_a_loss_that_is_no_number_goes_last():
+    found = losses(np.tile([np.nan, 2.0, 1.0], (4, 1)))
+    rows = ablate.score_rows("kl", [0, 1, 2], found)
+    assert [(row["rank"], row["rank_low"], row["rank_high"]) for row in rows] == [(3, 3, 3), (2, 2, 2), (1, 1, 1)]
+
+
+def test_kendalls_tau_between_criteria():
     """Of three pairs of layers, the second criterion orders one differently: tau = (2 - 1) / 3."""
-    ranks = {"a": [1, 2, 3], "b": [1, 3, 2], "c": [3, 2, 1]}
-    rows = [{"criterion": c, "rank": rank} for c, order in ranks.items() for rank in order]
+    given = {"a": [1, 2, 3], "b": [1, 3, 2], "c": [3, 2, 1]}
+    rows = [{"criterion": c, "loss": float(loss)} for c, each in given.items() for loss in each]
     tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(rows)}
     assert tau["a", "a"] == 1 and tau["a", "c"] == -1
     assert tau["a", "b"] == tau["b", "a"] == pytest.approx(1 / 3)
+
+
+def test_kendalls_tau_with_ties():
+    """tau-b of 1, 2, 3 and 0, 0, 5: two pairs agree, one is tied: 2 / sqrt(3 * 2). All tied: undefined."""
+    scores = []
+    for criterion, each in {"answer_similarity": [1.0, 2.0, 3.0], "kl": [0.0, 0.0, 5.0], "random": [0.0] * 3}.items():
+        scores += ablate.score_rows(criterion, [0, 1, 2], losses(np.tile(each, (3, 1))))
+    tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(scores)}
+    assert tau["answer_similarity", "kl"] == pytest.approx(2 / 6**0.5)
+    assert tau["answer_similarity", "random"] is tau["random", "random"] is None
+    assert [ablate.shown_tau(tau[one]) for one in (("kl", "kl"), ("kl", "random"))] == ["+1.00", "undefined"]

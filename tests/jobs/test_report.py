@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jobs import report_answers
+from jobs.ablate import shown_tau
 from jobs.report import rendered
 from tests.jobs.pages import HOSTILE, METHODS, content, page
 
@@ -102,6 +103,21 @@ def test_no_headline_above_two_percent_unscored(folder, template):
     text = rendered(template, content(folder, judged=True, missing=1))
     assert "no headline" in text and "23/24" in text and "70.8 to 75.0" in text
     assert "[70.0, 80.0]" not in text
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_a_criterion_that_tells_no_layers_apart(folder, template):
+    """Its agreement with the others is undefined, and said to be."""
+    criteria = ["answer_similarity", "random"]
+    layers = {
+        **{"pairs_apart": 0, "pairs": 1, "outliers": [], "failed": {}, "scores": [], "figure": "<svg></svg>"},
+        **{"label": "similarity", "criterion": criteria[0], "criteria": criteria, "search": None, "method": "one_shot"},
+        "agreement": [(one, [shown_tau(1.0 if one == other else None) for other in criteria]) for one in criteria],
+        **{"embedder": "tiny", "calibration": 4},
+    }
+    text = rendered(template, content(folder) | {"layers": layers})
+    expected = {"report.html.j2": "<td>+1.00</td><td>undefined</td>", "report.md.j2": "random undefined"}
+    assert expected[template] in text
 
 
 def test_metrics_stand_in_the_page(folder):
