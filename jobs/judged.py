@@ -68,7 +68,7 @@ def may_be_asked_again(facts: dict) -> bool:
     """Tell whether a table lacks verdicts that another try may bring.
 
     What the judge wrote wrongly it writes again, and a call that was refused (too long) is refused again; but where so
-    many were that there is no headline, the key may have been withdrawn meanwhile.
+    many were that there is no headline, the judge may take longer prompts by now.
     """
     final = {BAD_OUTPUT} if facts["tally"]["judge_pct"] is None else {BAD_OUTPUT, "refused"}
     return bool({*facts["unscored"], *facts["controls"]["unscored"]} - final)

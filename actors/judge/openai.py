@@ -159,6 +159,8 @@ def failure_kind(status: int) -> FailureKind:
         return "rate_limit"
     if status == 408:
         return "timeout"
+    if status in (401, 402, 403, 404):  # key, payment, permission, model or path
+        return "denied"
     return "server_error" if status >= 500 else "refused"
 
 

@@ -142,6 +142,7 @@ def test_what_was_not_reached_is_judged_again_and_bad_output_is_not(tmp_path, mo
         ({"timeout": 1}, 90.0, True),
         ({"refused": 1, "bad_output": 1}, 90.0, False),
         ({"refused": 50}, None, True),
+        ({"denied": 1}, 90.0, True),
         ({"bad_output": 50}, None, False),
     ],
 )
