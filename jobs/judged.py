@@ -79,11 +79,10 @@ def _failures(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
-    """Return what each row's verdict shares with others, and its name: the series, else the image, else the answer."""
-    for unit in ("group", "image"):
-        if any(row.get(unit) is not None for row in rows):
-            return [f"row {n}" if row[unit] is None else str(row[unit]) for n, row in enumerate(rows)], unit
-    return [f"row {n}" for n in range(len(rows))], "answer"
+    """Return what each row's verdict shares with others: its series, else its image, else nothing; and what most do."""
+    units = [next((unit for unit in ("group", "image") if row.get(unit) is not None), "answer") for row in rows]
+    names = [f"{unit} {n if unit == 'answer' else row[unit]}" for n, (unit, row) in enumerate(zip(units, rows, strict=True))]
+    return names, max(("group", "image", "answer"), key=units.count)
 
 
 def _text(row: Mapping) -> Text:

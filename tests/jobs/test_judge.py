@@ -16,7 +16,7 @@ from actors.judge.calls import Failure
 from cluster.tables import read_table, write_table
 from jobs import agreement, compress, evaluate, judge
 from jobs.command import main
-from jobs.judged import NOT_JUDGED, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
 from jobs.run import Source, Stage
 from tests.jobs.judging import IDENTITY, Mock, fair, run_in
 from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
@@ -182,6 +182,13 @@ def test_intervals_resample_images(tmp_path, monkeypatch):
     assert wide["judge_expected_pct"] == pytest.approx(
         100 * np.mean([e["judge_expected"] for e in made["images"].rows]) / 4
     )
+
+
+def test_a_row_without_a_series_belongs_to_its_image():
+    rows = [{"group": "s", "image": "a"}, *[{"group": None, "image": name} for name in ("b", "b", "s")], {"image": None}]
+    names, unit = clusters(rows)
+    assert names == ["group s", "image b", "image b", "image s", "answer 4"] and unit == "image"
+    assert clusters([{}, {}]) == (["answer 0", "answer 1"], "answer")
 
 
 def compared(tmp_path, monkeypatch, shares, engine="transformers") -> list[dict]:
@@ -388,6 +395,23 @@ def test_agreement_with_people(tmp_path, monkeypatch, capsys):
     Mock().install(monkeypatch, dataclasses.replace(IDENTITY, revision="another"))
     _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv]")
     assert "uncalibrated" in out
+
+
+def test_ratings_of_several_models_answers_under_one_sample_id(tmp_path, monkeypatch, capsys):
+    """The right, the half right and the wrong answer to each question, rated as the judge judges them: no error."""
+    Mock().install(monkeypatch)
+    answers = ("The name is eczema", "It is eczema", "No idea")
+    rows = [
+        {"sample_id": str(n), "question": "What is it?", "reference": answers[0], "answer": said, "rating": rating}
+        for n in range(4)
+        for said, rating in zip(answers, (4, 2, 0), strict=True)
+    ]
+    write_csv(tmp_path / "r.csv", [*rows, rows[0]])  # two models answered alike
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--agreement", f"{tmp_path}/r.csv")
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / agreement.FILE).read_text())
+    assert (found["answers"], found["clusters"]) == (12, 4)
+    assert (found["kappa"], found["signed_error"]) == (1.0, 0.0)
 
 
 def test_agreement_by_sample_id(tmp_path, monkeypatch, capsys):
