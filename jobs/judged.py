@@ -81,7 +81,9 @@ def _failures(judged: Sequence[Judged]) -> dict[str, int]:
 def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
     """Return what each row's verdict shares with others: its series, else its image, else nothing; and what most do."""
     units = [next((unit for unit in ("group", "image") if row.get(unit) is not None), "answer") for row in rows]
-    names = [f"{unit} {n if unit == 'answer' else row[unit]}" for n, (unit, row) in enumerate(zip(units, rows, strict=True))]
+    names = []
+    for number, (unit, row) in enumerate(zip(units, rows, strict=True)):
+        names.append(f"{unit} {number if unit == 'answer' else row[unit]}")
     return names, max(("group", "image", "answer"), key=units.count)
 
 

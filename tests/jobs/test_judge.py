@@ -185,7 +185,11 @@ def test_intervals_resample_images(tmp_path, monkeypatch):
 
 
 def test_a_row_without_a_series_belongs_to_its_image():
-    rows = [{"group": "s", "image": "a"}, *[{"group": None, "image": name} for name in ("b", "b", "s")], {"image": None}]
+    rows = [
+        {"group": "s", "image": "a"},
+        *[{"group": None, "image": name} for name in ("b", "b", "s")],
+        {"image": None},
+    ]
     names, unit = clusters(rows)
     assert names == ["group s", "image b", "image b", "image s", "answer 4"] and unit == "image"
     assert clusters([{}, {}]) == (["answer 0", "answer 1"], "answer")
