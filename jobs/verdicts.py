@@ -99,14 +99,24 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; SIGTERM ends it as Ctrl-C does: it is cancelled, cleans up, and KeyboardInterrupt is raised."""
     if threading.current_thread() is not threading.main_thread():
         return asyncio.run(main)  # signals are none of its business
-    before = signal.getsignal(signal.SIGTERM)
+    before, ended = signal.getsignal(signal.SIGTERM), False
+
+    def end(task: asyncio.Task) -> None:
+        nonlocal ended
+        ended = True
+        task.cancel()
 
     async def guarded() -> T:
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # by now that is asyncio's
+        task = asyncio.current_task()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end, task)  # of its own: SIGINT may be ignored
         return await main
 
     try:
         return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        if ended:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

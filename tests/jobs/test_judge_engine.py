@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from types import ModuleType, SimpleNamespace
@@ -170,6 +171,18 @@ def test_our_client_reads_from_our_endpoint_what_the_judge_says_here(serving, ru
     same(replies, here(path))
     assert wrong.kind == "refused" and "another" not in wrong.message
     assert not serve.status().applications
+
+
+def test_sigterm_stays_the_jobs_when_ray_starts(run_of, monkeypatch):
+    """ray.init sets a handler of its own, which would end the process without a word."""
+    monkeypatch.setattr(Run, "_connect", lambda _: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
+    FakeVLLM(monkeypatch)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        asked(run_of(engine="vllm", gpus=1), [])
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class FakeVLLM:

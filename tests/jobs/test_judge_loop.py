@@ -184,17 +184,27 @@ command.main("doc", job)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_jobs_keep_what_came(tmp_path, number):
-    """Ctrl-C and `ray job stop`: exit 130, one sentence, the verdicts are there."""
+@pytest.mark.parametrize(
+    ("number", "script"),
+    [
+        (signal.SIGINT, INTERRUPTED),
+        pytest.param(signal.SIGTERM, INTERRUPTED, marks=pytest.mark.slow),
+        (signal.SIGTERM, f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"),
+    ],
+)
+def test_interrupted_jobs_keep_what_came(tmp_path, number, script):
+    """Ctrl-C and `ray job stop`, the latter of a script's background job, too: exit 130, one sentence, the verdicts."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], cwd=ROOT, env=environment, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, **pipes)
     assert process.stdout is not None
     assert "5000 different answers, 0 of them" in process.stdout.readline()
     time.sleep(1.0)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in said and "what was finished is kept" in said
     assert len(VerdictStore(tmp_path / "verdicts").known) >= 64
 
