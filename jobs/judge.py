@@ -13,6 +13,7 @@ Without tables the answers of model.path are judged, as jobs.compress does for i
 
 import asyncio
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -189,9 +190,9 @@ def serve(run: Run) -> None:
 
         async with endpoint(run) as url:
             name = run.config.judge.model
+            body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
             print(f"judge: {name} answers at {url} until Ctrl-C", flush=True)
-            print(f'  curl {url}/chat/completions -H "Content-Type: application/json" \\')
-            print(f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'')
+            print(f'  curl {url}/chat/completions -H "Content-Type: application/json" -d {shlex.quote(body)}')
             print(f"or jobs.judge --judge.engine openai --judge.url {url} --judge.model {name}", flush=True)
             await asyncio.Event().wait()
 

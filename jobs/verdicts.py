@@ -101,14 +101,16 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(main)  # signals are none of its business
     before, ended = signal.getsignal(signal.SIGTERM), False
 
-    def end(task: asyncio.Task) -> None:
-        nonlocal ended
-        ended = True
-        task.cancel()
-
     async def guarded() -> T:
         task = asyncio.current_task()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end, task)  # of its own: SIGINT may be ignored
+        assert task is not None
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)  # of its own: SIGINT may be ignored
         return await main
 
     try:

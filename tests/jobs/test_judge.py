@@ -1,9 +1,11 @@
 """jobs.judge with a judge that needs no model: tables, an evaluation's stage, the summary's columns, the command."""
 
+import asyncio
 import csv
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+import actors.judge.local
 from actors.judge.calls import Failure
+from actors.judge.endpoint import JudgeEndpoint
 from cluster.tables import read_table, write_table
 from jobs import agreement, compress, evaluate, judge
 from jobs.command import main
@@ -20,6 +24,7 @@ from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again,
 from jobs.run import Source, Stage
 from tests.jobs.judging import IDENTITY, Mock, fair, run_in
 from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
+from tests.judging import save_tiny_judge
 
 DISEASES = ("psoriasis", "melanoma", "rosacea", "eczema")
 
@@ -354,6 +359,13 @@ def test_serving_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
     assert (code, err) == (0, "")
     assert "the-judge answers at http://127.0.0.1:1/v1 until Ctrl-C" in out and "judge: stopped" in out
     assert "--judge.engine openai --judge.url http://127.0.0.1:1/v1 --judge.model the-judge" in out
+    words = shlex.split(next(line for line in out.splitlines() if "curl" in line))
+    assert words[:2] == ["curl", "http://127.0.0.1:1/v1/chat/completions"]
+    monkeypatch.setattr(actors.judge.local, "LONGEST_TEXT", 4)
+    settings = {"revision": None, "dtype": "float32", "trust_remote_code": False, "gpus": 0, "batch": 1}
+    served = JudgeEndpoint("the-judge", path=save_tiny_judge(tmp_path / "judge"), max_length=4096, **settings)
+    status, answer = asyncio.run(served.http("POST", "/v1/chat/completions", words[-1].encode()))
+    assert status == 200 and answer["choices"][0]["message"]["content"]
 
 
 def test_tables_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
