@@ -18,11 +18,13 @@ import actors.judge.local
 from actors.judge.calls import Failure
 from actors.judge.endpoint import JudgeEndpoint
 from cluster.tables import read_table, write_table
-from jobs import agreement, compress, evaluate, judge
+from jobs import agreement, compress, evaluate, judge, report_judge
 from jobs.command import main
 from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs.report import rendered
 from jobs.run import Source, Stage
 from tests.jobs.judging import IDENTITY, Mock, fair, run_in
+from tests.jobs.pages import content
 from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
 from tests.judging import save_tiny_judge
 
@@ -171,6 +173,9 @@ def test_a_judge_that_fails_its_controls_flags_the_run(tmp_path, monkeypatch):
     assert row["judge_flagged"] is True and percent(row).endswith("!")
     said = "\n".join(remarks([row]))
     assert "FLAGGED" in said and "other_class 8 of 8" in said and "reference" not in said and "uncalibrated" in said
+    told = report_judge.told([{"method": "original", **row, "judge_retention": None}])
+    page = rendered("report.html.j2", {**content(tmp_path), "judge": told})
+    assert "This judged run is flagged" in page and "original: other_class 8 of 8, empty 8 of 8" in page
 
 
 def test_intervals_resample_images(tmp_path, monkeypatch):
