@@ -22,7 +22,7 @@ from actors.judge.cache import verdict_key
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table, write_table
-from jobs import agreement, evaluate, prepare
+from jobs import agreement, card, evaluate, prepare
 from jobs.answer_tables import AnswerTable, read_answers
 from jobs.command import main
 from jobs.differences import differences
@@ -212,7 +212,9 @@ def job(run: Run) -> None:
     rated = agreement.read_ratings(config.agreement) if config.agreement is not None else None
     if config.tables or rated is not None:
         return judge_files(run, distinct([read_answers(path) for path in config.tables]), rated)
-    (made,) = make_all(run, [evaluate.stage(run, run.base_model(), prepare.stage(run))])
+    evaluated = evaluate.stage(run, run.base_model(), prepare.stage(run))
+    (made,) = make_all(run, [evaluated])
+    card.refresh(Path(run.config.model.path), run.facts(evaluated), row(run, made))
     show({run.config.model.path: row(run, made)}, [run.facts(made)], {}, "")
     print(f"judge: verdicts are in {run.store.root / made.name / VERDICTS}", flush=True)
 

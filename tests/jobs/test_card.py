@@ -78,6 +78,28 @@ def test_scores_come_with_the_evaluation(twice):
     assert "| - | 70.0 |" in (twice[1] / card.CARD).read_text()
 
 
+JUDGED = {
+    **{"judge": "/srv/private/Qwen2.5-32B", "judge_agreement": None, "judge_flagged": False, "judge_pct": 71.25},
+    **{"judge_interval_pct": [60.0, 80.0], "judge_bounds_pct": [70.5, 72.5], "judge_scored": 26, "judge_total": 27},
+}
+
+
+def test_a_judges_scores_come_with_what_they_are_worth(twice):
+    """Calibrated or not, how many are scored, flagged; without a judge nothing is said of what one may have said."""
+    card.refresh(twice[1], EVALUATION)
+    assert "None of these numbers is an LLM judge's" in (before := (twice[1] / card.CARD).read_text())
+    assert "Qwen2.5" not in before and "scored" not in before
+    card.refresh(twice[1], EVALUATION, JUDGED)
+    text = (twice[1] / card.CARD).read_text()
+    assert "LLM judge Qwen2.5-32B, uncalibrated" in text and "/srv" not in text and "Flagged" not in text
+    assert "71.2 [60.0, 80.0] %; scored 26/27, between 70.5 and 72.5 %" in text
+    unheaded = {"judge_flagged": True, "judge_pct": None, "judge_interval_pct": None}
+    card.refresh(twice[1], EVALUATION, JUDGED | unheaded)
+    text = (twice[1] / card.CARD).read_text()
+    assert "**Flagged: " in text and "no headline" in text and "scored 26/27" in text
+    assert text.index("**Flagged") < text.index("no headline") < text.index("Measured on CPU")
+
+
 def test_a_users_own_folder_is_left_alone(tmp_path):
     folder = shutil.copytree(DERM_TINY, tmp_path / "mine")
     card.refresh(folder, EVALUATION)

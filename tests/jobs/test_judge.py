@@ -225,7 +225,7 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
     assert [row["difference_finding"] for row in rows] == [None, "identical", "worse", "unresolved"]
     assert rows[0]["judge_difference_pct"] == rows[1]["judge_difference_pct"] == 0
     assert rows[1]["judge_difference_detectable_pct"] is None and rows[3]["judge_difference_detectable_pct"] > 0
-    columns = {"method": "m", "params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
+    columns = {"params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
     columns |= {
         "baseline_pct": 1.0,
         "baseline_interval_pct": [0, 2],
@@ -234,14 +234,30 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
         "images": 40,
     }
     columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0}
-    said = compress.table([columns | row for row in rows])
-    assert "judge %" in said and "100.0 [100, 100]" in said and "uncalibrated" in said and "not run" not in said
-    assert "m against the original, as judged: worse: " in said and "as judged: identical" in said
+    said = compress.table([columns | row | {"method": f"m{n}"} for n, row in enumerate(rows)])
+    lines = [line.split() for line in said.splitlines()]
+    judged = {line[0]: line for line in lines[lines.index(next(line for line in lines if "judge" in line)) :]}
+    assert judged["m0"][1:7] == ["120/120", "100.0", "[100,", "100]", "[100.0,", "100.0]"] and "not run" not in said
+    assert "worse:" in judged["m2"] and "detectable" in judged["m2"] and "identical" in judged["m1"]
+    assert "uncalibrated" in said and "FLAGGED" not in said
+    assert rows[0]["judge_retention"] == {"pct": 100, "interval_pct": [100, 100]}
+    kept = rows[2]["judge_retention"]
+    assert kept["pct"] == pytest.approx(100 * rows[2]["judge_pct"] / rows[0]["judge_pct"])
+    assert kept["interval_pct"][0] < kept["pct"] < kept["interval_pct"][1] < 100
     lost = rows[2]
     assert lost["judge_difference_pct"] == pytest.approx(lost["judge_pct"] - rows[0]["judge_pct"])
     low, high = lost["judge_difference_interval_pct"]
     assert low < lost["judge_difference_pct"] < high < 0
     assert lost["name_p_holm"] < 0.05 < rows[3]["name_p_holm"] and rows[0]["name_p_holm"] is None
+
+
+def test_what_is_retained_of_the_judges_labels():
+    """On the answers that have a label on both sides: 2 + 4 of 4 + 4; None where there are none."""
+    first, labels = {"a": 4, "b": 4, "c": 2, "d": None}, {"a": 2, "b": 4, "c": None, "d": 4, "e": 4}
+    groups = dict.fromkeys("abcde", "one image")
+    assert compress._judge_retention(first, labels, groups) == {"pct": 75.0, "interval_pct": [75.0, 75.0]}
+    assert compress._judge_retention(first, {"c": None, "d": 4}, groups) is None
+    assert compress._judge_retention({}, labels, groups) is None
 
 
 def test_summary_columns_without_a_judge(tmp_path, monkeypatch):
