@@ -12,6 +12,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 
 import cluster.serving
+import cluster.serving_vllm
 from actors.judge.calls import Failure, Reply
 from actors.judge.ladder import RUNGS, next_step, request
 from actors.judge.local import LocalJudge
@@ -198,6 +199,9 @@ class FakeVLLM:
         llm.build_llm_deployment = lambda config: ("handle", config)
         llm.build_openai_app = lambda settings: ("http", settings)
         llm.openai_api_models = models
+        ingress = ModuleType("ray.serve.llm.ingress")
+        ingress.OpenAiIngress = type("OpenAiIngress", (), {"__init__": lambda self, **given: vars(self).update(given)})
+        monkeypatch.setitem(sys.modules, "ray.serve.llm.ingress", ingress)
         models.ChatCompletionRequest = lambda **body: body
         monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
         monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
@@ -274,4 +278,8 @@ def test_vllms_endpoint_is_its_own(run_of, monkeypatch):
 
     assert asyncio.run(start()) == "http://127.0.0.1:8123/v1"
     ((_, application, _, _, port),) = fake.hosted
-    assert application == ("http", {"llm_configs": fake.configs}) and port == 8123
+    kind, settings = application
+    assert kind == "http" and settings["llm_configs"] == fake.configs and port == 8123
+    bound = []  # so is the port that Serve opens in the replica in front of it
+    monkeypatch.setattr(cluster.serving_vllm, "bind_to_node", lambda: bound.append(True))
+    assert settings["ingress_cls_config"]["ingress_cls"](model_cards={}).model_cards == {} and bound == [True]
