@@ -145,8 +145,7 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
             rows[f"ratings {rated.name}"] = rated.rows
         elif not rows:
             rows[run.config.model.path] = answers(run, evaluate.stage(run, run.base_model(), prepare.stage(run)))
-        by_id = {row["sample_id"]: row for row in next(iter(rows.values())) if row.get("sample_id") is not None}
-        ratings = agreement.resolved(rated, by_id)
+        ratings = agreement.resolved(rated, next(iter(rows.values())))
     judged, found, identity = judged_tables(run, rows)
     if rated is not None:
         measured = agreement.record(run, rated, ratings, found, identity)
@@ -220,7 +219,11 @@ def job(run: Run) -> None:
 
 
 def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
-    """Return the tables; ValueError if two would be written to one file, or go by one name."""
+    """Return the tables; ValueError if two would be written to one file, or one over another, or go by one name."""
+    for one in tables:
+        for other in tables:
+            if one.parquet.resolve() == other.path.resolve():
+                raise ValueError(f"judge.tables: the verdicts on {one.path} would overwrite {other.path}: rename it.")
     for number, one in enumerate(tables):
         for other in tables[:number]:
             if one.name == other.name or one.parquet == other.parquet:

@@ -60,9 +60,7 @@ class OpenAIJudge:
     """
 
     def __init__(self, url: str, model: str, key_variable: str | None, timeout: float, logprobs: bool):
-        parsed = httpx2.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+        parsed = _parsed(url)
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise ValueError(f"The judge's key is expected in the environment variable {key_variable}, which is empty.")
@@ -113,6 +111,19 @@ class OpenAIJudge:
     def _shown(self, message: str) -> str:
         """Return the beginning of a message, without the key."""
         return (message.replace(self._key, "***") if self._key else message)[:_LONGEST_MESSAGE]
+
+
+def _parsed(url: str) -> httpx2.URL:
+    """Return an endpoint's URL; ValueError: it is none, or holds a password, which tables and caches would keep."""
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        parsed = httpx2.URL("")
+    if parsed.userinfo:
+        raise ValueError("The judge's URL holds a user or password: give the key by judge.key_variable instead.")
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
+        raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+    return parsed
 
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:

@@ -256,11 +256,18 @@ def test_key(monkeypatch):
         OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
 
 
-@pytest.mark.parametrize("url", ["", "judge.example/v1", "ftp://judge.example", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "judge.example/v1", "ftp://judge.example", "http://", "http://[::1/v1", "http://judge.example:port/v1"),
+        *("http://judge.example:99999/v1", "https://user:password@judge.example/v1"),
+    ],
+)
 def test_no_url(url):
     """Refused before any call."""
-    with pytest.raises(ValueError, match="URL"):
+    with pytest.raises(ValueError, match="URL") as raised:
         OpenAIJudge(url, "m", None, 1.0, False)
+    assert "password@" not in str(raised.value)
 
 
 def token(text: str, **likely: float) -> dict:

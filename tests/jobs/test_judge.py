@@ -4,6 +4,7 @@ import asyncio
 import csv
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from actors.judge.calls import Failure
 from actors.judge.endpoint import JudgeEndpoint
 from cluster.tables import read_table, write_table
 from jobs import agreement, compress, evaluate, judge, report_judge
+from jobs.answer_tables import read_answers
 from jobs.command import main
 from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
 from jobs.report import rendered
@@ -337,6 +339,28 @@ def test_a_table_with_the_three_columns_alone(tmp_path, monkeypatch, capsys):
     assert "no image column" in out and "6 rows skipped in all" in out and "other_class" in out
 
 
+def test_a_parquet_file_that_is_damaged_inside(tmp_path, monkeypatch, capsys):
+    """Its end is whole, so that it passes for Parquet; its pages are not."""
+    Mock().install(monkeypatch)
+    write_table(tmp_path / "a.parquet", answer_rows(2))
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:200] = b"\xff" * 196
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(OSError):
+        read_table(tmp_path / "a.parquet")
+    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.parquet]")
+    assert code == 2 and "a.parquet" in err and "cannot be read" in err and "Traceback" not in err
+
+
+def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
+    """NaN in JSON lines: no image, no series, and so no common cluster of all that have none."""
+    rows = [{"question": "q", "reference": "r", "answer": "a", "image": math.nan, "group": math.nan}] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_answers(str(tmp_path / "a.jsonl")).rows
+    assert [(row["image"], row["group"]) for row in found] == [(None, None)] * 2
+    assert clusters(found) == (["answer 0", "answer 1"], "answer")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -367,6 +391,12 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
     write_table(tmp_path / "a.parquet", answer_rows(2))
     code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/a.parquet]")
     assert code == 2 and "different names" in err
+    write_table(tmp_path / "a.judged.parquet", answer_rows(2))
+    (tmp_path / "x").mkdir()
+    code, _, err = command(
+        monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/x/../a.judged.parquet]"
+    )
+    assert code == 2 and "would overwrite" in err and len(read_table(tmp_path / "a.judged.parquet")) == 6
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", "[a.csv]")
     assert code == 2 and "absolute path" in err
@@ -465,6 +495,10 @@ def test_agreement_by_sample_id(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines, "elsewhere,4"]))
     code, _, err = command(monkeypatch, capsys, tmp_path, *arguments)
     assert code == 2 and "'elsewhere'" in err
+    (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines]))
+    write_csv(tmp_path / "a.csv", [*rows, {**rows[3], "answer": "another"}])
+    code, _, err = command(monkeypatch, capsys, tmp_path, *arguments)
+    assert code == 2 and "'1:name', which several" in err and "question, reference, answer" in err
 
 
 @pytest.mark.parametrize(
