@@ -23,6 +23,7 @@ from actors.memory import GIB, claim_devices, free_bytes
 from actors.surgery import stored_bytes
 
 LINGER_S = 0.005  # for calls that were sent together to arrive together
+LASTING = 3  # different calls that fail one after the other
 LONGEST_TEXT = 1024  # tokens of an output whose length nobody limited
 
 
@@ -70,6 +71,7 @@ class LocalJudge:
         self._batch = batch
         self._waiting: list[tuple[Task, asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
+        self._failed: set[tuple[int, ...]] = set()  # prompts that failed alone since the last answer
         self._broken: str | None = None
 
     async def ask(self, request: Request) -> Reply | Failure:
@@ -144,15 +146,31 @@ class LocalJudge:
             taken, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
             if not taken:
                 continue
-            try:
-                answers = await asyncio.to_thread(self._answers, [task for task, _ in taken])
-            except Exception as error:
-                logging.getLogger(__name__).exception("The judge failed")
-                self._broken = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                answers = [Failure("server_error", self._broken) for _ in taken]
+            answers = await self._answered([task for task, _ in taken])
             for (_, future), answer in zip(taken, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
+
+    async def _answered(self, tasks: list[Task]) -> Sequence[Written | Failure]:
+        """Answer tasks together; if that fails, one by one, so that one of them does not cost the others.
+
+        What fails alone may be at fault itself; the judge is broken when LASTING different ones failed with no answer
+        in between, or its device did.
+        """
+        try:
+            answers = await asyncio.to_thread(self._answers, tasks)
+        except Exception as error:
+            device = "CUDA error" in str(error)
+            if len(tasks) > 1 and not device:
+                return [answer for task in tasks for answer in await self._answered([task])]
+            logging.getLogger(__name__).exception("The judge failed")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._failed.add(tuple(tasks[0].prompt))
+            if device or len(self._failed) >= LASTING:
+                self._broken = reason
+            return [Failure("server_error", reason) for _ in tasks]
+        self._failed.clear()
+        return answers
 
     def _answers(self, tasks: list[Task]) -> Sequence[Written | Failure]:
         """Answer tasks in one batch; out of memory, in halves from then on."""

@@ -224,9 +224,40 @@ def test_an_error_of_the_model_is_a_failure_and_shows_in_the_health_check(path):
     judge = judge_of(path)
     judge.check_health()
     torch.nn.init.constant_(judge._model.lm_head.weight, math.nan)
-    answers = ask_all(judge, REQUESTS[:2], "ask")
+    answers = ask_all(judge, REQUESTS[:3], "ask")
     assert {answer.kind for answer in answers} == {"server_error"} and "not numbers" in answers[0].message
     with pytest.raises(RuntimeError, match="not numbers"):
+        judge.check_health()
+
+
+def failing(monkeypatch, poison: int, text: str):
+    """Calls with an output of `poison` tokens fail, and what is beside them in a batch."""
+
+    def noted(model, grammars, tasks: list[Task], pad, shared):
+        if any(task.max_tokens == poison for task in tasks):
+            raise RuntimeError(text)
+        return write(model, grammars, tasks, pad, shared)
+
+    monkeypatch.setattr(actors.judge.local, "write", noted)
+
+
+def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch):
+    judge, good = judge_of(path), REQUESTS[2]
+    poison = Request(good.system, good.user, good.schema, 17)
+    failing(monkeypatch, 17, "The judge's logits are infinite or not numbers")
+    for _ in range(5):  # as the ladder asks
+        answers = ask_all(judge, [good, poison, good])
+        assert [type(answer) for answer in answers] == [Written, Failure, Written]
+        assert answers[1].kind == "server_error" and "not numbers" in answers[1].message
+        assert isinstance(ask_all(judge, [poison])[0], Failure)
+    judge.check_health()
+
+
+def test_a_device_that_failed_is_not_asked_again(path, monkeypatch):
+    judge = judge_of(path)
+    failing(monkeypatch, 24, "CUDA error: device-side assert triggered")
+    assert {answer.kind for answer in ask_all(judge, [REQUESTS[2]] * 2)} == {"server_error"}
+    with pytest.raises(RuntimeError, match="device-side assert"):
         judge.check_health()
 
 
