@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NEGATION = re.compile(
-    r"\b(?:not|no(?! doubt)|isn't|neither|nor|without|rather than|instead of|excludes?|rule[sd]? out)\b[^.;,]*$"
+    r"\b(?:not(?! only| just)|no(?! doubt)|never|neither|nor|without|unlikely|rather than|instead of|excludes?"
+    r"|rule[sd]? out|(?:is|are|was|were|do|does|did)n't|(?:cannot|can't|couldn't) be)\b|\bnon[ -]$"
 )
+_DENIED = re.compile(r" (?:is|was|seems|appears|can be|has been) (?:\w+ )?(?:unlikely(?! to)|excluded|ruled out)\b")
+_CLAUSE = re.compile(r"[.;,:!?\u2013\u2014]|\b(?:but|however|although|though|whereas)\b")
 # An answer that names no class and has one of these refuses; a hedge beside a name ("I am sorry, melanoma") does not.
 REFUSALS = (
     *("cannot", "can not", "can't", "could not", "couldn't", "unable to", "not able to", "impossible to"),
@@ -35,18 +38,24 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def _plain(text: str) -> str:
+    """Return a text in lower case, on one line, with straight apostrophes."""
+    return " ".join(text.lower().replace("\u2019", "'").split())
+
+
 def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
     """Return the classes that a text affirms, in the order of `classes`.
 
-    A mention after a negation in the same clause ("not psoriasis", "rather than melanoma") does not count;
-    plural and singular forms do.
+    A mention after a negation in the same clause ("not psoriasis", "rather than melanoma") or before one ("melanoma is
+    unlikely") does not count; "but" begins a clause. Plural and singular forms do count.
     """
-    text = " ".join(text.lower().split())
+    text = _plain(text)
     found = set()
     spellings = [(spelling, kind.name) for kind in classes for spelling in (kind.name, *kind.synonyms)]
     for spelling, name in sorted(spellings, key=lambda pair: -len(pair[0])):
         for match in re.finditer(_spelling_pattern(spelling), text):
-            if not _NEGATION.search(text[: match.start()]):
+            clause = _CLAUSE.split(text[: match.start()])[-1]
+            if not _NEGATION.search(clause) and not _DENIED.match(text, match.end()):
                 found.add(name)
             # "seborrheic dermatitis" does not name dermatitis, too
             text = text[: match.start()] + "_" * len(match[0]) + text[match.end() :]
@@ -79,7 +88,7 @@ def name_given(answer: str, classes: Sequence[ClassName]) -> tuple[str | None, s
         return named[0], "one"
     if named:
         return None, "multiple"
-    return None, "refused" if _REFUSAL.search(" ".join(answer.lower().replace("\u2019", "'").split())) else "none"
+    return None, "refused" if _REFUSAL.search(_plain(answer)) else "none"
 
 
 def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:

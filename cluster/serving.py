@@ -11,8 +11,8 @@ import importlib.util
 import inspect
 import logging
 import os
-import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +22,8 @@ from typing import Any
 from cluster.artifacts import digest, file_sha256
 from cluster.connection import capacity, is_private, protect, room
 from cluster.pool import DEATHS, one_line, unwrapped
+from cluster.serving_left import end, end_left, own_name
+from cluster.serving_start import QUIET, check_http, check_port, is_running, shut_down, start
 
 protect()
 import ray  # noqa: E402
@@ -32,7 +34,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException  
 TRIES = 4  # of one call whose replica dies under it
 POLL_S = 0.2
 HEALTH_PERIOD_S = 2.0  # how soon a dead replica is noticed
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+SAID_EVERY_S = 60.0  # why an application is not up yet
 
 
 class ServiceLost(RuntimeError):
@@ -66,7 +68,7 @@ class Scale:
             "health_check_period_s": HEALTH_PERIOD_S,
             "graceful_shutdown_wait_loop_s": 0.2,
             "graceful_shutdown_timeout_s": 5.0,
-            "logging_config": _QUIET,
+            "logging_config": QUIET,
         }
 
 
@@ -128,37 +130,49 @@ async def hosted(
     """Run a Serve application while the block lasts, and yield it when all its replicas are up.
 
     With keep it stays afterwards under `name`; one that was kept is used again, and ends with the first block that
-    does not ask to keep it. Without, it has a name of its own. ValueError: no room on a private Ray, a port that
-    Serve cannot offer, or the object's constructor refused its arguments; RuntimeError: it never came up, and why.
+    does not ask to keep it. Without, it has a name of its own. ValueError: no room on a private Ray, a port that is
+    taken or that Serve cannot offer, or the object's constructor refused its arguments; RuntimeError: it never came
+    up, and why.
     """
     for logger in ("ray.serve", "ray.serve._private.router"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     _check_room(scale)
-    began = not _is_running()
-    serve.start(**_http(port), logging_config=_QUIET)
+    began = not is_running()
+    if began:
+        check_port(port)
     try:
-        _check_http(port)
+        start(port)
+        check_http(port)
+        end_left()
         kept = _state(name) in ("RUNNING", "DEPLOYING")
         if not kept:
             if _state(name) is not None:
                 serve.delete(name)  # kept, and broken since
-            name = name if keep else f"{name}-{secrets.token_hex(3)}"
+            name = name if keep else own_name(name)
         try:
             if not kept:
                 prefix = None if port is None else "/"
-                serve.run_many(
-                    [serve.RunTarget(application, name, prefix, _QUIET)], wait_for_applications_running=False
-                )
+                serve.run_many([serve.RunTarget(application, name, prefix, QUIET)], wait_for_applications_running=False)
             await _running(name)
             yield Service(name, serve.get_app_handle(name))
         finally:
-            if not keep or _state(name) not in ("RUNNING", "UNHEALTHY"):
-                serve.delete(name)
-            elif not is_private():
-                print(f"serving: {name} stays up; the next job that uses it without keeping it ends it", flush=True)
+            _leave(name, keep)
     finally:
-        if began and not is_private() and not serve.status().applications:
-            serve.shutdown()  # so that the next job may choose otherwise about HTTP
+        if began and not is_private():
+            shut_down()
+
+
+def _leave(name: str, keep: bool) -> None:
+    try:
+        stays = keep and _state(name) in ("RUNNING", "UNHEALTHY")
+    except Exception:  # the cluster is gone
+        stays = False
+    if not stays:
+        end(name)
+    elif is_private():
+        print(f"serving: {name} is kept only as long as this Ray, which is private and ends with the job", flush=True)
+    else:
+        print(f"serving: {name} stays up; the next job that uses it without keeping it ends it", flush=True)
 
 
 def application_name(label: str, target: str, recipe: dict) -> str:
@@ -218,36 +232,6 @@ def bind_to_node() -> None:
     replica.add_port_to_grpc_server = on_node  # type: ignore[union-attr]
 
 
-def _is_running() -> bool:
-    try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return False
-    return True
-
-
-def _http(port: int | None) -> dict:
-    if port is None:
-        return {"proxy_location": "Disabled"}
-    return {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
-
-
-def _check_http(port: int | None) -> None:
-    """ValueError if Serve, which has one HTTP setting for the whole cluster, runs with another than is asked for."""
-    if port is None:
-        return
-    from ray.serve.context import _get_global_client
-
-    details = _get_global_client().get_serve_details()
-    found = details.get("http_options") or {}
-    if not details.get("proxies") or (found.get("host"), found.get("port")) != ("127.0.0.1", port):
-        now = f"on {found.get('host')}:{found.get('port')}" if details.get("proxies") else "without HTTP"
-        raise ValueError(
-            f"Serve runs on this cluster already, {now}, and cannot offer 127.0.0.1:{port} as well: end what it "
-            "serves (serve shutdown), or use another cluster."
-        )
-
-
 def _check_room(scale: Scale) -> None:
     fit = room(scale.cpus, scale.gpus)
     if fit >= scale.replicas:
@@ -266,6 +250,7 @@ def _state(name: str) -> str | None:
 
 async def _running(name: str) -> None:
     """Wait until the application is up; RuntimeError (ValueError if its constructor raised one) with the reason."""
+    began = said = time.monotonic()
     while True:
         found = serve.status().applications.get(name)
         if found is None:
@@ -278,6 +263,10 @@ async def _running(name: str) -> None:
             raise (ValueError if kind.endswith("ValueError") else RuntimeError)(f"{name} did not come up: {reason}")
         if is_private() and any("to be scheduled" in message for message in messages):
             raise RuntimeError(f"{name} finds no room: {messages[0]}")
+        if time.monotonic() - said >= SAID_EVERY_S:
+            said = time.monotonic()
+            reason = messages[0] if messages else found.status.value
+            print(f"serving: {name} is not up after {said - began:.0f} s: {reason}", flush=True)
         await asyncio.sleep(POLL_S)
 
 

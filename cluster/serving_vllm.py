@@ -41,7 +41,8 @@ def handle_application(model: VLLM, scale: Scale) -> Any:
 
 def http_application(model: VLLM, scale: Scale) -> Any:
     """Return the application of an OpenAI-compatible endpoint."""
-    return _library().build_openai_app({"llm_configs": [_config(model, scale)]})
+    ingress = {"ingress_cls": _bound_ingress()}
+    return _library().build_openai_app({"llm_configs": [_config(model, scale)], "ingress_cls_config": ingress})
 
 
 async def chat(service: Service, body: dict, timeout: float) -> str:
@@ -94,6 +95,19 @@ def _bound_server() -> type:
             await super().__init__(*args, **kwargs)
 
     return LLMServer
+
+
+def _bound_ingress() -> type:
+    """Return ray.serve.llm's HTTP side with its replica's port bound likewise."""
+    _library()
+    from ray.serve.llm.ingress import OpenAiIngress
+
+    class BoundIngress(OpenAiIngress):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any):
+            bind_to_node()
+            super().__init__(*args, **kwargs)
+
+    return BoundIngress
 
 
 def _library() -> Any:

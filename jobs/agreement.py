@@ -1,6 +1,7 @@
 """The judge against people: ratings of answers, weighted kappa and signed error, kept beside the verdicts."""
 
 import json
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -22,7 +23,11 @@ FILE = "agreement.json"
 
 @dataclass(frozen=True)
 class Rating:
-    """What one person (`rater`) gave one answer (`item`), 0-4; `cluster` is its image, or else the answer itself."""
+    """What one person (`rater`) gave one answer (`item`), 0-4.
+
+    An answer is its text under its sample_id or image: several models answer one question. `cluster` is the series or
+    image, or else the sample_id, or else the answer itself.
+    """
 
     item: Hashable
     text: Text
@@ -54,30 +59,38 @@ def by_text(rows: Sequence[Mapping]) -> bool:
     return all(row.get(key) is not None for row in rows for key in REQUIRED)
 
 
-def resolved(rated: AnswerTable, answers: Mapping[str, Mapping]) -> list[Rating]:
+def resolved(rated: AnswerTable, answers: Sequence[Mapping]) -> list[Rating]:
     """Return the ratings with the answers that they are of, from `answers` (by sample_id) unless they bring them along.
 
-    ValueError: an answer is not there, or one person rated it twice.
+    ValueError: an answer is not there, or its sample_id stands for several; or one person gave it two ratings.
     """
     made: dict[tuple[Hashable, str], Rating] = {}
     brought = by_text(rated.rows)
+    by_id = {row["sample_id"]: row for row in answers if row.get("sample_id") is not None}
+    several = {id_ for id_, count in Counter(row.get("sample_id") for row in answers).items() if count > 1}
     for number, row in enumerate(rated.rows):
-        if not brought and row["sample_id"] not in answers:
+        if not brought and row["sample_id"] in several:
+            raise ValueError(
+                f"{rated.path} rates sample_id {row['sample_id']!r}, which several of the judged answers have: "
+                f"give {', '.join(REQUIRED)} with the ratings, too."
+            )
+        if not brought and row["sample_id"] not in by_id:
             raise ValueError(
                 f"{rated.path} rates sample_id {row['sample_id']!r}, which is not among the judged answers."
             )
-        answer = row if brought else answers[row["sample_id"]]
+        answer = row if brought else by_id[row["sample_id"]]
         question, reference, candidate = (answer[key] for key in REQUIRED)
         text, rater = (question, reference, candidate), str(row.get("rater") or "")
-        item = row.get("sample_id") or (text, row.get("image"))
-        if (item, rater) in made:
+        item = (row.get("sample_id") or row.get("image"), text)
+        rating = int(float(row["rating"]))
+        if (item, rater) in made and made[item, rater].rating != rating:  # equal: two models answered alike
             raise ValueError(
-                f"{rated.path}, rating {number + 1}: this answer was rated before by {rater or 'the only rater'}; "
-                "name different people in a column rater."
+                f"{rated.path}, rating {number + 1}: this answer was rated before by {rater or 'the only rater'}, and "
+                f"{made[item, rater].rating} then; name different people in a column rater."
             )
-        known = next((answer[unit] for unit in ("group", "image") if answer.get(unit) is not None), None)
-        cluster = str(item) if known is None else str(known)
-        made[item, rater] = Rating(item, text, int(float(row["rating"])), rater, cluster)
+        units = [unit for unit in ("group", "image", "sample_id") if answer.get(unit) is not None]
+        cluster = f"{units[0]} {answer[units[0]]}" if units else str(item)
+        made[item, rater] = Rating(item, text, rating, rater, cluster)
     return list(made.values())
 
 

@@ -62,7 +62,7 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
         found = list(_READERS[path.suffix.lower()](path))
     except KeyError:
         raise ValueError(f"{text!r} is none of {', '.join(_READERS)}.") from None
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+    except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"{text!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
     columns = list(dict.fromkeys(key for row in found if isinstance(row, dict) for key in row))
     lacking = [name for name in required if name not in columns]
@@ -99,7 +99,7 @@ def _reason(row: dict | str, required: Sequence[str]) -> str:
 
 
 def _value(value, name: str) -> str | None:
-    if value is None or (value == "" and name not in MAY_BE_EMPTY):
+    if value is None or value != value or (value == "" and name not in MAY_BE_EMPTY):  # NaN is how pandas says null
         return None
     return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half characters
 

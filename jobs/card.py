@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import yaml
 
 from cluster.artifacts import MANIFEST, digest, write_text
 from jobs import prepare
+from jobs.agreement import sentence
 from jobs.run import Run, Source, Stage
 
 CARD = "README.md"
@@ -41,10 +42,13 @@ def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dic
     write(folder, facts)
 
 
-def refresh(folder: Path, evaluation: dict) -> None:
-    """Write the scores of an evaluation into the card of a checkpoint that Prunella made; leave others alone."""
+def refresh(folder: Path, evaluation: dict, judged: Mapping | None = None) -> None:
+    """Write the scores of an evaluation into the card of a checkpoint that Prunella made; leave others alone.
+
+    judged: the columns of jobs.judge.row, if a judge scored the answers.
+    """
     if "command" in (manifest := record(folder)):
-        write(folder, manifest, evaluation)
+        write(folder, manifest, evaluation, judged)
 
 
 def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) -> list[int]:
@@ -97,7 +101,18 @@ def command() -> str:
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *words])
 
 
-def write(folder: Path, facts: dict, evaluation: dict | None = None) -> None:
+def _judged(row: Mapping) -> dict:
+    """Return what the card says of a judge; of a local one only the folder's name."""
+    columns = {"pct": "pct", "interval": "interval_pct", "bounds": "bounds_pct", "scored": "scored", "total": "total"}
+    return {
+        "name": _ABSOLUTE.sub(r"\1", row["judge"]),
+        "agreement": sentence(row["judge_agreement"]),
+        "flagged": row["judge_flagged"],
+        **{name: row[f"judge_{column}"] for name, column in columns.items()},
+    }
+
+
+def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Mapping | None = None) -> None:
     """Write the card into a checkpoint's folder, atomically; `facts` are those of its manifest."""
     source, *steps = facts["history"]
     quantized = next((step for step in steps if step["kind"] == "quantize"), None)
@@ -116,6 +131,7 @@ def write(folder: Path, facts: dict, evaluation: dict | None = None) -> None:
         "steps": steps,
         "quantized": quantized,
         "facts": facts,
+        "judged": judged and _judged(judged),
         "metrics": evaluation and evaluation["metrics"],
         "profile": evaluation and evaluation["profile"],
     }

@@ -17,7 +17,7 @@ from cluster.tables import read_table
 from jobs import ablate, card, evaluate, judge, prepare, prune, quantize, ranges, recover
 from jobs.command import main
 from jobs.differences import differences, name_tests
-from jobs.judged import NOT_JUDGED, percent, remarks
+from jobs.judged import NOT_JUDGED, remarks
 from jobs.metrics import retained, retention
 from jobs.run import Run, Source, Stage
 
@@ -165,7 +165,7 @@ def table(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
     heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
     judged = rows[0]["is_llm_judge"]
-    lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads) + judged * f" {'judge %':>17}"]
+    lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads)]
     for row in rows:
         name = (
             "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
@@ -174,7 +174,7 @@ def table(rows: list[dict]) -> str:
         size = f"{row['nominal_bytes'] / 2**20:.2f} MiB{'*' if row['simulated'] else ''}"
         lines.append(
             f"{row['method']:<16} {row['params']:>10,} {row['bits']:>4} {size:>10} {name:>16} {baseline:>16} "
-            f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}" + (f" {percent(row):>17}" if judged else "")
+            f"{row['exact_pct']:>10.1f} {row['ms_per_token']:>8.2f}"
         )
     first = rows[0]
     lines.append(
@@ -182,8 +182,8 @@ def table(rows: list[dict]) -> str:
         f"{first['threads']} thread(s)" + ("" if judged else "; LLM judge: not run")
     )
     if judged:
-        lines += remarks(rows)
-        lines += [f"{row['method']} against the original, as judged: {judge.finding(row) or '-'}" for row in rows[1:]]
+        by_method = {row["method"]: row for row in rows}
+        lines += [judge.table(by_method, by_method), *remarks(rows)]
     if any(row["simulated"] for row in rows):
         lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
     for row in rows:
@@ -205,7 +205,10 @@ def job(run: Run) -> None:
         if isinstance(model, Stage):
             card.refresh(Path(run.make(model)), run.facts(evaluated))
     if run.config.judge.engine != "none":
-        judge.make_all(run, [evaluated for _, evaluated in planned.values()])
+        made = judge.make_all(run, [evaluated for _, evaluated in planned.values()])
+        for (model, evaluated), judged in zip(planned.values(), made, strict=True):
+            if isinstance(model, Stage):
+                card.refresh(Path(run.make(model)), run.facts(evaluated), judge.row(run, judged))
     for study in studies(run):
         run.make(study)
     rows = summary(run, planned)

@@ -45,7 +45,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     }
     return Stage(
         "evaluate",
-        4,
+        5,
         settings,
         (model, data),
         lambda r, folder, facts: build(r, model, data, folder, facts),

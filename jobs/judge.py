@@ -13,6 +13,7 @@ Without tables the answers of model.path are judged, as jobs.compress does for i
 
 import asyncio
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from actors.judge.cache import verdict_key
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table, write_table
-from jobs import agreement, evaluate, prepare
+from jobs import agreement, card, evaluate, prepare
 from jobs.answer_tables import AnswerTable, read_answers
 from jobs.command import main
 from jobs.differences import differences
@@ -144,8 +145,7 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
             rows[f"ratings {rated.name}"] = rated.rows
         elif not rows:
             rows[run.config.model.path] = answers(run, evaluate.stage(run, run.base_model(), prepare.stage(run)))
-        by_id = {row["sample_id"]: row for row in next(iter(rows.values())) if row.get("sample_id") is not None}
-        ratings = agreement.resolved(rated, by_id)
+        ratings = agreement.resolved(rated, next(iter(rows.values())))
     judged, found, identity = judged_tables(run, rows)
     if rated is not None:
         measured = agreement.record(run, rated, ratings, found, identity)
@@ -189,9 +189,9 @@ def serve(run: Run) -> None:
 
         async with endpoint(run) as url:
             name = run.config.judge.model
+            body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
             print(f"judge: {name} answers at {url} until Ctrl-C", flush=True)
-            print(f'  curl {url}/chat/completions -H "Content-Type: application/json" \\')
-            print(f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'')
+            print(f'  curl {url}/chat/completions -H "Content-Type: application/json" -d {shlex.quote(body)}')
             print(f"or jobs.judge --judge.engine openai --judge.url {url} --judge.model {name}", flush=True)
             await asyncio.Event().wait()
 
@@ -211,13 +211,19 @@ def job(run: Run) -> None:
     rated = agreement.read_ratings(config.agreement) if config.agreement is not None else None
     if config.tables or rated is not None:
         return judge_files(run, distinct([read_answers(path) for path in config.tables]), rated)
-    (made,) = make_all(run, [evaluate.stage(run, run.base_model(), prepare.stage(run))])
+    evaluated = evaluate.stage(run, run.base_model(), prepare.stage(run))
+    (made,) = make_all(run, [evaluated])
+    card.refresh(Path(run.config.model.path), run.facts(evaluated), row(run, made))
     show({run.config.model.path: row(run, made)}, [run.facts(made)], {}, "")
     print(f"judge: verdicts are in {run.store.root / made.name / VERDICTS}", flush=True)
 
 
 def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
-    """Return the tables; ValueError if two would be written to one file, or go by one name."""
+    """Return the tables; ValueError if two would be written to one file, or one over another, or go by one name."""
+    for one in tables:
+        for other in tables:
+            if one.parquet.resolve() == other.path.resolve():
+                raise ValueError(f"judge.tables: the verdicts on {one.path} would overwrite {other.path}: rename it.")
     for number, one in enumerate(tables):
         for other in tables[:number]:
             if one.name == other.name or one.parquet == other.parquet:

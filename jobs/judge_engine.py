@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -136,7 +138,7 @@ class _Hosted:
         from cluster.serving import served
 
         kwargs, scale = self._kwargs(), self._scale()
-        self.run._connect()
+        self._connect()
         async with served("judge", "actors.judge.local:LocalJudge", kwargs, scale, self.settings.keep) as service:
             yield lambda request: self._through(lambda: _call(service, request, self.settings.timeout))
 
@@ -147,7 +149,7 @@ class _Hosted:
         from cluster.serving_vllm import chat, handle_application
 
         model, scale = self._vllm(), self._scale()
-        self.run._connect()
+        self._connect()
         application = handle_application(model, scale)
         name = application_name("judge", "cluster.serving_vllm:VLLM", {"model": vars(model), "scale": vars(scale)})
 
@@ -171,14 +173,21 @@ class _Hosted:
             from cluster.serving_vllm import http_application
 
             model = self._vllm()
-            self.run._connect()
+            self._connect()
             async with hosted("judge-endpoint", http_application(model, scale), scale, port=port):
                 yield
         else:
             kwargs = {"name": self.settings.model, **self._kwargs()}
-            self.run._connect()
+            self._connect()
             async with served("judge-endpoint", "actors.judge.endpoint:JudgeEndpoint", kwargs, scale, port=port):
                 yield
+
+    def _connect(self) -> None:
+        """Connect to Ray; ray.init takes SIGTERM for itself, which jobs.verdicts has a use for."""
+        handler = signal.getsignal(signal.SIGTERM)
+        self.run._connect()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
     def _kwargs(self) -> dict:
         source, settings = _source(self.run), self.settings

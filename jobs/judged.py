@@ -68,7 +68,7 @@ def may_be_asked_again(facts: dict) -> bool:
     """Tell whether a table lacks verdicts that another try may bring.
 
     What the judge wrote wrongly it writes again, and a call that was refused (too long) is refused again; but where so
-    many were that there is no headline, the key may have been withdrawn meanwhile.
+    many were that there is no headline, the judge may take longer prompts by now.
     """
     final = {BAD_OUTPUT} if facts["tally"]["judge_pct"] is None else {BAD_OUTPUT, "refused"}
     return bool({*facts["unscored"], *facts["controls"]["unscored"]} - final)
@@ -79,11 +79,12 @@ def _failures(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
-    """Return what each row's verdict shares with others, and its name: the series, else the image, else the answer."""
-    for unit in ("group", "image"):
-        if any(row.get(unit) is not None for row in rows):
-            return [f"row {n}" if row[unit] is None else str(row[unit]) for n, row in enumerate(rows)], unit
-    return [f"row {n}" for n in range(len(rows))], "answer"
+    """Return what each row's verdict shares with others: its series, else its image, else nothing; and what most do."""
+    units = [next((unit for unit in ("group", "image") if row.get(unit) is not None), "answer") for row in rows]
+    names = []
+    for number, (unit, row) in enumerate(zip(units, rows, strict=True)):
+        names.append(f"{unit} {number if unit == 'answer' else row[unit]}")
+    return names, max(("group", "image", "answer"), key=units.count)
 
 
 def _text(row: Mapping) -> Text:

@@ -99,14 +99,26 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; SIGTERM ends it as Ctrl-C does: it is cancelled, cleans up, and KeyboardInterrupt is raised."""
     if threading.current_thread() is not threading.main_thread():
         return asyncio.run(main)  # signals are none of its business
-    before = signal.getsignal(signal.SIGTERM)
+    before, ended = signal.getsignal(signal.SIGTERM), False
 
     async def guarded() -> T:
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # by now that is asyncio's
+        task = asyncio.current_task()
+        assert task is not None
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)  # of its own: SIGINT may be ignored
         return await main
 
     try:
         return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        if ended:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -122,7 +134,7 @@ async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -
 async def probe(ask: Ask, name: str) -> None:
     """Judge one known answer, so that what no answer would survive ends the job before all of them fail."""
     first = await judge_one(ask, "", PROBE)
-    if first.failure == "refused":
+    if first.failure in ("refused", "denied"):
         raise ValueError(
             f"The judge {name} refuses ({first.verdict.reason}): check judge.model, judge.url and the key that "
             "judge.key_variable names."
@@ -135,6 +147,7 @@ async def ask_all(ask: Ask, missing: Mapping[str, Text], store: VerdictStore, co
     """Judge every text, `concurrency` at a time; scored verdicts go to the store, the others are returned.
 
     A worker that waits before it asks again keeps its place: an endpoint that asks for patience gets fewer calls.
+    What is refused for its own sake (too long) says nothing of the judge, neither that it is there nor that it is gone.
     """
     waiting = iter(missing.items())
     failed: dict[str, Judged] = {}
@@ -142,11 +155,14 @@ async def ask_all(ask: Ask, missing: Mapping[str, Text], store: VerdictStore, co
 
     async def work(progress: Progress) -> None:
         for key, text in waiting:
-            judged = _not_asked(key, in_a_row[-1]) if len(in_a_row) >= GIVE_UP else await judge_one(ask, key, text)
-            if judged.failure in (None, BAD_OUTPUT):
-                in_a_row.clear()
+            if len(in_a_row) >= GIVE_UP:
+                judged = _not_asked(key, in_a_row[GIVE_UP - 1])
             else:
-                in_a_row.append(judged)
+                judged = await judge_one(ask, key, text)
+                if judged.failure in (None, BAD_OUTPUT):
+                    in_a_row.clear()
+                elif judged.failure != "refused":
+                    in_a_row.append(judged)
             if judged.failure:
                 failed[key] = judged
             store.add(judged)

@@ -7,8 +7,8 @@ the ladder decides by their kind.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# refused: asking again would not help (a wrong key, an unknown model, a prompt that is too long).
-FailureKind = Literal["rate_limit", "server_error", "timeout", "closed", "refused"]
+# Asking again would not help. refused: this call (a prompt that is too long); denied: any call (a wrong key, no model).
+FailureKind = Literal["rate_limit", "server_error", "timeout", "closed", "refused", "denied"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ LABELS = ("0", "1", "2", "3", "4")
 
 @dataclass(frozen=True)
 class Task:
-    """One output to write: the prompt's token ids, the schema, the longest output (tokens).
+    """One output to write: the prompt's token ids, the schema ("": any text), the longest output (tokens).
 
     prefix: what the prompt begins with, as other prompts do; empty where nothing is known of it.
     """
@@ -38,7 +38,8 @@ class Written:
     """One output: its tokens' texts, their log-probabilities, and what the label's place would have allowed.
 
     text: the output; logprobs: of each token under the model, before the constraint; label_at: the label's place among
-    the tokens (None: no token of its own); probabilities: of the labels 0-4 there, before the constraint.
+    the tokens (None: no token of its own); probabilities: of the labels 0-4 there, before the constraint; cut: it was
+    not at its end when it had its longest length.
     """
 
     ids: list[int]
@@ -47,6 +48,7 @@ class Written:
     logprobs: list[float]
     label_at: int | None
     probabilities: tuple[float, ...] | None
+    cut: bool
 
 
 class Grammars:
@@ -65,9 +67,15 @@ class Grammars:
         self._compiled: dict[str, LLMatcher] = {}
 
     def matcher(self, schema: str) -> LLMatcher:
-        """Return a new matcher of a JSON schema (as text: the order of its keys counts); ValueError: it is none."""
+        """Return a new matcher of a JSON schema (as text: the order of its keys counts); ValueError: it is none.
+
+        That of "" takes any text without control tokens, and ends with the model's own end.
+        """
         if schema not in self._compiled:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+            if schema:
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+            else:
+                grammar = LLMatcher.grammar_from_regex("(?s:.*)")
             compiled = LLMatcher(self.tokens, grammar, log_level=0)
             if compiled.is_error():
                 raise ValueError(f"The output's JSON schema cannot be used: {compiled.get_error()[:200]}")
@@ -120,7 +128,8 @@ def write(model: Any, grammars: Grammars, tasks: Sequence[Task], pad: int, share
             if matcher.is_stopped() or len(rows[number].ids) >= tasks[number].max_tokens:
                 open_rows.discard(number)
         if not open_rows:
-            return [row.written(grammars) for row in rows]
+            pairs = zip(rows, matchers, strict=True)
+            return [row.written(grammars, not matcher.is_stopped()) for row, matcher in pairs]
         ids_RT = torch.tensor(chosen, device=model.device).unsqueeze(1)
         mask_RT = torch.cat([mask_RT, mask_RT.new_ones(len(tasks), 1)], dim=1)
 
@@ -166,11 +175,13 @@ class _Row:
         self._logprobs.append(logprob)
         self._labels.append(labels)
 
-    def written(self, grammars: Grammars) -> Written:
+    def written(self, grammars: Grammars, cut: bool) -> Written:
+        if grammars.tokens.is_special_token(self.ids[-1]):  # the end of a text
+            del self.ids[-1], self._logprobs[-1], self._labels[-1]
         pieces = [grammars.tokens.decode_bytes([token]).decode(errors="replace") for token in self.ids]
         text = grammars.tokens.decode_bytes(self.ids).decode(errors="replace")
         at = next((n for n in reversed(range(len(pieces))) if any(sign in "0123456789" for sign in pieces[n])), None)
         if at is None or grammars.labels is None or self.ids[at] not in grammars.labels:
-            return Written(self.ids, pieces, text, self._logprobs, None, None)
+            return Written(self.ids, pieces, text, self._logprobs, None, None, cut)
         labels = self._labels[at]
-        return Written(self.ids, pieces, text, self._logprobs, at, None if labels is None else tuple(labels))
+        return Written(self.ids, pieces, text, self._logprobs, at, None if labels is None else tuple(labels), cut)

@@ -1,6 +1,6 @@
 """The local judge as an OpenAI-compatible endpoint, as far as a judge needs it: models and chat completions.
 
-Not streaming, greedy whatever the temperature, and the output always follows a JSON schema.
+Not streaming, greedy whatever the temperature; the output follows a JSON schema if the call gives one.
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from actors.judge.calls import Failure, Request
+from actors.judge.calls import Failure
 from actors.judge.constrained import LABELS, Written
-from actors.judge.local import LocalJudge
+from actors.judge.local import Chat, LocalJudge
 
 _STATUS = {"refused": 400, "rate_limit": 429, "timeout": 504, "closed": 503, "server_error": 500}
 _NEVER = -9999.0  # the logarithm of a probability of 0, which JSON has no number for; vLLM's value
@@ -23,20 +23,25 @@ class _Schema(BaseModel):
     value: dict[str, Any] = Field(alias="schema")
 
 
-class _Format(BaseModel):
+class _Constrained(BaseModel):
     type: Literal["json_schema"]
     json_schema: _Schema
 
 
+class _Free(BaseModel):
+    type: Literal["text"]
+
+
 class _Message(BaseModel):
-    role: Literal["system", "user"]
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
 class _Body(BaseModel):
-    messages: Annotated[list[_Message], Field(min_length=2, max_length=2)]  # system and user
-    response_format: _Format
-    max_tokens: Annotated[int, Field(ge=1)]
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    response_format: Annotated[_Constrained | _Free, Field(discriminator="type")] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
     model: str
     stream: Literal[False] = False
     logprobs: bool = False
@@ -60,10 +65,12 @@ class JudgeEndpoint(LocalJudge):
         except ValidationError as error:
             first = error.errors()[0]
             return _error(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}")
-        if call.model != self._name or [message.role for message in call.messages] != ["system", "user"]:
-            return _error(400, f"the model is {self._name!r}; the messages are a system's and a user's")
-        system, user = (message.content for message in call.messages)
-        written = await self.complete(Request(system, user, call.response_format.json_schema.value, call.max_tokens))
+        if call.model != self._name:
+            return _error(400, f"the model is {self._name!r}")
+        form = call.response_format
+        schema = form.json_schema.value if isinstance(form, _Constrained) else None
+        messages = [message.model_dump() for message in call.messages]
+        written = await self.complete(Chat(messages, schema, call.max_completion_tokens or call.max_tokens))
         if isinstance(written, Failure):
             return _error(_STATUS[written.kind], written.message)
         return 200, self._completion(written, call)
@@ -72,7 +79,7 @@ class JudgeEndpoint(LocalJudge):
         choice: dict[str, Any] = {
             "index": 0,
             "message": {"role": "assistant", "content": written.text},
-            "finish_reason": "length" if len(written.ids) >= call.max_tokens else "stop",
+            "finish_reason": "length" if written.cut else "stop",
         }
         if call.logprobs:
             choice["logprobs"] = {"content": _tokens(written)}

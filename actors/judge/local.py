@@ -7,10 +7,12 @@ batch's shape, so that two tokens which are all but equally likely may change pl
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from actors.judge.calls import Failure, Reply, Request
@@ -21,6 +23,20 @@ from actors.memory import GIB, claim_devices, free_bytes
 from actors.surgery import stored_bytes
 
 LINGER_S = 0.005  # for calls that were sent together to arrive together
+LASTING = 3  # different calls that fail one after the other
+LONGEST_TEXT = 1024  # tokens of an output whose length nobody limited
+
+
+@dataclass(frozen=True)
+class Chat:
+    """An ordinary call: messages of any roles that the template knows; schema None: any text.
+
+    max_tokens None: LONGEST_TEXT, or what the prompt leaves of the model's length.
+    """
+
+    messages: list[dict[str, str]]
+    schema: dict[str, Any] | None
+    max_tokens: int | None
 
 
 class LocalJudge:
@@ -48,13 +64,14 @@ class LocalJudge:
         self._longest = min(max_length, getattr(text, "max_position_embeddings", None) or max_length)
         self._grammars = Grammars(self._tokenizer, text.vocab_size, _stops(self._model, self._tokenizer))
         self._pad = self._tokenizer.pad_token_id or 0  # masked: which one it is does not matter
-        self._controls = self._control_tokens(self._prompt("x", "x"))
+        self._controls: dict[tuple[str, ...], int] = {}
         self._shared = SharedPrefix(self._model)
         self._system: str | None = None
         self._prefix: list[int] = []
         self._batch = batch
         self._waiting: list[tuple[Task, asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
+        self._failed: set[tuple[int, ...]] = set()  # prompts that failed alone since the last answer
         self._broken: str | None = None
 
     async def ask(self, request: Request) -> Reply | Failure:
@@ -62,9 +79,9 @@ class LocalJudge:
         written = await self.complete(request)
         return written if isinstance(written, Failure) else Reply(written.text, written.probabilities)
 
-    async def complete(self, request: Request) -> Written | Failure:
+    async def complete(self, call: Request | Chat) -> Written | Failure:
         """Return the output token by token, or why none came."""
-        task = self._task(request)
+        task = self._task(call)
         if isinstance(task, Failure):
             return task
         future = asyncio.get_running_loop().create_future()
@@ -78,34 +95,46 @@ class LocalJudge:
         if self._broken:
             raise RuntimeError(self._broken)
 
-    def _prompt(self, system: str, user: str) -> list[int]:
-        messages = Request(system, user, {}, 0).messages
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(made["input_ids"])
 
     def _control_tokens(self, ids: Sequence[int]) -> int:
         return sum(map(self._grammars.tokens.is_special_token, ids))
 
-    def _task(self, request: Request) -> Task | Failure:
-        prompt = self._prompt(request.system, request.user)
-        if self._control_tokens(prompt) != self._controls:
-            return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
-        if len(prompt) + request.max_tokens > self._longest:
-            return Failure(
-                "refused",
-                f"{len(prompt)} tokens of prompt and {request.max_tokens} of output are more than {self._longest}",
-            )
-        try:
-            schema = schema_text(request.schema)
-            self._grammars.matcher(schema)
-        except (ValueError, TypeError) as error:
-            return Failure("refused", str(error))
-        return Task(prompt, schema, request.max_tokens, self._prefix_of(request.system))
+    def _own_controls(self, roles: tuple[str, ...]) -> int:
+        """Return how many control tokens the template itself puts around messages of these roles."""
+        if roles not in self._controls:
+            prompt = self._prompt([{"role": role, "content": "x"} for role in roles])
+            self._controls[roles] = self._control_tokens(prompt)
+        return self._controls[roles]
 
-    def _prefix_of(self, system: str) -> list[int]:
-        """Return the token ids with which every prompt with this system message begins."""
+    def _task(self, call: Request | Chat) -> Task | Failure:
+        messages = call.messages
+        try:
+            prompt = self._prompt(messages)
+            own = self._own_controls(tuple(message["role"] for message in messages))
+            schema = "" if call.schema is None else schema_text(call.schema)
+            self._grammars.matcher(schema)
+        except (ValueError, TypeError, TemplateError) as error:
+            return Failure("refused", str(error))
+        if self._control_tokens(prompt) != own:
+            return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
+        most = call.max_tokens or max(1, min(LONGEST_TEXT, self._longest - len(prompt)))
+        if len(prompt) + most > self._longest:
+            return Failure(
+                "refused", f"{len(prompt)} tokens of prompt and {most} of output are more than {self._longest}"
+            )
+        return Task(prompt, schema, most, self._prefix_of(messages[0]))
+
+    def _prefix_of(self, first: dict[str, str]) -> list[int]:
+        """Return the token ids with which every prompt begins that has this first message, a system's, and a user's."""
+        system = first["content"]
+        if first["role"] != "system":
+            return []
         if system != self._system:
-            pairs = zip(self._prompt(system, "a"), self._prompt(system, "b"), strict=False)
+            prompts = [self._prompt(Request(system, user, {}, 0).messages) for user in "ab"]
+            pairs = zip(*prompts, strict=False)
             self._system, self._prefix = system, [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         return self._prefix
 
@@ -117,15 +146,31 @@ class LocalJudge:
             taken, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
             if not taken:
                 continue
-            try:
-                answers = await asyncio.to_thread(self._answers, [task for task, _ in taken])
-            except Exception as error:
-                logging.getLogger(__name__).exception("The judge failed")
-                self._broken = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                answers = [Failure("server_error", self._broken) for _ in taken]
+            answers = await self._answered([task for task, _ in taken])
             for (_, future), answer in zip(taken, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
+
+    async def _answered(self, tasks: list[Task]) -> Sequence[Written | Failure]:
+        """Answer tasks together; if that fails, one by one, so that one of them does not cost the others.
+
+        What fails alone may be at fault itself; the judge is broken when LASTING different ones failed with no answer
+        in between, or its device did.
+        """
+        try:
+            answers = await asyncio.to_thread(self._answers, tasks)
+        except Exception as error:
+            device = "CUDA error" in str(error)
+            if len(tasks) > 1 and not device:
+                return [answer for task in tasks for answer in await self._answered([task])]
+            logging.getLogger(__name__).exception("The judge failed")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._failed.add(tuple(tasks[0].prompt))
+            if device or len(self._failed) >= LASTING:
+                self._broken = reason
+            return [Failure("server_error", reason) for _ in tasks]
+        self._failed.clear()
+        return answers
 
     def _answers(self, tasks: list[Task]) -> Sequence[Written | Failure]:
         """Answer tasks in one batch; out of memory, in halves from then on."""

@@ -19,17 +19,19 @@ from actors.judge.calls import Failure, FailureKind, Reply, Request
 
 LABEL_DIGITS = "01234"
 TOP_LOGPROBS = 20  # what OpenAI allows at most and vLLM by default
+_LONGEST_MESSAGE = 220  # characters
+_MOST_MASS = 1.01  # of the labels together; more are no probabilities
 
 
 class _Likely(BaseModel):
     token: str
-    logprob: float
+    logprob: float | None = None
 
 
 class Token(_Likely):
     """A token of the output with the likeliest ones at its place."""
 
-    top_logprobs: list[_Likely]
+    top_logprobs: list[_Likely] | None = None
 
 
 class _Logprobs(BaseModel):
@@ -42,7 +44,7 @@ class _Message(BaseModel):
 
 class _Choice(BaseModel):
     message: _Message
-    logprobs: _Logprobs | None = None
+    logprobs: Any = None  # read apart: an output is one without them, too
 
 
 class _Completion(BaseModel):
@@ -54,16 +56,16 @@ class OpenAIJudge:
 
     url: up to and with /v1; key_variable: environment variable that holds the key (None: no key); timeout: of a whole
     call (s), however slowly bytes drip in; logprobs: whether the endpoint offers them. ValueError: no http(s) URL,
-    the variable is not set, or a key would travel in the clear to another machine.
+    the variable holds no key, or a key would travel in the clear to another machine.
     """
 
     def __init__(self, url: str, model: str, key_variable: str | None, timeout: float, logprobs: bool):
-        parsed = httpx2.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+        parsed = _parsed(url)
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise ValueError(f"The judge's key is expected in the environment variable {key_variable}, which is empty.")
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"The judge's key in {key_variable} is none: it has other signs than printable ASCII.")
         local = _is_loopback(parsed.host)
         if self._key and parsed.scheme == "http" and not local:
             raise ValueError(f"The judge's key would travel unencrypted to {parsed.host}: use https.")
@@ -83,7 +85,13 @@ class OpenAIJudge:
         await self._client.aclose()
 
     async def ask(self, request: Request) -> Reply | Failure:
-        """Return the judge's output, or why none came; never raises for what the endpoint does."""
+        """Return the judge's output, or why none came; never raises."""
+        try:
+            return await self._asked(request)
+        except Exception as error:
+            return Failure("server_error", self._shown(f"{type(error).__name__}: {error}"))
+
+    async def _asked(self, request: Request) -> Reply | Failure:
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._client.post(
@@ -92,16 +100,30 @@ class OpenAIJudge:
         except TimeoutError:
             return Failure("timeout", f"no whole answer within {self._timeout:g} s")
         except httpx2.RequestError as error:
-            return Failure("closed", self._blotted(f"{type(error).__name__}: {error}"))
+            return Failure("closed", self._shown(f"{type(error).__name__}: {error}"))
         if response.status_code != 200:
-            message = self._blotted(f"HTTP {response.status_code}: {response.text[:200]}")
+            message = self._shown(f"HTTP {response.status_code}: {response.text}")
             return Failure(
                 failure_kind(response.status_code), message, _retry_after(response.headers.get("retry-after"))
             )
         return read_completion(response.content)
 
-    def _blotted(self, message: str) -> str:
-        return message.replace(self._key, "***") if self._key else message
+    def _shown(self, message: str) -> str:
+        """Return the beginning of a message, without the key."""
+        return (message.replace(self._key, "***") if self._key else message)[:_LONGEST_MESSAGE]
+
+
+def _parsed(url: str) -> httpx2.URL:
+    """Return an endpoint's URL; ValueError: it is none, or holds a password, which tables and caches would keep."""
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        parsed = httpx2.URL("")
+    if parsed.userinfo:
+        raise ValueError("The judge's URL holds a user or password: give the key by judge.key_variable instead.")
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
+        raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+    return parsed
 
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -132,25 +154,35 @@ def read_completion(content: str | bytes) -> Reply | Failure:
         choice = _Completion.model_validate_json(content).choices[0]
     except ValidationError as error:
         return Failure("server_error", f"not a chat completion: {error.errors()[0]['msg']}")
-    tokens = choice.logprobs.content if choice.logprobs else None
+    try:
+        tokens = _Logprobs.model_validate(choice.logprobs).content
+    except ValidationError:
+        tokens = None
     return Reply(choice.message.content or "", label_probabilities(tokens) if tokens else None)
 
 
 def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
-    """Return the probabilities of 0-4 at the place of the label, which is the output's last digit; None: not found.
+    """Return the probabilities of 0-4 at the place of the label, which is the output's last digit.
 
     A tokenizer may join the label with its neighbours (" 4", "4}"): then the same token with another digit counts.
-    Labels that are not among the likeliest tokens count as 0.
+    Labels that are not among the likeliest tokens count as 0. None: no such place, no likeliest tokens, or numbers
+    that are no probabilities.
     """
     for token in reversed(tokens):
         text = token.token.strip()
         if any(sign.isdigit() for sign in text):
-            if sum(sign.isdigit() for sign in text) != 1:
+            if sum(sign.isdigit() for sign in text) != 1 or not token.top_logprobs:
                 return None
             shapes = [text.translate({ord(sign): digit for sign in text if sign.isdigit()}) for digit in LABEL_DIGITS]
-            found = [sum(math.exp(t.logprob) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
-            return tuple(found)
+            found = [sum(_probability(t) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
+            return tuple(found) if sum(found) <= _MOST_MASS else None  # neither if there is a NaN among them
     return None
+
+
+def _probability(likely: _Likely) -> float:
+    """Return exp(logprob), at most 1 (rounding); NaN if it is missing, not a number or infinite."""
+    known = likely.logprob is not None and likely.logprob < math.inf
+    return math.exp(min(likely.logprob, 0.0)) if known else math.nan  # type: ignore[arg-type, type-var]
 
 
 def failure_kind(status: int) -> FailureKind:
@@ -159,6 +191,8 @@ def failure_kind(status: int) -> FailureKind:
         return "rate_limit"
     if status == 408:
         return "timeout"
+    if status in (401, 402, 403, 404):  # key, payment, permission, model or path
+        return "denied"
     return "server_error" if status >= 500 else "refused"
 
 
@@ -166,7 +200,7 @@ def _retry_after(header: str | None) -> float | None:
     """Return the seconds of a Retry-After header, given as a number or as a date (RFC 9110, 10.2.3)."""
     if header is None:
         return None
-    if header.strip().isdigit():
+    if header.isascii() and header.strip().isdigit():
         return float(header)
     try:
         seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()

@@ -12,10 +12,8 @@ from safetensors.torch import load_file, save_file
 import actors.judge.local
 from actors.judge.calls import Failure, Reply, Request
 from actors.judge.constrained import LABELS, Grammars, Task, Written, _label_ids, _Row, schema_text, write
-from actors.judge.endpoint import JudgeEndpoint
 from actors.judge.ladder import RUNGS, request
-from actors.judge.local import LocalJudge, judge_tokenizer
-from actors.judge.openai import chat_body, read_completion
+from actors.judge.local import Chat, LocalJudge, judge_tokenizer
 from actors.judge.prefix import SharedPrefix
 from actors.judge.prompt import SYSTEM
 from actors.judge.verdict import read_output
@@ -55,10 +53,10 @@ def ask_all(judge, requests, method="complete") -> list:
     return asyncio.run(together())
 
 
-def naive(judge: LocalJudge, wanted: Request) -> tuple[list[int], list[torch.Tensor]]:
+def naive(judge: LocalJudge, wanted: Request | Chat) -> tuple[list[int], list[torch.Tensor]]:
     """Decode without cache, batch or padding: the likeliest of the tokens that may follow; and all logits."""
-    matcher = judge._grammars.matcher(schema_text(wanted.schema))
-    prompt, ids, seen = judge._prompt(wanted.system, wanted.user), [], []
+    matcher = judge._grammars.matcher(schema_text(wanted.schema) if wanted.schema else "")
+    prompt, ids, seen = judge._prompt(wanted.messages), [], []
     while not matcher.is_stopped() and len(ids) < wanted.max_tokens:
         with torch.inference_mode():
             logits_V = judge._model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].double()
@@ -90,7 +88,7 @@ def test_a_batch_is_token_for_token_what_its_calls_are_one_by_one(judge):
     together = ask_all(judge, REQUESTS)
     alone = [ask_all(judge, [each])[0] for each in REQUESTS]
     assert [written.ids for written in together] == [written.ids for written in alone]
-    assert len({len(judge._prompt(each.system, each.user)) for each in REQUESTS}) > 5  # padding was at work
+    assert len({len(judge._prompt(each.messages)) for each in REQUESTS}) > 5  # padding was at work
     assert len({len(written.ids) for written in together}) > 3
     for one, other in zip(together, alone, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-3)
@@ -107,10 +105,10 @@ def test_the_rubric_is_read_once(path, monkeypatch):
     first = ask_all(judge, REQUESTS[:3])
     second = ask_all(judge, REQUESTS[:3])
     handle.remove()
-    system = len(judge._prompt(SYSTEM, "")) - len(judge._prompt("", ""))
+    system, empty = (len(judge._prompt(Request(text, "", {}, 0).messages)) for text in (SYSTEM, ""))
     assert [written.ids for written in first] == [written.ids for written in second]
-    assert len(read) == 1 and read[0] > system and seen[0] == (1, read[0])
-    longest = max(len(judge._prompt(each.system, each.user)) for each in REQUESTS[:3])
+    assert len(read) == 1 and read[0] > system - empty and seen[0] == (1, read[0])
+    longest = max(len(judge._prompt(each.messages)) for each in REQUESTS[:3])
     assert seen[1] == (3, longest - read[0])
     other = ask_all(judge, [Request("Another rubric.", each.user, each.schema, 256) for each in REQUESTS[:2]])
     mixed = ask_all(judge, [REQUESTS[0], Request("Another rubric.", REQUESTS[1].user, REQUESTS[1].schema, 256)])
@@ -147,7 +145,7 @@ def test_the_prompt_is_the_templates_text_with_each_control_token_once(judge):
         f"<|im_start|>system\n{wanted.system}<|im_end|>\n<|im_start|>user\n{wanted.user}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    prompt = judge._prompt(wanted.system, wanted.user)
+    prompt = judge._prompt(wanted.messages)
     assert judge._tokenizer.decode(prompt) == text
     assert judge._control_tokens(prompt) == 5
 
@@ -160,7 +158,7 @@ def test_a_text_that_reads_as_a_control_token_is_refused(judge):
 
 def test_a_call_may_fill_the_models_length_and_not_pass_it(path):
     wanted = REQUESTS[2]
-    length = len(judge_of(path)._prompt(wanted.system, wanted.user)) + wanted.max_tokens
+    length = len(judge_of(path)._prompt(wanted.messages)) + wanted.max_tokens
     (fits,) = ask_all(judge_of(path, max_length=length), [wanted])
     (does_not,) = ask_all(judge_of(path, max_length=length - 1), [wanted])
     assert isinstance(fits, Written)
@@ -226,9 +224,40 @@ def test_an_error_of_the_model_is_a_failure_and_shows_in_the_health_check(path):
     judge = judge_of(path)
     judge.check_health()
     torch.nn.init.constant_(judge._model.lm_head.weight, math.nan)
-    answers = ask_all(judge, REQUESTS[:2], "ask")
+    answers = ask_all(judge, REQUESTS[:3], "ask")
     assert {answer.kind for answer in answers} == {"server_error"} and "not numbers" in answers[0].message
     with pytest.raises(RuntimeError, match="not numbers"):
+        judge.check_health()
+
+
+def failing(monkeypatch, poison: int, text: str):
+    """Calls with an output of `poison` tokens fail, and what is beside them in a batch."""
+
+    def noted(model, grammars, tasks: list[Task], pad, shared):
+        if any(task.max_tokens == poison for task in tasks):
+            raise RuntimeError(text)
+        return write(model, grammars, tasks, pad, shared)
+
+    monkeypatch.setattr(actors.judge.local, "write", noted)
+
+
+def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch):
+    judge, good = judge_of(path), REQUESTS[2]
+    poison = Request(good.system, good.user, good.schema, 17)
+    failing(monkeypatch, 17, "The judge's logits are infinite or not numbers")
+    for _ in range(5):  # as the ladder asks
+        answers = ask_all(judge, [good, poison, good])
+        assert [type(answer) for answer in answers] == [Written, Failure, Written]
+        assert answers[1].kind == "server_error" and "not numbers" in answers[1].message
+        assert isinstance(ask_all(judge, [poison])[0], Failure)
+    judge.check_health()
+
+
+def test_a_device_that_failed_is_not_asked_again(path, monkeypatch):
+    judge = judge_of(path)
+    failing(monkeypatch, 24, "CUDA error: device-side assert triggered")
+    assert {answer.kind for answer in ask_all(judge, [REQUESTS[2]] * 2)} == {"server_error"}
+    with pytest.raises(RuntimeError, match="device-side assert"):
         judge.check_health()
 
 
@@ -237,6 +266,9 @@ class _Tokens:
 
     def tokenize_str(self, text: str) -> list[int]:
         return [7, 8] if text == "3" else [int(text)]
+
+    def is_special_token(self, token: int) -> bool:
+        return False
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"".join({10: b'{"label"', 11: b":4", 12: b"}", 4: b"4", 13: b":"}[token] for token in ids)
@@ -254,7 +286,7 @@ def test_a_label_that_is_part_of_a_longer_token_has_no_probabilities(ids, at):
     row = _Row()
     for token in ids:
         row.note(token, -1.0, [0.1, 0.2, 0.3, 0.1, token / 100])
-    written = row.written(grammars)
+    written = row.written(grammars, False)
     assert written.text == '{"label":4}' and written.label_at == at
     assert written.probabilities == (None if at is None else (0.1, 0.2, 0.3, 0.1, 0.04))
 
@@ -276,56 +308,3 @@ def test_a_checkpoint_that_cannot_judge_is_refused(path, tmp_path):
 def test_half_precision_writes_by_the_schema(path):
     (answer,) = ask_all(judge_of(path, dtype="bfloat16"), [REQUESTS[2]])
     read_output(answer.text, RUNGS[2].output)
-
-
-@pytest.fixture(scope="module")
-def endpoint(path):
-    return JudgeEndpoint(name="tiny", path=path, **SETTINGS)
-
-
-def post(endpoint, body) -> tuple[int, dict]:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return asyncio.run(endpoint.http("POST", "/v1/chat/completions", content))
-
-
-def test_the_endpoint_answers_what_the_client_reads(endpoint):
-    status, completion = post(endpoint, chat_body(REQUESTS[0], "tiny", logprobs=True))
-    (own,) = ask_all(endpoint, [Request(REQUESTS[0].system, REQUESTS[0].user, unlimited(REQUESTS[0].schema), 256)])
-    read = read_completion(json.dumps(completion))
-    assert status == 200 and completion["choices"][0]["finish_reason"] == "stop"
-    assert read.text == own.text and read.probabilities == pytest.approx(own.probabilities)
-    assert "logprobs" not in post(endpoint, chat_body(REQUESTS[0], "tiny", logprobs=False))[1]["choices"][0]
-
-
-def unlimited(schema: dict) -> dict:
-    """Return the schema as the client sends it."""
-    body = chat_body(Request("", "", schema, 1), "tiny", logprobs=False)
-    return body["response_format"]["json_schema"]["schema"]
-
-
-def test_the_endpoint_names_its_model(endpoint):
-    status, models = asyncio.run(endpoint.http("GET", "/v1/models", b""))
-    assert status == 200 and [model["id"] for model in models["data"]] == ["tiny"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": "other"}, "the model is 'tiny'"),
-        ({"stream": True}, "stream"),
-        ({"response_format": {"type": "text"}}, "response_format.type"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "a system's and a user's"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 5000}, "are more than 4096"),
-    ],
-)
-def test_the_endpoint_refuses_what_it_does_not_do(endpoint, change, message):
-    status, answer = post(endpoint, {**chat_body(REQUESTS[0], "tiny", logprobs=True), **change})
-    assert status == 400 and message in answer["error"]["message"]
-
-
-def test_the_endpoint_refuses_what_is_no_call(endpoint):
-    assert post(endpoint, b"{")[0] == 400
-    assert asyncio.run(endpoint.http("GET", "/v1/chat/completions", b""))[0] == 404
-    assert asyncio.run(endpoint.http("GET", "/metrics", b""))[0] == 404

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import math
+import os
 from email.utils import formatdate
 
 import pytest
 
+import actors.judge.openai
 from actors.judge.calls import Failure, Reply, Request
 from actors.judge.ladder import judge
 from actors.judge.openai import OpenAIJudge, Token, label_probabilities
@@ -98,8 +100,8 @@ WHOLE = http(completion(OUTPUT))
         (http(b"slow down", "429 Too Many Requests"), "rate_limit", "slow down"),
         (http(b"", "500 Internal Server Error"), "server_error", "500"),
         (http(b"", "503 Service Unavailable"), "server_error", "503"),
-        (http(b"no such key", "401 Unauthorized"), "refused", "no such key"),
-        (http(b"no such model", "404 Not Found"), "refused", "no such model"),
+        (http(b"no such key", "401 Unauthorized"), "denied", "no such key"),
+        (http(b"no such model", "404 Not Found"), "denied", "no such model"),
         (http(b"too long", "400 Bad Request"), "refused", "too long"),
         (http(b"", "302 Found", "Location: http://127.0.0.1:1/\r\n"), "refused", "302"),
         (b"", "closed", "disconnect"),
@@ -152,6 +154,7 @@ def test_nobody_listens():
         ("Retry-After: 7\r\n", 7),
         (f"Retry-After: {formatdate(4e9, usegmt=True)}\r\n", 1e9),
         ("Retry-After: soon\r\n", None),
+        ("Retry-After: ²\r\n", None),
         ("", None),
     ],
 )
@@ -165,6 +168,49 @@ def test_no_content_is_bad_output():
     """A refusal (null content) is the model's output, not the transport's failure."""
     (reply,), _ = asked(http(completion(None)))
     assert reply == Reply("")
+
+
+LIKELY = [{"token": str(k), "logprob": -1.0 - k} for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "known"),
+    [
+        ({"content": [{"token": "3", "logprob": -1.0, "top_logprobs": LIKELY}]}, True),
+        ({"content": [{"token": "3", "top_logprobs": [*LIKELY[:4], {"token": "4", "logprob": -math.inf}]}]}, True),
+        ({"content": [{"token": "3", "top_logprobs": [*LIKELY[:4], {"token": "a", "logprob": math.nan}]}]}, True),
+        ({"content": [{"token": "3", "top_logprobs": [{"token": "3", "logprob": 1e-6}]}]}, True),
+        ({"content": [{"token": "3", "top_logprobs": [{"token": str(k), "logprob": 1000} for k in range(5)]}]}, False),
+        ({"content": [{"token": "3", "top_logprobs": [*LIKELY[:4], {"token": "4", "logprob": math.nan}]}]}, False),
+        ({"content": [{"token": "3", "top_logprobs": [*LIKELY[:4], {"token": "4", "logprob": math.inf}]}]}, False),
+        ({"content": [{"token": "3", "top_logprobs": [*LIKELY[:4], {"token": "4", "logprob": None}]}]}, False),
+        ({"content": [{"token": "3", "logprob": -1.0, "top_logprobs": []}]}, False),
+        ({"content": [{"token": "3", "logprob": -1.0, "top_logprobs": None}]}, False),
+        ({"content": [{"token": "3", "logprob": -1.0}]}, False),
+        ({"content": [{"token": "3", "logprob": "much"}]}, False),
+        ({"content": "3"}, False),
+        ([], False),
+        ("none", False),
+    ],
+)
+def test_log_probabilities_that_are_none_cost_the_output_nothing(logprobs, known):
+    """NaN, infinite, positive, null, missing, of another type: the text is read, and no number is made up."""
+    body = json.dumps({"choices": [{"message": {"content": OUTPUT}, "logprobs": logprobs}]}).encode()
+    (reply,), _ = asked(http(body), logprobs=True)
+    assert reply.text == OUTPUT and (reply.probabilities is not None) is known
+    assert not known or (all(0 <= p <= 1 for p in reply.probabilities) and sum(reply.probabilities) > 0.5)
+
+
+def test_asking_never_raises(monkeypatch):
+    """Whatever goes wrong in the client itself is a failure, without the key."""
+    monkeypatch.setenv("A_KEY", "sk-secret")
+
+    def broken(*_):
+        raise OverflowError("sk-secret is too large")
+
+    monkeypatch.setattr(actors.judge.openai, "read_completion", broken)
+    (failure,), _ = asked(WHOLE, key_variable="A_KEY")
+    assert failure == Failure("server_error", "OverflowError: *** is too large")
 
 
 def test_whole_ladder_over_a_bad_server():
@@ -193,20 +239,35 @@ def test_key(monkeypatch):
     (failure,), server = asked(http(b"bad key sk-secret", "401 Unauthorized"), key_variable="A_KEY")
     assert b"Authorization: Bearer sk-secret\r\n" in server.heard[0][0]
     assert "sk-secret" not in failure.message and "bad key ***" in failure.message
+    (failure,), _ = asked(http(b"x" * 190 + b"sk-secret", "401 Unauthorized"), key_variable="A_KEY")
+    assert "sk-" not in failure.message and len(failure.message) < 250  # blotted out, and then cut
     with pytest.raises(ValueError, match="unencrypted"):
         OpenAIJudge("http://judge.example/v1", "m", "A_KEY", 1.0, False)
     OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
     OpenAIJudge("http://judge.example/v1", "m", None, 1.0, False)
-    monkeypatch.delenv("A_KEY")
+    for key in ("sk-\nsecret", "sk-secrét", "sk-\x00secret"):
+        monkeypatch.setattr(os, "environ", {"A_KEY": key})
+        with pytest.raises(ValueError, match="printable ASCII") as raised:
+            OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
+        assert "cr" not in str(raised.value)
+    monkeypatch.undo()
+    monkeypatch.delenv("A_KEY", raising=False)
     with pytest.raises(ValueError, match="A_KEY"):
         OpenAIJudge("https://judge.example/v1", "m", "A_KEY", 1.0, False)
 
 
-@pytest.mark.parametrize("url", ["", "judge.example/v1", "ftp://judge.example", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "judge.example/v1", "ftp://judge.example", "http://", "http://[::1/v1", "http://judge.example:port/v1"),
+        *("http://judge.example:99999/v1", "https://user:password@judge.example/v1"),
+    ],
+)
 def test_no_url(url):
     """Refused before any call."""
-    with pytest.raises(ValueError, match="URL"):
+    with pytest.raises(ValueError, match="URL") as raised:
         OpenAIJudge(url, "m", None, 1.0, False)
+    assert "password@" not in str(raised.value)
 
 
 def token(text: str, **likely: float) -> dict:

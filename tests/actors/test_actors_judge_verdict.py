@@ -87,7 +87,7 @@ def test_rungs():
         ([BAD, BAD, GOOD], None, 3, 3),  # the last rung wants the label alone
         ([BAD, BAD, BAD], None, 3, 3),
         ([Failure("closed", "x"), GOOD], 3, 1, 2),
-        ([Failure("refused", "HTTP 401")], None, 0, 1),
+        ([Failure("denied", "HTTP 401")], None, 0, 1),
         ([BAD, Failure("refused", "HTTP 400")], None, 1, 2),
         ([Failure("rate_limit", "x", 3600.0)], None, 0, 1),
         ([Failure("timeout", "x")] * 5, None, 0, 5),

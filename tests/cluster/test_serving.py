@@ -4,18 +4,27 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import psutil
 import pytest
+import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 import cluster.serving
+import cluster.serving_left
 from cluster.serving import TRIES, Scale, ServiceLost, answered, application_name, served
+from cluster.serving_left import end_left
 
 pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(120)]
+ROOT = Path(__file__).resolve().parents[2]
 ECHO = "tests.cluster.serving_toys:Echo"
 ONE, TWO = (Scale(cpus=1, gpus=0, replicas=n, max_replicas=n, at_once=16) for n in (1, 2))
 
@@ -77,7 +86,7 @@ def test_every_call_is_answered_though_a_replica_is_killed_and_the_application_g
     assert applications() == set()
 
 
-def test_what_is_kept_is_used_again_and_ends_with_a_block_that_does_not_keep_it():
+def test_what_is_kept_is_used_again_and_ends_with_a_block_that_does_not_keep_it(capsys):
     async def process(keep: bool) -> tuple[int, str]:
         async with echo(keep=keep) as service:
             return await service.call("process", timeout=20), service.name
@@ -96,6 +105,7 @@ def test_what_is_kept_is_used_again_and_ends_with_a_block_that_does_not_keep_it(
 
     first, name = asyncio.run(process(keep=True))
     assert applications() == {name}
+    assert "kept only as long as this Ray, which is private" in capsys.readouterr().out
     assert asyncio.run(process(keep=True)) == (first, name) and applications() == {name}
     asyncio.run(ends())
     assert applications() == set()
@@ -199,6 +209,104 @@ def test_an_error_of_the_object_is_not_tried_again(hurried):
     with pytest.raises(ValueError, match="odd"):
         asyncio.run(answered(send, "judge", 5))
     assert len(calls) == 1
+
+
+def test_what_a_dead_driver_left_is_ended(monkeypatch, capsys):
+    """By the Ray job in the name: not what is kept, nor what a living job has, nor a job that nobody knows."""
+    names = ["judge-0badc0de", "judge-1-job02000000-aaaaaa", "judge-1-job03000000-bbbbbb", "judge-1-job04000000-cccccc"]
+    ended = []
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(names)))
+    monkeypatch.setattr(serve, "delete", ended.append)
+    table = [{"JobID": "02000000", "IsDead": True}, {"JobID": "03000000", "IsDead": False}]
+    monkeypatch.setattr(cluster.serving_left, "jobs", lambda: table)
+    end_left()
+    assert ended == [names[1]] and f"{names[1]} was left by a job that has ended" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_drivers_application_is_ended_by_the_next_driver():
+    script = """
+import asyncio, os, signal, sys
+from cluster.serving import Scale, served
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+async def killed():
+    async with served("left", "tests.cluster.serving_toys:Echo", {"sign": "#"}, Scale(1, 0, 1, 1, 4)) as service:
+        print(service.name, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(killed())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    command = [sys.executable, "-c", script, ray.get_runtime_context().gcs_address]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
+    name = next(line for line in said.stdout.splitlines() if line.startswith("left-"))
+    assert said.returncode == -signal.SIGKILL and name in applications()
+
+    async def next_one() -> set[str]:
+        async with echo():
+            return applications()
+
+    for _ in range(50):
+        if next(job["IsDead"] for job in cluster.serving_left.jobs() if job["JobID"] in name):
+            break
+        time.sleep(0.2)
+    assert name not in asyncio.run(next_one())
+
+
+def test_a_cluster_that_is_gone_does_not_take_the_results_along(monkeypatch, capsys):
+    """What cannot be ended any more is told, not raised: it would hide the block's own error."""
+
+    def gone(*_):
+        raise RayServeException("the controller is dead")
+
+    for name in ("status", "delete", "shutdown"):
+        monkeypatch.setattr(serve, name, gone)
+    cluster.serving._leave("judge-1", True)
+    cluster.serving.shut_down()
+    said = capsys.readouterr().out
+    assert "judge-1 could not be ended" in said and "Ray Serve could not be ended" in said and "is dead" in said
+
+
+def test_a_port_that_is_taken_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(cluster.serving, "is_running", lambda: False)
+
+    async def start(port: int):
+        async with echo(port=port):
+            pass
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be used .*: give another port"):
+            asyncio.run(start(port))
+
+
+def test_serve_that_does_not_start_says_so(monkeypatch):
+    def slow(**_):
+        raise TimeoutError("after 60 s")
+
+    monkeypatch.setattr(serve, "start", slow)
+
+    async def start():
+        async with echo():
+            pass
+
+    with pytest.raises(RuntimeError, match=r"Ray Serve did not start .*after 60 s"):
+        asyncio.run(start())
+
+
+def test_a_long_wait_is_explained_now_and_then(hurried, monkeypatch, capsys):
+    replica = SimpleNamespace(message="1 replica waits for a node with 4 GPUs")
+    states = [SimpleNamespace(value=value) for value in ("DEPLOYING", "DEPLOYING", "RUNNING")]
+    found = iter(SimpleNamespace(status=state, deployments={"replica": replica}) for state in states)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"judge": next(found)}))
+    monkeypatch.setattr(cluster.serving, "SAID_EVERY_S", 0.0)
+    asyncio.run(cluster.serving._running("judge"))
+    said = capsys.readouterr().out
+    assert said.count("judge is not up after 0 s: 1 replica waits for a node with 4 GPUs") == 2
 
 
 def test_the_name_tells_settings_and_code_apart(tmp_path, monkeypatch):

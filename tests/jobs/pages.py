@@ -26,6 +26,7 @@ HOSTILE = (
     "javascript:window.broken=1",
     "x" * 9000,
 )
+RETAINED = {"pct": 88.0, "interval_pct": [80.0, 96.0]}  # of a judge's labels
 _PROFILE = {
     **{"params": 1000, "bits": 16, "simulated": False, "weight_bytes": 2**20, "nominal_bytes": 2**20},
     **{"peak_memory_bytes": 2**30, "peak_memory_kind": "process, resident", "ms_per_token": 2.0},
@@ -73,6 +74,7 @@ def verdicts(rows: list[dict], missing: int = 0) -> list[dict]:
 def judge_facts(labels: list[int | None], missed: int) -> dict:
     counted = {**tally(labels), "judge_interval_pct": None, "judge_expected_pct": None}
     if counted["judge_pct"] is not None:
+        counted["judge_expected_pct"] = 77.7
         counted["judge_interval_pct"] = [counted["judge_pct"] - 5, counted["judge_pct"] + 5]
     kinds = {"reference": {"count": 4, "missed": missed}, "empty": {"count": 4, "missed": 0}}
     return {
@@ -102,7 +104,12 @@ def summary(by_method: dict[str, list[dict]], labels: dict[str, list[int | None]
                 ),
                 "retention": retention(by_method["original"], rows, CLASSES),
                 **(summary_columns(judge_facts(labels[method], missed), None) if labels else NOT_JUDGED),
-                **{**compared[n], "name_p_holm": name_tests(named)[n], **apart[n], "judge_retention": None},
+                **{
+                    **compared[n],
+                    "name_p_holm": name_tests(named)[n],
+                    **apart[n],
+                    "judge_retention": RETAINED if n else None,
+                },
             }
         )
     return found

@@ -78,6 +78,32 @@ def test_scores_come_with_the_evaluation(twice):
     assert "| - | 70.0 |" in (twice[1] / card.CARD).read_text()
 
 
+JUDGED = {
+    **{"judge": "/srv/private/Qwen2.5-32B", "judge_agreement": None, "judge_flagged": False, "judge_pct": 71.25},
+    **{"judge_interval_pct": [60.0, 80.0], "judge_bounds_pct": [70.5, 72.5], "judge_scored": 26, "judge_total": 27},
+}
+
+
+def test_a_judges_scores_come_with_what_they_are_worth(tmp_path, monkeypatch):
+    """Calibrated or not, how many are scored, flagged; without a judge nothing is said of what one may have said."""
+    facts = {"gate": {"names": "fine"}}
+    step = {"kind": "prune", "removed": [1], "left": 9, "chosen": "hand"}
+    card.finish(run_here(monkeypatch, tmp_path), Source("model-1", "owner/llava", "c0ffee"), tmp_path, facts, step)
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+
+    def said(*judged: dict) -> str:
+        card.refresh(tmp_path, EVALUATION, *judged)
+        return (tmp_path / card.CARD).read_text()
+
+    text = said()
+    assert "None of these numbers is an LLM judge's" in text and "Qwen2.5" not in text and "scored" not in text
+    text = said(JUDGED)
+    assert "LLM judge Qwen2.5-32B, uncalibrated" in text and "/srv" not in text and "Flagged" not in text
+    assert "71.2 [60.0, 80.0] %; scored 26/27, between 70.5 and 72.5 %" in text
+    text = said(JUDGED | {"judge_flagged": True, "judge_pct": None, "judge_interval_pct": None})
+    assert text.index("**Flagged") < text.index("no headline") < text.index("scored 26/27") < text.index("Measured on")
+
+
 def test_a_users_own_folder_is_left_alone(tmp_path):
     folder = shutil.copytree(DERM_TINY, tmp_path / "mine")
     card.refresh(folder, EVALUATION)

@@ -1,24 +1,16 @@
-"""jobs.judge with a judge that needs no model: tables, an evaluation's stage, the summary's columns, the command."""
-
-import csv
-import dataclasses
-import json
-import os
-import signal
-import sys
-import threading
+"""Judged evaluations, with a judge that needs no model: the stage, its controls, the summary's columns."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import cohen_kappa_score
 
 from actors.judge.calls import Failure
 from cluster.tables import read_table, write_table
-from jobs import agreement, compress, evaluate, judge
-from jobs.command import main
-from jobs.judged import NOT_JUDGED, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs import compress, evaluate, judge, report_judge
+from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs.report import rendered
 from jobs.run import Source, Stage
-from tests.jobs.judging import IDENTITY, Mock, fair, run_in
+from tests.jobs.judging import Mock, fair, run_in
+from tests.jobs.pages import content
 from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
 
 DISEASES = ("psoriasis", "melanoma", "rosacea", "eczema")
@@ -142,6 +134,7 @@ def test_what_was_not_reached_is_judged_again_and_bad_output_is_not(tmp_path, mo
         ({"timeout": 1}, 90.0, True),
         ({"refused": 1, "bad_output": 1}, 90.0, False),
         ({"refused": 50}, None, True),
+        ({"denied": 1}, 90.0, True),
         ({"bad_output": 50}, None, False),
     ],
 )
@@ -165,6 +158,9 @@ def test_a_judge_that_fails_its_controls_flags_the_run(tmp_path, monkeypatch):
     assert row["judge_flagged"] is True and percent(row).endswith("!")
     said = "\n".join(remarks([row]))
     assert "FLAGGED" in said and "other_class 8 of 8" in said and "reference" not in said and "uncalibrated" in said
+    told = report_judge.told([{"method": "original", **row, "judge_retention": None}])
+    page = rendered("report.html.j2", {**content(tmp_path), "judge": told})
+    assert "This judged run is flagged" in page and "original: other_class 8 of 8, empty 8 of 8" in page
 
 
 def test_intervals_resample_images(tmp_path, monkeypatch):
@@ -181,6 +177,17 @@ def test_intervals_resample_images(tmp_path, monkeypatch):
     assert wide["judge_expected_pct"] == pytest.approx(
         100 * np.mean([e["judge_expected"] for e in made["images"].rows]) / 4
     )
+
+
+def test_a_row_without_a_series_belongs_to_its_image():
+    rows = [
+        {"group": "s", "image": "a"},
+        *[{"group": None, "image": name} for name in ("b", "b", "s")],
+        {"image": None},
+    ]
+    names, unit = clusters(rows)
+    assert names == ["group s", "image b", "image b", "image s", "answer 4"] and unit == "image"
+    assert clusters([{}, {}]) == (["answer 0", "answer 1"], "answer")
 
 
 def compared(tmp_path, monkeypatch, shares, engine="transformers") -> list[dict]:
@@ -203,7 +210,7 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
     assert [row["difference_finding"] for row in rows] == [None, "identical", "worse", "unresolved"]
     assert rows[0]["judge_difference_pct"] == rows[1]["judge_difference_pct"] == 0
     assert rows[1]["judge_difference_detectable_pct"] is None and rows[3]["judge_difference_detectable_pct"] > 0
-    columns = {"method": "m", "params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
+    columns = {"params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
     columns |= {
         "baseline_pct": 1.0,
         "baseline_interval_pct": [0, 2],
@@ -212,14 +219,30 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
         "images": 40,
     }
     columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0}
-    said = compress.table([columns | row for row in rows])
-    assert "judge %" in said and "100.0 [100, 100]" in said and "uncalibrated" in said and "not run" not in said
-    assert "m against the original, as judged: worse: " in said and "as judged: identical" in said
+    said = compress.table([columns | row | {"method": f"m{n}"} for n, row in enumerate(rows)])
+    lines = [line.split() for line in said.splitlines()]
+    judged = {line[0]: line for line in lines[lines.index(next(line for line in lines if "judge" in line)) :]}
+    assert judged["m0"][1:7] == ["120/120", "100.0", "[100,", "100]", "[100.0,", "100.0]"] and "not run" not in said
+    assert "worse:" in judged["m2"] and "detectable" in judged["m2"] and "identical" in judged["m1"]
+    assert "uncalibrated" in said and "FLAGGED" not in said
+    assert rows[0]["judge_retention"] == {"pct": 100, "interval_pct": [100, 100]}
+    kept = rows[2]["judge_retention"]
+    assert kept["pct"] == pytest.approx(100 * rows[2]["judge_pct"] / rows[0]["judge_pct"])
+    assert kept["interval_pct"][0] < kept["pct"] < kept["interval_pct"][1] < 100
     lost = rows[2]
     assert lost["judge_difference_pct"] == pytest.approx(lost["judge_pct"] - rows[0]["judge_pct"])
     low, high = lost["judge_difference_interval_pct"]
     assert low < lost["judge_difference_pct"] < high < 0
     assert lost["name_p_holm"] < 0.05 < rows[3]["name_p_holm"] and rows[0]["name_p_holm"] is None
+
+
+def test_what_is_retained_of_the_judges_labels():
+    """On the answers that have a label on both sides: 2 + 4 of 4 + 4; None where there are none."""
+    first, labels = {"a": 4, "b": 4, "c": 2, "d": None}, {"a": 2, "b": 4, "c": None, "d": 4, "e": 4}
+    groups = dict.fromkeys("abcde", "one image")
+    assert compress._judge_retention(first, labels, groups) == {"pct": 75.0, "interval_pct": [75.0, 75.0]}
+    assert compress._judge_retention(first, {"c": None, "d": 4}, groups) is None
+    assert compress._judge_retention({}, labels, groups) is None
 
 
 def test_summary_columns_without_a_judge(tmp_path, monkeypatch):
@@ -228,196 +251,3 @@ def test_summary_columns_without_a_judge(tmp_path, monkeypatch):
     assert {key: rows[1][key] for key in NOT_JUDGED} == NOT_JUDGED and rows[1]["is_llm_judge"] is False
     assert rows[1]["judge_difference_pct"] is None and rows[1]["judge_difference_finding"] is None
     assert rows[1]["difference_finding"] == "worse" and set(rows[0]) == set(rows[1])
-
-
-def command(monkeypatch, capsys, folder, *arguments: str) -> tuple[int, str, str]:
-    """Run jobs.judge as its command line does."""
-    options = {"tables": "judge.tables", "agreement": "judge.agreement", "serve": "judge.serve"}
-    monkeypatch.setattr(sys, "argv", ["judge", "--run_dir", str(folder / "run"), "--judge.engine", "vllm", *arguments])
-    code = 0
-    try:
-        main(judge.__doc__ or "", judge.job, options)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def write_csv(path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def test_tables_of_every_format(tmp_path, monkeypatch, capsys):
-    """CSV, Parquet, JSONL with common sample_ids: judged beside the inputs, compared with the first, printed."""
-    Mock().install(monkeypatch)
-    first, second, third = (answer_rows(40, share, seed) for seed, share in enumerate((1.0, 0.3, 1.0)))
-    write_csv(tmp_path / "a.csv", first)
-    write_table(tmp_path / "b.parquet", second)
-    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in third))
-    before = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
-    paths = ", ".join(str(tmp_path / name) for name in before)
-    code, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{paths}]")
-    assert code == 0 and {name: (tmp_path / name).read_bytes() for name in before} == before
-    rows = read_table(tmp_path / "b.judged.parquet")
-    assert len(rows) == 120 and rows[5]["judge_label"] == fair("", rows[5]["reference"], rows[5]["answer"])
-    found = {name: json.loads((tmp_path / f"{name}.judged.json").read_text()) for name in "abc"}
-    assert [found[name]["judge_difference_finding"] for name in "abc"] == [None, "worse", "identical"]
-    assert found["b"]["judge_pct"] == found["b"]["tally"]["judge_pct"] < 70 and found["b"]["skipped"] == []
-    lines = [line.split() for line in out.splitlines()]
-    assert next(line for line in lines if line[:1] == ["b.parquet"])[1] == "120/120"
-    assert "worse:" in out and "identical" in out and "uncalibrated" in out and "over 40 series of images" in out
-
-
-def test_a_table_with_the_three_columns_alone(tmp_path, monkeypatch, capsys):
-    """Empty answers are answers; what is missing is listed; the unit is the answer, and the table says so."""
-    Mock().install(monkeypatch)
-    lines = [
-        {"question": "What?", "reference": "It is eczema", "answer": ""},
-        {"question": "What?", "reference": "It is eczema", "answer": None},
-        {"question": "What?", "answer": "It is eczema"},
-        {"question": "What?", "reference": " ", "answer": "x"},
-        {"question": "What?", "reference": "It is eczema", "answer": 4},
-        {"question": "What?", "reference": "It is eczema", "answer": "half a \ud83d character of eczema"},
-    ]
-    text = "\n".join(json.dumps(line) for line in lines)
-    (tmp_path / "a.jsonl").write_text(text + "\nno JSON\n[1]\n")
-    code, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.jsonl]")
-    assert code == 0
-    assert [row["judge_label"] for row in read_table(tmp_path / "a.judged.parquet")] == [0, 2]
-    found = json.loads((tmp_path / "a.judged.json").read_text())
-    assert [(one["row"], one["reason"]) for one in found["skipped"]] == [
-        (2, "answer is null"),
-        (3, "reference is null"),
-        (4, "reference is empty"),
-        (5, "answer is no text but int"),
-        (7, "not a JSON object"),
-        (8, "not a JSON object"),
-    ]
-    assert "no image column" in out and "6 rows skipped in all" in out and "other_class" in out
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.csv", "question,reference,text\nWhat?,x,y\n", ["a.csv", "answer", "question, reference, text"]),
-        ("a.csv", "", ["a.csv", "none"]),
-        ("a.csv", "question,reference,answer\n", ["a.csv"]),
-        ("a.jsonl", "{}\n", ["a.jsonl", "question, reference, answer"]),
-        ("a.parquet", "no parquet", ["a.parquet", "cannot be read"]),
-        ("a.txt", "x", ["a.txt", ".csv, .parquet, .jsonl"]),
-        (None, "", ["no table", "a.csv"]),
-    ],
-)
-def test_tables_that_cannot_be_read(tmp_path, monkeypatch, capsys, name, content, says):
-    mock = Mock().install(monkeypatch)
-    if name:
-        (tmp_path / name).write_text(content)
-    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/{name or 'a.csv'}]")
-    assert code == 2 and mock.asked == [] and "Traceback" not in err
-    for word in says:
-        assert word in err
-
-
-def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys):
-    Mock().install(monkeypatch)
-    code, _, err = command(monkeypatch, capsys, tmp_path, "--judge.engine", "none")
-    assert code == 2 and "judge.engine is none" in err
-    write_csv(tmp_path / "a.csv", answer_rows(2))
-    write_table(tmp_path / "a.parquet", answer_rows(2))
-    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/a.parquet]")
-    assert code == 2 and "different names" in err
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    code, _, err = command(monkeypatch, capsys, tmp_path, "--tables", "[a.csv]")
-    assert code == 2 and "absolute path" in err
-
-
-def test_serving_ends_with_ctrl_c(tmp_path, monkeypatch, capsys):
-    """The URL, how to use it, and a clean end."""
-    Mock().install(monkeypatch)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    code, out, err = command(monkeypatch, capsys, tmp_path, "--serve", "--judge.model", "the-judge")
-    assert (code, err) == (0, "")
-    assert "the-judge answers at http://127.0.0.1:1/v1 until Ctrl-C" in out and "judge: stopped" in out
-    assert "--judge.engine openai --judge.url http://127.0.0.1:1/v1 --judge.model the-judge" in out
-
-
-def test_tables_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
-    """A repeated sample_id; or other questions under the same ones."""
-    Mock().install(monkeypatch)
-    rows = answer_rows(3)
-    write_csv(tmp_path / "a.csv", rows)
-    write_csv(tmp_path / "b.csv", [*rows, rows[0]])
-    write_csv(tmp_path / "c.csv", [{**row, "question": "Other?"} for row in rows])
-    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/b.csv]")
-    assert "not compared: b.csv" in out
-    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv, {tmp_path}/c.csv]")
-    assert (
-        "identical" not in out and json.loads((tmp_path / "c.judged.json").read_text())["judge_difference_pairs"] == 0
-    )
-
-
-def rated(folder, rows: list[dict], **columns) -> None:
-    """Write ratings.csv: rater A agrees with the fair judge, B gives one more where there is one more."""
-    given = [fair("", row["reference"], row["answer"]) for row in rows]
-    both = [{**row, "rater": "A", "rating": label} for row, label in zip(rows, given, strict=True)]
-    both += [{**row, "rater": "B", "rating": min(4, label + 1)} for row, label in zip(rows, given, strict=True)]
-    write_csv(folder / "ratings.csv", [{**row, **columns} for row in both])
-
-
-def test_agreement_with_people(tmp_path, monkeypatch, capsys):
-    """Two raters who bring the answers: from then on this judge's tables say so, and another judge's do not."""
-    Mock().install(monkeypatch)
-    rows = answer_rows(20, 0.5)
-    labels = np.array([fair("", row["reference"], row["answer"]) for row in rows])
-    rated(tmp_path, rows)
-    code, out, err = command(monkeypatch, capsys, tmp_path, "--agreement", f"{tmp_path}/ratings.csv")
-    assert code == 0, err
-    found = json.loads((tmp_path / "run" / agreement.FILE).read_text())
-    assert (found["raters"], found["answers"], found["clusters"], found["unscored"]) == (2, 60, 20, 0)
-    assert found["signed_error"] == pytest.approx(-0.5 * np.mean(labels < 4))
-    kappa = cohen_kappa_score(labels, np.minimum(labels + 1, 4), labels=range(5), weights="quadratic")
-    assert found["people_kappa"] == pytest.approx(kappa) and found["kappa"] == pytest.approx((1 + kappa) / 2)
-    assert "people among themselves" in out and "uncalibrated" not in out and "ratings.csv" in out
-    write_csv(tmp_path / "a.csv", rows)
-    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv]")
-    assert "against 60 answers rated by people" in out and "uncalibrated" not in out
-    Mock().install(monkeypatch, dataclasses.replace(IDENTITY, revision="another"))
-    _, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{tmp_path}/a.csv]")
-    assert "uncalibrated" in out
-
-
-def test_agreement_by_sample_id(tmp_path, monkeypatch, capsys):
-    """The ratings name answers of the first table; an answer that is not there is a mistake."""
-    Mock().install(monkeypatch)
-    rows = answer_rows(10, 0.5)
-    write_csv(tmp_path / "a.csv", rows)
-    lines = [f"{row['sample_id']},{fair('', row['reference'], row['answer'])}" for row in rows[:20]]
-    (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines]))
-    arguments = ("--tables", f"[{tmp_path}/a.csv]", "--agreement", f"{tmp_path}/r.csv")
-    code, out, err = command(monkeypatch, capsys, tmp_path, *arguments)
-    assert code == 0 and "against 20 answers rated by people: weighted kappa 1.00 [1.00, 1.00]" in out, err
-    assert json.loads((tmp_path / "a.judged.json").read_text())["judge_agreement"]["signed_error"] == 0
-    (tmp_path / "r.csv").write_text("\n".join(["sample_id,rating", *lines, "elsewhere,4"]))
-    code, _, err = command(monkeypatch, capsys, tmp_path, *arguments)
-    assert code == 2 and "'elsewhere'" in err
-
-
-@pytest.mark.parametrize(
-    ("lines", "says"),
-    [
-        ("sample_id,rating\na,5", "'5' is no whole number"),
-        ("sample_id,rating\na,good", "'good' is no whole number"),
-        ("sample_id,rating\na,2.5", "'2.5' is no whole number"),
-        ("rating,answer\n3,x", "sample_id, or question, reference, answer"),
-        ("sample_id,score\na,3", "lacks the columns rating"),
-        ("question,reference,answer,rating\nq,r,a,3\nq,r,a,4", "rated before"),
-    ],
-)
-def test_ratings_with_mistakes(tmp_path, monkeypatch, capsys, lines, says):
-    Mock().install(monkeypatch)
-    (tmp_path / "r.csv").write_text(lines)
-    code, _, err = command(monkeypatch, capsys, tmp_path, "--agreement", f"{tmp_path}/r.csv")
-    assert code == 2 and says in err and "Traceback" not in err

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 
 import cluster.serving
+import cluster.serving_vllm
 from actors.judge.calls import Failure, Reply
 from actors.judge.ladder import RUNGS, next_step, request
 from actors.judge.local import LocalJudge
@@ -172,6 +174,18 @@ def test_our_client_reads_from_our_endpoint_what_the_judge_says_here(serving, ru
     assert not serve.status().applications
 
 
+def test_sigterm_stays_the_jobs_when_ray_starts(run_of, monkeypatch):
+    """ray.init sets a handler of its own, which would end the process without a word."""
+    monkeypatch.setattr(Run, "_connect", lambda _: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
+    FakeVLLM(monkeypatch)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        asked(run_of(engine="vllm", gpus=1), [])
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class FakeVLLM:
     """Stands in for ray.serve.llm, notes what it is given, and answers chat calls with `answers`."""
 
@@ -185,6 +199,9 @@ class FakeVLLM:
         llm.build_llm_deployment = lambda config: ("handle", config)
         llm.build_openai_app = lambda settings: ("http", settings)
         llm.openai_api_models = models
+        ingress = ModuleType("ray.serve.llm.ingress")
+        ingress.OpenAiIngress = type("OpenAiIngress", (), {"__init__": lambda self, **given: vars(self).update(given)})
+        monkeypatch.setitem(sys.modules, "ray.serve.llm.ingress", ingress)
         models.ChatCompletionRequest = lambda **body: body
         monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
         monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
@@ -261,4 +278,8 @@ def test_vllms_endpoint_is_its_own(run_of, monkeypatch):
 
     assert asyncio.run(start()) == "http://127.0.0.1:8123/v1"
     ((_, application, _, _, port),) = fake.hosted
-    assert application == ("http", {"llm_configs": fake.configs}) and port == 8123
+    kind, settings = application
+    assert kind == "http" and settings["llm_configs"] == fake.configs and port == 8123
+    bound = []  # so is the port that Serve opens in the replica in front of it
+    monkeypatch.setattr(cluster.serving_vllm, "bind_to_node", lambda: bound.append(True))
+    assert settings["ingress_cls_config"]["ingress_cls"](model_cards={}).model_cards == {} and bound == [True]

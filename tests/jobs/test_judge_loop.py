@@ -96,7 +96,21 @@ def test_a_judge_that_is_gone_is_given_up(tmp_path, hurried):
     mock = Mock(before=lambda *_: Failure("closed", "gone"))
     failed = collected(tmp_path, mock, 400)
     assert len(failed) == 400 and len(mock.asked) <= 5 * (GIVE_UP + 8)
-    assert "not asked" in failed["399"].verdict.reason and failed["399"].failure == "closed"
+    reason = "not asked: the judge failed 100 times in a row, at last closed at try 5: gone"
+    assert failed["399"].verdict.reason == failed["300"].verdict.reason == reason and failed["399"].failure == "closed"
+
+
+def test_answers_that_are_refused_for_their_own_sake_do_not_end_the_judging(tmp_path):
+    """110 that are too long, one after the other, and then 50 that are not; an endpoint that knows no key ends it."""
+
+    def before(question, reference, candidate):
+        return Failure("refused", "too long") if int(candidate.split()[1][:-1]) < 110 else None
+
+    failed = collected(tmp_path, Mock(before=before), 160)
+    assert len(failed) == 110 and {one.verdict.reason for one in failed.values()} == {"refused at try 1: too long"}
+    assert len(VerdictStore(tmp_path).known) == 50
+    mock = Mock(before=lambda *_: Failure("denied", "HTTP 401: no such key"))
+    assert len(collected(tmp_path / "b", mock, 160)) == 160 and GIVE_UP <= len(mock.asked) <= GIVE_UP + 8
 
 
 def test_a_judge_that_comes_back_loses_nothing(tmp_path, hurried):
@@ -115,7 +129,8 @@ def test_a_judge_that_comes_back_loses_nothing(tmp_path, hurried):
 @pytest.mark.parametrize(
     ("failure", "error", "says"),
     [
-        (Failure("refused", "HTTP 401: no such key"), ValueError, "HTTP 401: no such key"),
+        (Failure("denied", "HTTP 401: no such key"), ValueError, "HTTP 401: no such key"),
+        (Failure("refused", "more than 100 tokens"), ValueError, "more than 100 tokens"),
         (Failure("closed", "nobody listens"), RuntimeError, "Qwen2.5-32B-Instruct does not .* nobody listens"),
     ],
 )
@@ -169,17 +184,27 @@ command.main("doc", job)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_jobs_keep_what_came(tmp_path, number):
-    """Ctrl-C and `ray job stop`: exit 130, one sentence, the verdicts are there."""
+@pytest.mark.parametrize(
+    ("number", "script"),
+    [
+        (signal.SIGINT, INTERRUPTED),
+        pytest.param(signal.SIGTERM, INTERRUPTED, marks=pytest.mark.slow),
+        (signal.SIGTERM, f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"),
+    ],
+)
+def test_interrupted_jobs_keep_what_came(tmp_path, number, script):
+    """Ctrl-C and `ray job stop`, the latter of a script's background job, too: exit 130, one sentence, the verdicts."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], cwd=ROOT, env=environment, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, **pipes)
     assert process.stdout is not None
     assert "5000 different answers, 0 of them" in process.stdout.readline()
     time.sleep(1.0)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in said and "what was finished is kept" in said
     assert len(VerdictStore(tmp_path / "verdicts").known) >= 64
 

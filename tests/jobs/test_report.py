@@ -88,6 +88,13 @@ def test_a_judge_that_passes_its_controls(folder, template):
     assert "LLM judge: not run" not in text and "uncalibrated" in text and "Tiny/Judge@1" in text
     assert "75.0 [70.0, 80.0]" in text and "24/24" in text and "75.0 to 75.0" in text and "0 of 8" in text
     assert "not to be trusted" not in text
+    assert "77.7" in text and "88.0 [80.0, 96.0]" in text  # expected, and retained
+
+
+def test_the_markdown_says_which_differences_can_be_seen(folder):
+    found = content(folder)
+    assert "find a difference of 6.1 to 9.0 points" in rendered("report.md.j2", {**found, "detectable": "6.1 to 9.0"})
+    assert "find a difference" not in rendered("report.md.j2", found)
 
 
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])

@@ -1,0 +1,36 @@
+"""Applications that a killed driver left behind: their names tell its Ray job, and the next driver ends them."""
+
+import re
+import secrets
+
+from cluster.connection import protect
+from cluster.pool import one_line
+
+protect()
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
+from ray._private.state import jobs  # noqa: E402 (of the cluster's own table: ray.util.state needs a dashboard)
+
+_OWN = re.compile(r"-job([0-9a-f]+)-[0-9a-f]{6}$")
+
+
+def own_name(name: str) -> str:
+    """Return a name that no other application has, with this driver's Ray job in it."""
+    return f"{name}-job{ray.get_runtime_context().get_job_id()}-{secrets.token_hex(3)}"
+
+
+def end_left() -> None:
+    """End the applications named by `own_name` whose driver has ended; they hold cores and GPUs for nobody."""
+    found = {name: match[1] for name in serve.status().applications if (match := _OWN.search(name))}
+    dead = {job["JobID"] for job in jobs() if job["IsDead"]} if found else set()
+    for name in [name for name, job in found.items() if job in dead]:
+        print(f"serving: {name} was left by a job that has ended; it is ended now", flush=True)
+        end(name)
+
+
+def end(name: str) -> None:
+    """Remove an application; where that fails it is said, and whatever led here goes on."""
+    try:
+        serve.delete(name)
+    except Exception as error:
+        print(f"serving: {name} could not be ended ({one_line(error)})", flush=True)
