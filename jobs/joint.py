@@ -9,24 +9,24 @@ rounding), evaluated, and compared with the best of the uniform settings that th
 (at most half) as it takes at 3, 4, 8 or 16 bits, by the same rounding and with the same recovery. All rows go to
 run_dir/joint.json; those of what was built to the table of jobs.search, too, whose answer and report know them.
 
-The budget is what actors.estimate says: weights, keys and values, working memory, at 16 bits for what is not rounded.
-A reader that unpacks the weights, as transformers does, takes more.
+The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
+in the prompt, model.dtype for what is not rounded; on GPUs their contexts. A reader that unpacks the weights, as
+transformers does, takes more, and as long for a token as with weights that were never rounded.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from scipy.stats import spearmanr
 
 from cluster.artifacts import write_text
 from jobs import ablate, card, judge, mixed, prepare, select
 from jobs.command import main
-from jobs.estimate import setting
 from jobs.joint_build import UNIFORM, evaluated, pruning
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
 from jobs.measurements import ChoiceMeasurements
 from jobs.run import Run, Source, Stage
+from jobs.search_memory import context_bytes, device_gib, setting, shapes_of
 from jobs.search_rows import joint_rows, write_rows
 
 ROWS = "joint.json"
@@ -35,11 +35,9 @@ GIB, MIB = 2**30, 2**20
 
 def memory_of(run: Run) -> Memory:
     """Return what choices for the config's model take."""
-    from actors.estimate import architecture
-
-    shapes = architecture(run.base_config(), run.config.model.trust_remote_code)
-    given = setting(run.config, run.config.quantize.method, (WHOLE,) * len(shapes.layers))
-    return Memory(shapes, replace(given, dtype_bytes=2), tuple(run.config.joint.options))
+    shapes = shapes_of(run)
+    given = setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
+    return Memory(shapes, given, tuple(run.config.joint.options), given.devices * context_bytes(run.config))
 
 
 def removal_order(run: Run, base: Source, data: Stage, most: int) -> list[list[int]]:
@@ -164,8 +162,7 @@ def job(run: Run) -> None:
     rows, plans = evaluated(run, base, data, named, found)
     if run.config.judge.engine != "none":
         judge.make_all(run, [plan.evaluation for plan in plans])
-    context = run.config.estimate.cuda_context_gib if run.config.replicas.gpus else 0.0
-    sizes = [row["estimate_bytes"] / GIB + context for row in rows]
+    sizes = [device_gib(run.config, memory.shapes, "mixed", tuple(row["choice"])) for row in rows]
     write_rows(run, joint_rows(run, plans, sizes, card.command()))
     added = additivity(list(found.tried.values()), joint.damage)
     content = {

@@ -7,12 +7,13 @@ from pathlib import Path
 from cluster.artifacts import write_text
 from cluster.tables import read_table
 from jobs import evaluate, judge
+from jobs.estimate import GIB, removals
 from jobs.run import Run, Stage
+from jobs.search_memory import device_gib, shapes_of
 from jobs.search_space import alone, described
 from jobs.search_stages import SEARCH, Plan
 
 ROWS, LOG = "rows.json", "log.jsonl"
-GIB = 2**30
 # Read from clocks and from the system: equal in two runs only where the second reuses the first one's evaluation.
 MEASURED = (
     "ms_per_token",
@@ -32,21 +33,16 @@ _COLUMNS = (
 
 def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
     """Return what every setting takes on its device (GiB), from the model's config alone; a GPU's context included."""
-    from actors.estimate import architecture, estimate, uniform
-    from jobs.estimate import model_config, removals
-    from jobs.estimate import setting as asked
+    from actors.estimate import uniform
 
-    config = run.config
-    shapes = architecture(model_config(run)[0], config.model.trust_remote_code)
+    config, shapes = run.config, shapes_of(run)
     windows = [layer.window for layer in shapes.layers]
     depths = [plan.setting.depth for plan in plans]
     counted = config.model_copy(update={"estimate": config.estimate.model_copy(update={"removed": depths})})
     found = []
     for plan, (removed, _) in zip(plans, removals(counted, windows), strict=True):
-        one = plan.setting
-        sizes = estimate(shapes, asked(config, one.quantizer, uniform(len(windows), removed, one.bits), least_images=1))
-        context = config.estimate.cuda_context_gib if config.replicas.gpus else 0.0
-        found.append(sizes["device_bytes"] / GIB + context)
+        bits = uniform(len(windows), removed, plan.setting.bits)
+        found.append(device_gib(config, shapes, plan.setting.quantizer, bits))
     return found
 
 
