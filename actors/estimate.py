@@ -36,10 +36,11 @@ _PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector"
 class Setting:
     """What is estimated.
 
-    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others
-    ("none": nothing does; "mixed": any of MIXED_BITS, in the layout of actors.quantizers.mixed). context: tokens of one prompt, its images' included (None: the images' and TEXT_TOKENS).
-    decode_tokens: longest answer. batch: rows. images: of each row. dtype_bytes: of a number that is not rounded,
-    and of activations. devices: GPUs that the model is spread over.
+    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others ("none":
+    nothing does; "mixed": any of MIXED_BITS, in the layout of actors.quantizers.mixed). context: tokens of one prompt,
+    its images' included (None: the images' and TEXT_TOKENS). decode_tokens: longest answer. batch: rows. images: of
+    each row. dtype_bytes: of a number that is not rounded, and of activations. devices: GPUs that the model is spread
+    over.
     """
 
     bits: tuple[int, ...]

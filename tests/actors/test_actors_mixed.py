@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText
 from actors.gate import GateError
 from actors.loading import language_model, load_model, load_processor
 from actors.maths.awq import rounded
-from actors.probe import probe_logits
 from actors.maths.sizes import linear_bytes
+from actors.probe import probe_logits
 from actors.quantizers.mixed import MixedQuantizer, packed, read_option, unpacked
 from actors.quantizers.structure import linear_shapes
 from actors.specs import ModelSpec

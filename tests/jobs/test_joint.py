@@ -12,8 +12,8 @@ from actors.estimate import architecture, estimate, layer_bytes
 from actors.specs import Conversation
 from jobs import joint, measurements, mixed
 from jobs.config_joint import JointConfig
-from jobs.joint_build import compared
 from jobs.estimate import setting as asked
+from jobs.joint_build import compared
 from jobs.joint_choice import Memory, Search, shown, single_changes
 from jobs.measurements import ChoiceMeasurements, Losses, Measurements
 from jobs.options import load_config

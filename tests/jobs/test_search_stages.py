@@ -57,6 +57,8 @@ def test_the_screen_is_a_stage_of_its_own_on_the_same_checkpoint(monkeypatch, tm
     assert plan.screen and plan.screen.name != plan.evaluation.name and plan.screen.parents == plan.evaluation.parents
     assert plan.screen not in plan.chain and plan.first[-1] == plan.screen
     assert plan.find(plan.screen.name) == plan.screen
+    with pytest.raises(ValueError, match=r"prune-0 is not a stage of '2 out, rtn 4 bit' any more"):
+        plan.find("prune-0")
 
 
 def test_what_a_model_cannot_do_is_refused_before_anything_is_made(monkeypatch, tmp_path):
