@@ -169,9 +169,7 @@ def said(found: dict, budget: BudgetConfig) -> str:
     if found["unjudged"]:
         lines.append(f"  {found['unjudged']} evaluated settings are left out: the judge has not scored them, as others")
     if found["untimed"]:
-        lines.append(
-            f"  {found['untimed']} joint choices are left out: counted packed, but timed unpacked"
-        )
+        lines.append(f"  {found['untimed']} joint choices are left out: counted packed, but timed unpacked")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """The joint choice: its memory is the estimate's, and its search finds what counting all choices finds."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ import pytest
 
 from actors.estimate import architecture, estimate, layer_bytes
 from actors.specs import Conversation
-from jobs import joint, measurements, mixed
+from cluster.tables import write_table
+from jobs import evaluate, joint, joint_build, measurements, mixed
 from jobs.config_joint import JointConfig
 from jobs.estimate import setting as asked
 from jobs.joint_build import compared
@@ -19,8 +22,9 @@ from jobs.measurements import ChoiceMeasurements, Losses, Measurements
 from jobs.options import load_config
 from jobs.run import Run, Stage
 from jobs.search_memory import device_gib
-from jobs.search_rows import estimates
+from jobs.search_rows import estimates, read_rows
 from jobs.search_space import Setting
+from jobs.search_stages import Plan
 from tests.tiny import DERM_TINY, llava_7b, tiny_config
 
 OPTIONS = (0, 3, 4, 8, 16)
@@ -179,12 +183,112 @@ def test_the_best_uniform_setting_is_what_others_are_compared_with():
 
     scores = [[1.0, 0.9, 0.8, 1.0], [0.1, 0.2, 0.3, 0.4], [0.5, 0.9, 0.8, 1.0]]
     names = ("joint 1", "uniform 3", "uniform 4")
-    rows = [{"method": name, "baseline_pct": 25 * sum(own)} for name, own in zip(names, scores, strict=True)]
-    found = compared(rows, [answers(each) for each in scores])
+    rows = [
+        {"method": name, "status": "done", "baseline_pct": 25 * sum(own), "judge_pct": None}
+        for name, own in zip(names, scores, strict=True)
+    ]
+    tables = [answers(each) for each in scores]
+    found = compared(rows, tables, [{}] * 3)
     assert [row["method"] for row in found] == ["joint 1", "uniform 3", "uniform 4"]
     assert [row["best_uniform"] for row in found] == [False, False, True]
     assert found[0]["difference_pct"] == pytest.approx(12.5)
     assert found[0]["exact_difference_pct"] == pytest.approx(25)
+    assert {row["score_kind"] for row in found} == {"baseline"}
+
+    labels = [dict.fromkeys("0123", label) for label in (2, 3, 1)]  # of 4: the judge prefers the other uniform setting
+    judged = [{**row, "judge_pct": 25 * label["0"]} for row, label in zip(rows, labels, strict=True)]
+    found = compared(judged, tables, labels)
+    assert [row["best_uniform"] for row in found] == [False, True, False]
+    assert [row["difference_pct"] for row in found] == pytest.approx([-25, 0, -50])
+    assert {row["score_kind"] for row in found} == {"judge"}
+
+
+def test_without_a_uniform_setting_there_is_a_result_and_no_difference():
+    rows = [{"method": "joint 1", "status": "done", "baseline_pct": 50.0, "judge_pct": None}]
+    rows += [{"method": "uniform 4 bit", "status": "failed", "baseline_pct": None, "judge_pct": None}]
+    answers = {"0": {"baseline": 0.5, "answer": "a", "reference": "a", "group": 0}}
+    for given in (rows, rows[:1]):
+        found = compared(given, [answers, {}][: len(given)], [{}] * len(given))
+        assert found[0]["difference_pct"] is found[0]["exact_difference_interval_pct"] is None
+        assert not any(row["best_uniform"] for row in found)
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    data = {
+        "data__draw_per_class": 1,
+        "data__classes": "[{name: melanoma, match: ['Melanoma/*']}]",
+        "data__questions": "[{id: name, text: 'What is it?', answer: 'This is {name}.'}]",
+    }
+
+    def refused(**options) -> str:
+        with pytest.raises(ValueError) as error:
+            joint.job(run_with(tmp_path, **data, **options))
+        return str(error.value)
+
+    monkeypatch.setattr(joint, "removal_order", lambda *_: pytest.fail("it was measured"))
+    assert "nf4 cannot give layers bits of their own" in refused(quantize__method="nf4")
+    assert re.search(r"budget_gib is 0.0005, but .* can take is 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
+    assert "judge.url" in refused(judge__engine="openai")
+    assert "prune.layers is 10" in refused(prune__layers=10)
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors.pack_quantized.helpers", None)
+    assert "compressed-tensors package, which is not installed" in refused()
+
+
+def test_the_least_choice_takes_no_more_than_any_other(five):
+    totals = {choice: five.total(choice) for choice in product(OPTIONS, repeat=5) if any(choice)}
+    assert five.total(five.least) == min(totals.values())
+    kept = replace(five, options=(4, 8, 16))
+    assert kept.least == (4,) * 5
+
+
+def test_all_uniform_settings_are_built_and_no_joint_choice_is_one_of_them():
+    uniform = [(4, 0, 4), (8, 0, 0)]
+    best = [(4, 0, 4), (4, 0, 8), (0, 4, 4), (4, 8, 0), (8, 0, 0)]
+    named = joint.named_choices(SimpleNamespace(best=best), uniform, 2)
+    assert named == {
+        "joint 1": (4, 0, 8), "joint 2, all 4 bit": (0, 4, 4), "uniform 4 bit": (4, 0, 4), "uniform 8 bit": (8, 0, 0)
+    }  # fmt: skip
+
+
+def test_a_choice_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    run = run_with(tmp_path)
+    choices = {"joint 1": (4, 8, *[16] * 8), "joint 2": (4, 0, *[16] * 8), "uniform 4 bit": (4,) * 10}
+    plans = {}
+
+    def planned(run, base, data, method, choice, budget):
+        def build(own, folder, facts):
+            if method == "joint 1":
+                raise RuntimeError("The loss is nan at step 3")
+            if method != "joint 2":
+                facts["removed"] = []
+            row = {"sample_id": "0", "baseline": 1.0, "answer": "a", "reference": "a", "group": 0}
+            write_table(folder / evaluate.ANSWERS, [row])
+            facts["metrics"] = dict.fromkeys((*joint_build._METRICS, *joint_build._COUNTS), 1)
+            facts["profile"] = dict.fromkeys(joint_build._PROFILE, 1)
+
+        model = run.base_model()
+        plans[method] = Plan(Setting(0, "lora", "mixed", 0, method), model, None,
+                             Stage("evaluate", 1, {"method": method}, (model,), build), ())  # fmt: skip
+        return plans[method], run
+
+    monkeypatch.setattr(joint_build, "planned", planned)
+    built = joint_build.build(run, None, None, choices, 2**30)
+    tried = {"round": 1, "predicted": 0.5, "kl": 0.5, "answer_similarity": 0.9, "bytes": 2**20}
+    rows = joint_build.rows_of(run, built, SimpleNamespace(tried=dict.fromkeys(choices.values(), tried)))
+    assert [row["status"] for row in rows] == ["failed", "done", "done"]
+    assert rows[0]["reason"] == "The loss is nan at step 3" and rows[0]["baseline_pct"] is None
+    assert rows[2]["best_uniform"] and rows[1]["difference_pct"] == 0
+    text = joint.table(rows, "kl")
+    assert "joint 1 failed: The loss is nan at step 3" in text and "identical" in text
+
+
+def test_another_budget_makes_other_rows_of_the_search(tmp_path):
+    data, run = Stage("data", 1, {}, (), lambda *_: None), run_with(tmp_path)
+    names = [
+        joint_build.planned(run, run.base_model(), data, "joint 1", (4, 8, *[16] * 8), budget)[0].setting.label
+        for budget in (2**30, 2**31)
+    ]
+    assert names == ["joint 1 in 1.00 GiB", "joint 1 in 2.00 GiB"]
 
 
 def test_choices_are_kept_apart_from_sets_and_found_again(tmp_path, monkeypatch):
@@ -270,9 +374,15 @@ def test_from_the_model_to_the_table(private_ray, tmp_path, capsys):
         joint.job(run)
         assert sorted(path.name for path in run.store.root.iterdir()) == made
     assert json.loads((run.folder / joint.ROWS).read_text()) == written
-    best, uniform = written["candidates"]
-    assert best["kl"] <= uniform["kl"] and uniform["best_uniform"]
-    assert best["estimate_bytes"] <= written["budget_bytes"] >= uniform["estimate_bytes"]
+    best, *uniform = written["candidates"]
+    settings = [row["choice"] for row in uniform]
+    others = [row["kl"] for row in written["tried"] if row["choice"] not in settings]
+    assert best["choice"] not in settings and best["kl"] == min(others)
+    assert sum(row["best_uniform"] for row in uniform) == 1 and all(row["status"] == "done" for row in uniform)
+    assert all(row["estimate_bytes"] <= written["budget_bytes"] for row in written["candidates"])
+    rows = read_rows(run)
+    assert [row["setting"].partition(" in ")[0] for row in rows] == [row["method"] for row in written["candidates"]]
+    assert rows[0]["unpacked"] and rows[0]["memory_kind"] == "estimate, packed"
     facts = json.loads((run.store.root / best["checkpoint"].rsplit("/", 1)[1] / "manifest.json").read_text())
     assert facts["nominal_bytes"] == best["weight_bytes"] and "of 4 bits" in facts["gate"]["modules"]
     assert "best uniform" in capsys.readouterr().out
