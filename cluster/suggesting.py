@@ -24,7 +24,9 @@ class Suggestions(Searcher):
         super().__init__()
         self._left = dict.fromkeys(keys)
         columns = [list(dict.fromkeys(column)) for column in zip(*self._left, strict=True)]
-        self._space = {str(n): optuna.distributions.CategoricalDistribution(v) for n, v in enumerate(columns)}
+        self._space: dict[str, optuna.distributions.BaseDistribution] = {
+            str(n): optuna.distributions.CategoricalDistribution(v) for n, v in enumerate(columns)
+        }
         self._names, self._worse = list(objectives), [min if way == "max" else max for way in objectives.values()]
         self._study = optuna.create_study(
             directions=["maximize" if way == "max" else "minimize" for way in objectives.values()],
@@ -54,8 +56,9 @@ class Suggestions(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Note what a trial found; Optuna is told when its batch has ended."""
-        values = [(result or {}).get(name) for name in self._names]
-        self._ends[trial_id] = None if error or None in values else [float(value) for value in values]
+        found = result or {}
+        whole = not error and all(found.get(name) is not None for name in self._names)
+        self._ends[trial_id] = [float(found[name]) for name in self._names] if whole else None
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: a search that is resumed is told again what is finished."""

@@ -190,9 +190,10 @@ def totals(run: Run, rows: Sequence[dict]) -> dict:
     own = {name for row in rows for name in (*row["artifacts"], row["screen"]) if name and run.store.find(name)}
     others = {name for line in measured for name in line["stages"] if run.store.find(name)} - own
     facts, more = ([run.store.manifest(name) for name in names] for names in (own, others))
-    seconds, gpu_seconds = (sum(one[key] for one in (*more, *measured)) for key in ("seconds", "gpu_seconds"))
+    seconds = sum(one["seconds"] for one in (*more, *measured))
     gpu = [row["gpu_hours_alone"] for row in rows]
-    known = None not in gpu
+    known = None not in gpu and all("gpu_seconds" in one for one in (*facts, *more))
+    gpu_seconds = sum(one["gpu_seconds"] for one in (*more, *measured)) if known else 0.0
     return {
         "stages": len(own | others),
         "seconds": sum(one["seconds"] for one in facts) + seconds,

@@ -347,6 +347,7 @@ def test_options_are_asked_for_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_the_model_to_the_table(private_ray, tmp_path, capsys):
     """A whole search on derm-tiny, small; a second one makes nothing again."""
     settings = {

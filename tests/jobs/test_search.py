@@ -9,6 +9,7 @@ import pytest
 import cluster.tuning
 from cluster.tables import write_table
 from jobs import evaluate, judge, search
+from jobs import run as run_module
 from jobs.command import main
 from jobs.config import Config
 from jobs.options import load_config
@@ -77,6 +78,7 @@ class Factory:
 
     def run_trials(self, chains, maker, folder, log, on_event, loggers, sampled) -> dict:
         run = Run(Config.model_validate(maker.kwargs["config"]))
+        assert (run.folder / "artifacts" / "fingerprints.json").is_file()  # so that no maker reads the weights again
         ends = {}
         for key, tasks in chains.items():
             plan = next(self.plan(one) for one in space(run.config) if one.key == key)
@@ -129,6 +131,18 @@ def test_every_stage_is_made_once_and_the_best_that_fits_is_the_answer(factory, 
     said = capsys.readouterr().out
     assert "answer for 3.9 GiB: 2 out, lora, awq 4 bit: 100.0" in said  # of equal scores the smallest
     assert "runner-up: awq 4 bit" in said and "difference: none, every answer has the same score" in said
+
+
+def test_the_hub_is_asked_once_and_the_others_are_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "_hub_commit", lambda *given: asked.append(given) or 40 * "a")
+    run = Run(load_config(None, [("run_dir", str(tmp_path)), ("model.path", "owner/name")]))
+    inner = Run(run.config, home=run)
+    assert run.base_model() == inner.base_model() == run.base_model() and asked == [("owner/name", None)]
+    told = Run(run.resolved())
+    assert told.config.model.revision == 40 * "a" and told.base_model() == run.base_model()
+    here = Run(load_config(None, [("run_dir", str(tmp_path))]))
+    assert here.resolved().model == here.config.model
 
 
 def test_a_failed_stage_is_a_row_with_its_reason_and_the_others_go_on(factory, tmp_path, capsys):
