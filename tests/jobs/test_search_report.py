@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jobs import published, search_report
+from jobs import published, search, search_report
 from jobs.figures_search import Mark, front_figure, layers_figure
 from jobs.options import load_config
 from jobs.run import Run
@@ -47,6 +47,7 @@ ROWS = [
     row("int8", None, 9.0, 0.0, "int8", status="over budget", reason="the estimate of 9 GiB is above 5 GiB"),
     row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint", unpacked=True),
 ]
+UNJUDGED = {"memory_gib": 1.0, "ms_per_token": 1.0, "params": 1}
 DIFFERENCE = {"difference_finding": "unresolved", "difference_pct": 0.5, "difference_interval_pct": [-1.0, 2.0]}
 
 
@@ -112,6 +113,22 @@ def test_reuse_is_told_in_percent(tmp_path):
     told = search_report._spent({**sums, "gpu_hours": 0.5, "gpu_hours_apart": 1.25})
     assert (told["saved"], told["gpu"]) == ("60", ["0.50", "1.25"])
     assert search_report._spent({**sums, "gpu_hours": None, "gpu_hours_apart": None})["gpu"] is None
+
+
+def test_what_is_simulated_or_unpacked_is_marked_and_explained(tmp_path):
+    packed = {**ROWS[-1], "memory_kind": "estimate, packed"}
+    three = row("rtn 3 bit", 99.0, 1.0, 1.0, "rtn", simulated=True)
+    text = search.table([*ROWS[:-1], packed, three])
+    assert "joint 1 (unpacked)" in text and "ms/token is that of 16-bit weights" in text
+    assert "rtn 3 bit (simulated)" in text and "counted as if they were not, and no answer" in text
+    assert "simulated" not in search.table(ROWS) and "unpacked" not in search.table(ROWS[:-1])
+    run = new_run(tmp_path)
+    rows = [*ROWS[:-1], packed, three, row("unjudged", None, 1.0, 1.0, status="done", **UNJUDGED)]
+    found = resolve(rows, run.config.search.budget, lambda *_: {**DIFFERENCE, "difference_detectable_pct": 2})
+    page = write_report(run, rows, found).read_text()
+    for said in ("rtn 3 bit (simulated)", "joint 1 (unpacked)", "they are no answer where the time is limited",
+                 "not judged", "1 joint choices are left out", "1 evaluated settings are left out"):  # fmt: skip
+        assert said in page
 
 
 @pytest.fixture
