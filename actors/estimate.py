@@ -27,6 +27,7 @@ from actors.rows import attention_windows
 from actors.specs import QUANTIZER_BITS
 
 TEXT_TOKENS = 64  # of a question and the chat template around it
+MIXED_BITS = (3, 4, 8)
 _LAYER = re.compile(r"\blanguage_model\.layers\.(\d+)\.")
 _PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector", ".embed_tokens.": "embeddings"}
 
@@ -35,10 +36,11 @@ _PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector"
 class Setting:
     """What is estimated.
 
-    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others
-    ("none": nothing does). context: tokens of one prompt, its images' included (None: the images' and TEXT_TOKENS).
-    decode_tokens: longest answer. batch: rows. images: of each row. dtype_bytes: of a number that is not rounded,
-    and of activations. devices: GPUs that the model is spread over.
+    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others ("none":
+    nothing does; "mixed": any of MIXED_BITS, in the layout of actors.quantizers.mixed). context: tokens of one prompt,
+    its images' included (None: the images' and TEXT_TOKENS). decode_tokens: longest answer. batch: rows. images: of
+    each row. dtype_bytes: of a number that is not rounded, and of activations. devices: GPUs that the model is spread
+    over.
     """
 
     bits: tuple[int, ...]
@@ -195,9 +197,10 @@ def _checked(shapes: Architecture, setting: Setting) -> int:
         raise ValueError(f"The setting has bits for {len(setting.bits)} layers, the model has {len(shapes.layers)}.")
     if not any(setting.bits):
         raise ValueError(f"All {len(shapes.layers)} layers are removed: at least one must stay.")
-    if setting.method not in ("none", *QUANTIZER_BITS):
+    own = {**QUANTIZER_BITS, "none": (), "mixed": MIXED_BITS}
+    if setting.method not in own:
         raise ValueError(f"Unknown quantizer {setting.method!r}: choose none, {', '.join(QUANTIZER_BITS)}.")
-    allowed = {0, 16, *QUANTIZER_BITS.get(setting.method, ())}
+    allowed = {0, 16, *own[setting.method]}
     for bits in setting.bits:
         if bits not in allowed:
             has = ", ".join(map(str, sorted(allowed)))

@@ -2,7 +2,8 @@
 
 On a CPU: the resident set, whose high-water mark the kernel keeps; interpreter and libraries are in it, and pages of
 mapped files. On the GPUs of this process, summed: allocated and reserved are torch's allocator's; driver is what is
-taken on the whole card, context included, and whatever other processes hold: measure where there are none.
+taken on the whole card, context included, and whatever other processes hold: measure where there are none. Of several
+GPUs, fullest is the driver's number of the one that holds most.
 """
 
 import re
@@ -24,7 +25,10 @@ def resident_bytes(process: int | str = "self", peak: bool = False) -> int:
 
 
 def taken(device: str) -> dict[str, int]:
-    """Return what is taken now, by kind: {"resident"} of a "cpu", {"allocated", "reserved", "driver"} of "cuda"."""
+    """Return what is taken now, by kind: {"resident"} of a "cpu", {"allocated", "reserved", "driver"} of "cuda".
+
+    And "fullest" where there are several GPUs.
+    """
     if device == "cpu":
         return {"resident": resident_bytes()}
     return _on_gpus("memory_allocated", "memory_reserved")
@@ -62,11 +66,11 @@ def context_bytes() -> int:
 def _on_gpus(allocated: str, reserved: str) -> dict[str, int]:
     import torch
 
-    sums = {"allocated": 0, "reserved": 0, "driver": 0}
+    sums, drivers = {"allocated": 0, "reserved": 0}, []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         kept = getattr(torch.cuda, reserved)(number)
         sums["allocated"] += getattr(torch.cuda, allocated)(number)
         sums["reserved"] += kept
-        sums["driver"] += total - free - torch.cuda.memory_reserved(number) + kept
-    return sums
+        drivers.append(total - free - torch.cuda.memory_reserved(number) + kept)
+    return {**sums, **({"fullest": max(drivers)} if len(drivers) > 1 else {}), "driver": sum(drivers)}

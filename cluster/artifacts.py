@@ -61,7 +61,7 @@ class ArtifactStore:
         partial = self.root / f"{name}.partial" if resume else self._own_partial(name)
         partial.mkdir(parents=True, exist_ok=True)
         facts: dict = {}
-        started = time.time()
+        started, before = time.time(), self._earlier_legs(name, partial) if resume else 0.0
         try:
             yield partial, facts
         except BaseException as error:
@@ -70,14 +70,31 @@ class ArtifactStore:
             if not resume:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        manifest = {"name": name, "recipe": recipe, "seconds": round(time.time() - started, 3), **facts}
+        manifest = {"name": name, "recipe": recipe, "seconds": round(before + time.time() - started, 3), **facts}
         try:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
             os.rename(partial, self.root / name)
+            self._legs(name).unlink(missing_ok=True)
         except OSError:
             if self.find(name) is None:  # another process published the same artifact first: keep theirs
                 raise
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _earlier_legs(self, name: str, partial: Path) -> float:
+        """Note that work on `partial` begins (again); return the seconds of earlier legs.
+
+        A leg that was killed lasted, as far as can be known, until the last file that it wrote.
+        """
+        notes = self._legs(name)
+        legs = json.loads(notes.read_text()) if notes.is_file() else []
+        if legs:
+            written = max((path.stat().st_mtime for path in partial.rglob("*")), default=0.0)
+            legs[-1][1] = max(legs[-1][0], written)
+        write_text(notes, json.dumps([*legs, [time.time(), 0.0]]))
+        return sum(end - start for start, end in legs)
+
+    def _legs(self, name: str) -> Path:
+        return self.root / f".{name}.legs"
 
     def _own_partial(self, name: str) -> Path:
         """Return this process's building place for `name`, after removing those of dead processes of this host."""

@@ -69,9 +69,12 @@ class _Host:
         if not gpus:  # Ray leaves a machine's GPUs visible to actors that asked for none
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-    def setup(self) -> None:
+    def setup(self) -> float:
+        """Build the object; return the seconds that took."""
+        started = time.monotonic()
         module, _, name = self._target.partition(":")
         self._object = getattr(importlib.import_module(module), name)(**self._kwargs)
+        return time.monotonic() - started
 
     def call(self, method: str, args: tuple) -> Any:
         return getattr(self._object, method)(*args)
@@ -98,7 +101,8 @@ class Pool:
         self._waiting: deque[_Work] = deque()
         self._ended: deque[Outcome] = deque()
         self._left = 0  # outcomes that the running map owes
-        self._began, self.gpu_seconds = time.monotonic(), 0.0  # GPUs held, at most, times the seconds until the exit
+        self._since: dict[Any, float] = {}  # actor -> when it got its place; before that it waits in Ray's queue
+        self.gpu_seconds = 0.0  # GPUs times the seconds that actors held them; complete after the exit
 
     def __enter__(self) -> "Pool":
         return self
@@ -108,7 +112,8 @@ class Pool:
             ray.kill(actor)
         self._idle.clear()
         self._flights.clear()
-        self.gpu_seconds = self._resources.gpus * self._most * (time.monotonic() - self._began)
+        for actor in list(self._since):
+            self._gave_back(actor)
 
     def map(self, method: str, items: Iterable[tuple[Any, tuple]]) -> Iterator[Outcome]:
         """Call `method(*args)` for every (key, args), in this order, on whichever actor is free.
@@ -153,6 +158,7 @@ class Pool:
             raise unwrapped(error) from error
         except DEATHS as error:
             ray.kill(actor)
+            self._gave_back(actor)
             actor = None
             raise WorkerDied(f"The worker running {self._target}.{method} died ({one_line(error)}).") from None
         finally:
@@ -186,6 +192,10 @@ class Pool:
         self._flights[actor.setup.remote()] = (actor, None)
         self._most = max(self._most, len(self._flights) + len(self._idle))
 
+    def _gave_back(self, actor) -> None:
+        if actor in self._since:
+            self.gpu_seconds += self._resources.gpus * (time.monotonic() - self._since.pop(actor))
+
     def _wait(self) -> None:
         """Wait until a flight ends, or until it is time to look at the cluster again."""
         done, _ = ray.wait(list(self._flights), num_returns=1, timeout=LOOK_EVERY_S)
@@ -198,6 +208,8 @@ class Pool:
         value = reason = None
         try:
             value = ray.get(ref)
+            if work is None:
+                self._since[actor] = time.monotonic() - value
         except RayTaskError as error:
             if work is None:
                 ray.kill(actor)  # alive without an object; it would hold its GPU as long as this exception is kept
@@ -205,6 +217,7 @@ class Pool:
             reason = one_line(unwrapped(error))
         except DEATHS as error:
             ray.kill(actor)  # perhaps it was only out of reach
+            self._gave_back(actor)
             actor, reason = None, f"its worker died ({one_line(error)})"
             self._deaths += 1
             if self._deaths >= self._most + self._respawns:

@@ -11,10 +11,11 @@ import asyncio
 import importlib.util
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Sampled:
-    """How many settings Optuna suggests, and what it is to raise or lower: {"score": "max", "memory": "min"}."""
+    """How many settings Optuna suggests, each once, what it is to raise or lower: {"score": "max", "gib": "min"}."""
 
     trials: int
     objectives: Mapping[str, str]
@@ -70,6 +71,7 @@ class _Broker:
         self._ends: dict[str, asyncio.Future] = {}
         self._news: list[dict] = []
         self._workers: asyncio.Queue[Pool] = asyncio.Queue()
+        self._threads = ThreadPoolExecutor(maker.parallel)  # a worker's call waits in one; asyncio's own are few
         for _ in range(maker.parallel):
             self._workers.put_nowait(Pool(maker.target, maker.kwargs, Resources(cpus=0)))
 
@@ -97,7 +99,8 @@ class _Broker:
         while tries < ATTEMPTS:
             tries += 1
             try:
-                found = await asyncio.to_thread(worker.call, "make", task.name, *task.args)
+                call = partial(worker.call, "make", task.name, *task.args)
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, call)
             except WorkerDied as error:  # of the stage, or of what it asked for
                 reason = str(error)
             except Exception as error:
@@ -124,9 +127,9 @@ class _Broker:
 
 
 def _coordinate(config: dict, broker=None, chains: Mapping[Key, Sequence[Task]] | None = None) -> None:
-    """Ask for one setting's stages in order, and report what the last one says; of an unknown setting, nothing."""
+    """Ask for one setting's stages in order, and report what the last one says."""
     found: dict = {}
-    for task in (chains or {}).get(tuple(config["setting"].values()), ()):
+    for task in (chains or {})[tuple(config["setting"].values())]:
         found = ray.get(broker.make.remote(task))
         if found["error"]:
             break
@@ -178,12 +181,14 @@ def run_trials(
     """Make every setting's stages, or those of the settings that Optuna suggests; return what the last stages say.
 
     {"error": the reason} where one failed. Keys are the settings' values, in the same order for all. folder: what
-    Tune writes, made anew. log: one JSON line for every stage that was made or failed, appended. on_event: is told
-    {"event": "started" | "made" | "failed", "name", ...} of stages and {"event": "trial", "key", ...} of trials.
+    Tune writes, a folder of its own for every start; MLflow's store is for all of them. log: one JSON line for every
+    stage that was made or failed, appended. on_event: is told {"event": "started" | "made" | "failed", "name", ...} of
+    stages and {"event": "trial", "key", ...} of trials.
     """
     _quiet()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
+    wanted = _loggers(loggers, folder)
     broker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Broker).remote(maker, str(log))
     watch = _Watch(broker, on_event)
     trainable = tune.with_parameters(_coordinate, broker=broker, chains=dict(chains))
@@ -193,10 +198,10 @@ def run_trials(
         param_space=space,
         tune_config=settings,
         run_config=tune.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent.resolve()),
+            name=f"start-{1 + len(list(folder.glob('start-*')))}",
+            storage_path=str(folder.resolve()),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
-            callbacks=[watch, *_loggers(loggers, folder)],
+            callbacks=[watch, *wanted],
             verbose=0,
         ),
     )
@@ -209,22 +214,18 @@ def run_trials(
 
 
 def _space(keys: list[Key], parallel: int, sampled: Sampled | None) -> tuple[dict, Any]:
-    """Return Tune's parameter space and its settings: a grid over the keys, or the values that they are made of."""
-    columns = [list(dict.fromkeys(column)) for column in zip(*keys, strict=True)]
+    """Return Tune's parameter space and its settings: a grid over the keys, or what Optuna suggests of them."""
     if sampled is None:
         grid = [{str(place): value for place, value in enumerate(key)} for key in keys]
         most = TRIALS_PER_STAGE * parallel
         return {"setting": tune.grid_search(grid)}, tune.TuneConfig(max_concurrent_trials=most)
     import optuna
-    from ray.tune.search import ConcurrencyLimiter
-    from ray.tune.search.optuna import OptunaSearch
+
+    from cluster.suggesting import Suggestions
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names, modes = list(sampled.objectives), list(sampled.objectives.values())
-    searcher = OptunaSearch(metric=names, mode=modes, seed=sampled.seed)
-    limited = ConcurrencyLimiter(searcher, max_concurrent=sampled.batch, batch=True)
-    space = {str(place): tune.choice(values) for place, values in enumerate(columns)}
-    return {"setting": space}, tune.TuneConfig(search_alg=limited, num_samples=sampled.trials)
+    searcher = Suggestions(keys, sampled.objectives, sampled.trials, sampled.batch, sampled.seed)
+    return {}, tune.TuneConfig(search_alg=searcher, num_samples=sampled.trials)
 
 
 def _loggers(names: Sequence[str], folder: Path) -> list:

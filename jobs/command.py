@@ -27,10 +27,16 @@ Fields (unit in brackets; defaults are derm-tiny's or the paper's):
 Set PRUNELLA_DEBUG=1 for tracebacks."""
 
 
-def main(doc: str, job: Callable[[Run], None], shorthands: Mapping[str, str] = MappingProxyType({})) -> None:
+def main(
+    doc: str,
+    job: Callable[[Run], None],
+    shorthands: Mapping[str, str] = MappingProxyType({}),
+    records: Callable[[Config], bool] = lambda config: True,
+) -> None:
     """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C.
 
-    shorthands: the job's own options, each a short name of a field.
+    shorthands: the job's own options, each a short name of a field. records: whether the config is that of results, and
+    goes into the run folder.
     """
     spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
     name = (spec.name if spec else job.__module__).split(".")[-1]
@@ -39,7 +45,8 @@ def main(doc: str, job: Callable[[Run], None], shorthands: Mapping[str, str] = M
         print(USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help()))
         return
     with one_sentence(name), Run(parse(arguments, shorthands)) as run:
-        run.record_config(name)
+        if records(run.config):
+            run.record_config(name)
         job(run)
 
 

@@ -5,51 +5,58 @@
 
 Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
 measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
-rounding), evaluated, and compared with the best of the uniform settings that the budget allows: as few layers removed
-(at most half) as it takes at 3, 4, 8 or 16 bits, by the same rounding and with the same recovery. All rows go to
-run_dir/joint.json; those of what was built to the table of jobs.search, too, whose answer and report know them.
+rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
+allows: as few layers removed (at most half) as it takes at 3, 4, 8 or 16 bits, by the same rounding and with the same
+recovery. What fails is a row with its reason. All rows go to run_dir/joint.json; those of what was built to the table
+of jobs.search, too, whose answer and report know them.
 
-The budget is what actors.estimate says: weights, keys and values, working memory, at 16 bits for what is not rounded.
-A reader that unpacks the weights, as transformers does, takes more.
+The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
+in the prompt, model.dtype for what is not rounded; on GPUs their contexts. A reader that unpacks the weights, as
+transformers does, takes more, and as long for a token as with weights that were never rounded.
 """
 
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from scipy.stats import spearmanr
 
 from cluster.artifacts import write_text
-from jobs import ablate, card, judge, mixed, prepare, select
+from jobs import ablate, judge, mixed, prepare, prune, select
 from jobs.command import main
-from jobs.estimate import setting
-from jobs.joint_build import UNIFORM, evaluated, pruning
+from jobs.estimate import GIB
+from jobs.joint_build import UNIFORM, build, pruning, rows_of
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
 from jobs.measurements import ChoiceMeasurements
+from jobs.report import size
 from jobs.run import Run, Source, Stage
-from jobs.search_rows import joint_rows, write_rows
+from jobs.search_memory import context_bytes, device_gib, setting, shapes_of
+from jobs.search_rows import MEASURED_FOR, joint_rows, write_log, write_rows
+from jobs.search_stages import ordered
+from jobs.verdicts import identity_of
 
 ROWS = "joint.json"
-GIB, MIB = 2**30, 2**20
 
 
 def memory_of(run: Run) -> Memory:
     """Return what choices for the config's model take."""
-    from actors.estimate import architecture
-
-    shapes = architecture(run.base_config(), run.config.model.trust_remote_code)
-    given = setting(run.config, run.config.quantize.method, (WHOLE,) * len(shapes.layers))
-    return Memory(shapes, replace(given, dtype_bytes=2), tuple(run.config.joint.options))
+    shapes = shapes_of(run)
+    given = setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
+    return Memory(shapes, given, tuple(run.config.joint.options), given.devices * context_bytes(run.config))
 
 
-def removal_order(run: Run, base: Source, data: Stage, most: int) -> list[list[int]]:
-    """Return the layers that uniform settings remove, for each number of them from 0 to at most `most`."""
+def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[list[int]], list[Stage]]:
+    """Return the layers that uniform settings remove, for each number of them from 0 to at most `most`.
+
+    And the stages that were made to find them.
+    """
     order = run.config.prune.order
     if order is not None:
-        return [sorted(order[:count]) for count in range(min(most, len(order)) + 1)]
+        return [sorted(order[:count]) for count in range(min(most, len(order)) + 1)], []
     scores = ablate.stage(run, base, data)
     run.make(scores)
     sets: list[list[int]] = [[]]
+    made = [scores]
     for count in range(1, min(most, len(run.facts(scores)["order"])) + 1):
         own = pruning(run, count)
         if run.config.prune.search == "one_shot":
@@ -57,8 +64,9 @@ def removal_order(run: Run, base: Source, data: Stage, most: int) -> list[list[i
             continue
         chosen = select.stage(own, base, data, scores)
         own.make(chosen)
+        made.append(chosen)
         sets.append(run.facts(chosen)["removed"])
-    return sets
+    return sets, made
 
 
 def uniform_choice(removed: Sequence[int], bits: int, layers: int) -> Choice:
@@ -90,8 +98,10 @@ def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int) 
     return found
 
 
-def search(run: Run, base: Source, data: Stage, memory: Memory, budget: int, uniform: Sequence[Choice]) -> Search:
-    """Measure on the calibration questions and choose."""
+def search(
+    run: Run, base: Source, data: Stage, memory: Memory, budget: int, uniform: Sequence[Choice], before: Sequence[Stage]
+) -> Search:
+    """Measure on the calibration questions and choose. before: what was made for it, which the log is told."""
     config = run.config
     rounded = mixed.options_stage(run, base, data, [bits for bits in memory.options if bits not in (REMOVED, WHOLE)])
     critic = {
@@ -101,11 +111,17 @@ def search(run: Run, base: Source, data: Stage, memory: Memory, budget: int, uni
         "options": run.make(rounded),
     }
     samples = ablate.calibration_samples(run.make(data), config.ablate.samples, config.seed)
+    started = time.time()
     with run.replicas(base, "actors.choices:ChoiceCritic", **critic) as pool:
         measured = ChoiceMeasurements(run, pool, base, data, samples, rounded)
         found = Search(measured, memory, budget, config.joint)
         found.run(uniform)
-        found.measure_both([*found.best[: config.joint.candidates], *uniform])
+        found.measure_both([*named_choices(found, uniform, config.joint.candidates).values()])
+    took = {"started": started, "seconds": round(time.time() - started, 3), "gpu_seconds": round(pool.gpu_seconds, 3)}
+    write_log(
+        run,
+        {"event": MEASURED_FOR, "name": "joint", **took, "stages": [one.name for one in ordered([rounded, *before])]},
+    )
     return found
 
 
@@ -113,60 +129,83 @@ def additivity(rows: Sequence[dict], damage: str) -> dict:
     """Say how far predicted damages of the first round's choices are from measured ones (in the damage's unit)."""
     pairs = [(row["predicted"], row[damage]) for row in rows if row["predicted"] is not None and row["round"] == 1]
     predicted, measured = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    rank = float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
+    varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
+    rank = float(spearmanr(*zip(*pairs, strict=True)).statistic) if varied else None
     return {"choices": len(pairs), "mean_predicted": predicted, "mean_measured": measured, "spearman": rank}
 
 
 def table(rows: Sequence[dict], damage: str) -> str:
-    """Lay the evaluated choices out for a terminal."""
-    lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", "baseline %", "to best uniform", ""]]
+    """Lay the choices that were built out for a terminal."""
+    score = "judge %" if rows[0]["score_kind"] == "judge" else "baseline %"
+    lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "to best uniform", ""]]
     lines[0].append("bits by layer (- removed)")
     for row in rows:
-        low, high = row["difference_interval_pct"]
+        done, interval = row["status"] == "done", row["difference_interval_pct"]
         lines.append(
             [
                 row["method"],
                 "" if row["predicted"] is None else f"{row['predicted']:.4f}",
                 f"{row[damage]:.4f}",
-                f"{row['estimate_bytes'] / MIB:.3f} MiB",
-                f"{row['weight_bytes'] / MIB:.3f} MiB",
-                f"{row['baseline_pct']:.1f}",
-                f"{row['difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}]",
-                "best uniform" if row["best_uniform"] else row["difference_finding"],
+                size(row["estimate_bytes"]),
+                size(row["weight_bytes"]) if done else "",
+                f"{row[row['score_kind'] + '_pct']:.1f}" if done else "failed",
+                "" if interval is None else f"{row['difference_pct']:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]",
+                "best uniform" if row["best_uniform"] else row["difference_finding"] or "",
                 shown(row["choice"]),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(width) for c, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(text + [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"])
+
+
+def check(run: Run, memory: Memory) -> None:
+    """Refuse what cannot be before anything is measured. ValueError: method, package, budget, or the judge."""
+    mixed.check(run)
+    if run.config.judge.engine != "none":
+        identity_of(run)
+    if run.config.joint.budget_gib is None and REMOVED in memory.options:
+        prune.stage(run, run.base_model())  # the budget is that of prune.layers removed: may so many go?
+    wanted, least = run.config.joint.budget_gib, memory.least
+    if wanted is not None and memory.total(least) > wanted * GIB:
+        raise ValueError(
+            f"joint.budget_gib is {wanted:g}, but the least that joint.options {list(memory.options)} can take "
+            f"is {memory.total(least) / GIB:.4g} GiB ({shown(least)}): raise it, or allow fewer bits."
+        )
+
+
+def named_choices(found: Search, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
+    """Return what is built: the choices of least damage that are no uniform settings, and all uniform settings."""
+    named = {}
+    for number, choice in enumerate([one for one in found.best if one not in uniform][:candidates], 1):
+        bits = set(choice) - {REMOVED}
+        named[f"joint {number}" + (f", all {bits.pop()} bit" if len(bits) == 1 else "")] = choice
+    return named | {f"{UNIFORM} {max(choice)} bit": choice for choice in uniform}
 
 
 def job(run: Run) -> None:
     """Search, build the best few, evaluate, compare, and write everything down."""
-    base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
     memory = memory_of(run)
+    check(run, memory)
+    base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
     layers = len(memory.shapes.layers)
     most = max(
         layers // 2, run.config.prune.layers
     )  # beyond half of the layers nothing competes, and searches are long
-    sets = removal_order(run, base, data, most) if REMOVED in memory.options else [[]]
+    sets, before = removal_order(run, base, data, most) if REMOVED in memory.options else ([[]], [])
     budget = budget_of(run, memory, sets)
     uniform = uniform_choices(memory, sets, budget)
     print(
-        f"joint: budget {budget / MIB:.3f} MiB; uniform settings within it: {', '.join(map(shown, uniform))}",
+        f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(shown, uniform)) or 'none'}",
         flush=True,
     )
-    found = search(run, base, data, memory, budget, uniform)
-    named = {f"joint {number}": choice for number, choice in enumerate(found.best[: joint.candidates], 1)}
-    least = sorted(uniform, key=lambda choice: found.tried[choice][joint.damage])[: joint.candidates]
-    named |= {f"{UNIFORM} {max(choice)} bit": choice for choice in least}
-    rows, plans = evaluated(run, base, data, named, found)
+    found = search(run, base, data, memory, budget, uniform, before)
+    built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
     if run.config.judge.engine != "none":
-        judge.make_all(run, [plan.evaluation for plan in plans])
-    context = run.config.estimate.cuda_context_gib if run.config.replicas.gpus else 0.0
-    sizes = [row["estimate_bytes"] / GIB + context for row in rows]
-    write_rows(run, joint_rows(run, plans, sizes, card.command()))
+        judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
+    rows = rows_of(run, built, found)
+    sizes = [device_gib(run.config, memory.shapes, "mixed", one.choice) for one in built]
+    write_rows(run, joint_rows(run, [one.plan for one in built], sizes, [one.failure for one in built]))
     added = additivity(list(found.tried.values()), joint.damage)
     content = {
         "budget_bytes": budget,
@@ -185,6 +224,8 @@ def job(run: Run) -> None:
         f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}"
     )
     print(f"joint: rows are in {path}", flush=True)
+    if all(one.failure is not None for one in built):
+        raise RuntimeError(f"All {len(built)} choices failed; the first: {built[0].failure}")
 
 
 if __name__ == "__main__":

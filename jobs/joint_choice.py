@@ -6,7 +6,6 @@ best choice so far: every single change of it is measured again, and the program
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,40 +23,34 @@ BOTH: tuple[Criterion, ...] = ("kl", "answer_similarity")
 class Memory:
     """What a choice takes by actors.estimate, its rounded weights as the compressed-tensors layout stores them.
 
-    shapes: actors.estimate's Architecture; setting: its Setting, whose bits are not read.
+    shapes: actors.estimate's Architecture; setting: its Setting, of method "mixed", whose bits are not read; context:
+    what the devices hold beside the model (bytes). Several devices are counted together.
     """
 
     shapes: Any
     setting: Any
     options: tuple[int, ...]
+    context: int
 
     def moments(self, choice: Choice) -> np.ndarray:
         """Return the bytes of the weights and of what each moment of the work holds beside them, a moment each."""
         from actors.estimate import estimate
 
         found = estimate(self.shapes, replace(self.setting, bits=choice))
-        stored = sum(self._extra[layer][bits] for layer, bits in enumerate(choice) if bits)
-        return np.array([found["weight_bytes"] + stored + held for held in found["phases"].values()])
+        return np.array([found["weight_bytes"] + self.context + held for held in found["phases"].values()])
 
     def total(self, choice: Choice) -> int:
         """Return the bytes of the largest moment."""
         return int(self.moments(choice).max())
 
-    @cached_property
-    def _extra(self) -> list[dict[int, int]]:
-        """Bytes by which a stored layer is larger than its nominal bits."""
-        from actors.estimate import layer_bytes
-        from actors.quantizers.mixed import linear_bytes
-
-        given = self.setting
-        return [
-            {
-                bits: sum(linear_bytes(bits, given.group_size, *shape) for shape in layer.linears)
-                - layer_bytes(replace(layer, others=0), bits, given)
-                for bits in {*self.options, WHOLE} - {REMOVED}
-            }
-            for layer in self.shapes.layers
-        ]
+    @property
+    def least(self) -> Choice:
+        """The choice that takes least: all layers at the fewest bits, or, where layers may go, one of them alone."""
+        layers, fewest = len(self.shapes.layers), next(bits for bits in self.options if bits)
+        if REMOVED not in self.options:
+            return (fewest,) * layers
+        alone = (tuple(fewest if layer == kept else REMOVED for layer in range(layers)) for kept in range(layers))
+        return min(alone, key=self.total)
 
     def program(self, budget: int) -> tuple[np.ndarray, list[int]]:
         """Return bytes_MLO of every option and what each moment leaves for the layers.

@@ -9,6 +9,14 @@ from jobs.run import Run, Source, Stage
 QUANTIZER = "actors.quantizers.mixed:MixedQuantizer"
 
 
+def check(run: Run) -> None:
+    """ValueError: the config's method cannot give layers bits of their own, or the layout's package is missing."""
+    from actors.quantizers.mixed import packer
+
+    _check_method(run)
+    packer()
+
+
 def stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> Stage | Source:
     """Return the stage that rounds `model`'s decoder layers to `bits` (one per layer); `model` if all keep 16.
 
@@ -26,10 +34,16 @@ def options_stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[i
     return Stage("rounded", 1, settings, parents, lambda r, f, facts: _write_options(r, model, data, bits, f, facts))
 
 
+def _check_method(run: Run) -> None:
+    if run.config.quantize.method not in ("awq", "rtn"):
+        raise ValueError(
+            f"quantize.method {run.config.quantize.method} cannot give layers bits of their own: choose awq or rtn."
+        )
+
+
 def _recipe(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> tuple[dict, tuple]:
+    _check_method(run)
     wanted = run.config.quantize
-    if wanted.method not in ("awq", "rtn"):
-        raise ValueError(f"quantize.method {wanted.method} cannot give layers bits of their own: choose awq or rtn.")
     settings = {"method": wanted.method, "bits": list(bits), "group_size": wanted.group_size}
     if wanted.method == "awq":  # scales and clipping are those of the layerwise search
         return {**settings, **quantize.awq_settings(run)}, (model, data)

@@ -38,5 +38,6 @@ TABLE_4 = (  # the pipeline against its parts
     Point("prune + quantize", 25.00, 3.9, 122),
     Point("prune + SFT + quantize", 54.25, 3.9, 122),
 )
-MEMORY = tuple({(p.score_pct, p.memory_gb): p for p in (*TABLE_1, *TABLE_3, *TABLE_4)}.values())
+POINTS = (*TABLE_1, *TABLE_3, *TABLE_4)
+MEMORY = tuple({(p.score_pct, p.memory_gb): p for p in POINTS}.values())
 TIME = TABLE_4

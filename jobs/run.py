@@ -74,6 +74,7 @@ class Run:
         self._cleanup = ExitStack()
         self._connected = False
         self._seen: set[str] = set()
+        self._commits: dict[tuple[str, str | None], str] = home._commits if home else {}
         self._embedders: dict[str, Pool] = {}
         self._pools: list[Pool] = []  # of the stage that is being made
 
@@ -134,8 +135,17 @@ class Run:
             return Source(f"model-{self.fingerprints.folder(folder)}", str(folder.resolve()))
         if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
             raise ValueError(f"No checkpoint at {field} {path!r}: give a folder or a hub id (owner/name).")
-        commit = _hub_commit(path, revision)
+        if (path, revision) not in self._commits:  # the hub is asked once
+            self._commits[path, revision] = _hub_commit(path, revision)
+        commit = self._commits[path, revision]
         return Source(f"model-{digest([path, commit])}", path, commit)
+
+    def resolved(self) -> Config:
+        """Return the config for other processes of this run: with its whole run_dir and the base model's commit."""
+        model = self.config.model
+        if (commit := self.base_model().revision) is not None:
+            model = model.model_copy(update={"revision": commit})
+        return self.config.model_copy(update={"run_dir": str(self.folder), "model": model})
 
     def base_config(self):
         """Return the config.json of the config's model, as transformers reads it; no weights are loaded."""

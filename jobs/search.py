@@ -7,15 +7,17 @@
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet --search.budget.memory_gib 4
 
 Settings share stages, and every stage is made once. Those whose estimated memory misses the budget are listed, not run.
+Of more than search.max_trials others Optuna suggests so many, each once.
 With search.screen_images all others are evaluated on a part of the test images first; a setting to which another one
 is better that takes no more (the same kernels, no fewer layers removed, no more memory) is not evaluated further. The
 rest is evaluated on all, and judged if judge.engine is set. A setting that fails is a row with its reason.
 
-The memory of a row is what the driver saw on the GPU; on a CPU, where a process is mostly interpreter, it is the
-estimate. The rows go to run_dir/search/rows.json, the report to run_dir/search/report.html, what was made when to
-run_dir/search/log.jsonl. What jobs.joint built in the same run_dir takes part. Stopped, however it
-was, the search goes on with the same command: what is finished is not made again. --resolve-only answers for another
-budget from the rows.
+The memory of a row is what the driver saw on the GPU (the fullest, of several); on a CPU, where a process is mostly
+interpreter, it is the estimate. What jobs.joint built is counted packed then, but timed unpacked: it is no answer where
+the time is limited, too. The rows go to run_dir/search/rows.json, the report to run_dir/search/report.html, what was
+made when to run_dir/search/log.jsonl. What jobs.joint built, and what earlier searches found in the same run_dir, takes
+part. Stopped, however it was, the search goes on with the same command: what is finished is not made again.
+--resolve-only answers for another budget from the rows.
 """
 
 import os
@@ -42,25 +44,27 @@ class Search:
     def __init__(self, run: Run):
         self.run = run
         self.settings = space(run.config)
-        self.sampled = len(self.settings) > run.config.search.max_trials
-        if self.sampled and run.config.search.screen_images is None:
-            raise ValueError(
-                f"The space has {len(self.settings)} settings, more than search.max_trials "
-                f"({run.config.search.max_trials}): Optuna needs a cheap score to suggest some, so set "
-                "search.screen_images, or raise search.max_trials."
-            )
         self.plans = plans(run, self.settings)
+        if run.config.judge.engine != "none":
+            judge.stage(run, self.plans[0].evaluation)  # a judge that cannot be is told of now, not after hours
         self.sizes = estimates(run, self.plans)
         limit = run.config.search.budget.memory_gib
         within = [limit is None or size <= limit for size in self.sizes]
         self.open = [plan for plan, fits in zip(self.plans, within, strict=True) if fits]
+        self.sampled = len(self.open) > run.config.search.max_trials
+        if self.sampled and run.config.search.screen_images is None:
+            raise ValueError(
+                f"{len(self.open)} settings are to be tried, more than search.max_trials "
+                f"({run.config.search.max_trials}): Optuna needs a cheap score to suggest some, so set "
+                "search.screen_images, or raise search.max_trials."
+            )
         self.failures: dict[Key, str] = {}
         self.lost: dict[Key, dict] = {}
 
     def rows(self) -> list[dict]:
         """Return the table as it is now."""
         rows = rows_of(self.run, self.plans, self.sizes, self.failures, self.lost)
-        return [row for row in rows if row["status"] != "open"] if self.sampled else rows
+        return [row for row in rows if row["status"] != "open" or row["screen_pct"] is not None or not self.sampled]
 
     def build(self) -> None:
         """Make the checkpoints, and their first, cheap evaluations: all, or those that Optuna suggests."""
@@ -91,8 +95,8 @@ class Search:
         self._rung("evaluate", work, parallel=_beside(self.run) if wanted.gpus >= 1 else 1)
 
     def judge(self) -> None:
-        """Let one session of the judge score all that were evaluated."""
-        done = [plan.evaluation for plan in self.open if self.run.store.find(plan.evaluation.name)]
+        """Let one session of the judge score all that were evaluated, whenever that was."""
+        done = [plan.evaluation for plan in self.plans if self.run.store.find(plan.evaluation.name)]
         if self.run.config.judge.engine != "none" and done:
             judge.make_all(self.run, done)
 
@@ -119,8 +123,9 @@ class Search:
         chains = {key: [task(work[key][0], s) for s in missing[key] or work[key][1][-1:]] for key in chosen}
         config = self.run.config
         trials = Sampled(config.search.max_trials, OBJECTIVES, config.seed) if sampled else None
+        self.run.fingerprints.save()  # those who make the stages need not read the weights again
         kwargs = {
-            "config": {**config.model_dump(mode="json"), "run_dir": str(self.run.folder)},
+            "config": self.run.resolved().model_dump(mode="json"),
             "command": card.command(),
             "address": os.environ.get("RAY_ADDRESS"),
         }
@@ -186,11 +191,14 @@ def table(rows: Sequence[dict]) -> str:
     fronts = {cost: {row["setting"] for row in front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
     for row in rows:
-        cells = [row["setting"], row["status"], "", "", "", f"{row['estimate_gib']:.4g}", "", "", "", ""]
+        kind = " (simulated)" if row["simulated"] else " (unpacked)" if row["unpacked"] else ""
+        cells = [row["setting"] + kind, row["status"], "", "", "", f"{row['estimate_gib']:.4g}", "", "", "", ""]
         if row["status"] == "done":
-            low, high = row["score_interval_pct"]
             marks = ["*" if row["setting"] in own else "" for own in fronts.values()]
-            cells[2:5] = [f"{row['score_pct']:.1f}", f"[{low:.0f}, {high:.0f}]", f"{row['params'] / 1e6:.3f}"]
+            cells[2:5] = ["-", "", f"{row['params'] / 1e6:.3f}"]
+            if row["score_pct"] is not None:
+                low, high = row["score_interval_pct"]
+                cells[2:4] = [f"{row['score_pct']:.1f}", f"[{low:.0f}, {high:.0f}]"]
             cells[5:7] = [f"{row['memory_gib']:.4g}", marks[0]]
             cells[7:] = [f"{row['ms_per_token']:.2f}", marks[1], f"{row['seconds_alone']:.0f}"]
         lines.append(cells)
@@ -205,6 +213,10 @@ def table(rows: Sequence[dict]) -> str:
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: none has a better score with as little"
         )
+    if any(row["simulated"] for row in rows):
+        text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
+    if any(row["unpacked"] for row in rows):
+        text.append("unpacked: transformers unpacks its weights when it loads them; ms/token is that of 16-bit weights")
     told = [row for row in rows if row["status"] in ("failed", "screened out")]
     return "\n".join(text + [f"{row['setting']} {row['status']}: {row['reason']}" for row in told])
 
@@ -215,16 +227,25 @@ def job(run: Run) -> None:
     if (config.resume or config.resolve_only) and not recorded:
         raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
     if not config.resolve_only:
-        searched(run)
+        own = searched(run)
         recorded = read_rows(run)  # those of the joint choice are among them
     found = resolve(recorded, config.budget, lambda best, second: compared(run, best, second))
     print(table(recorded))
     print(said(found, config.budget))
     print(f"search: {write_report(run, recorded, found)}", flush=True)
+    if not config.resolve_only:
+        check_any(own)
 
 
-def searched(run: Run) -> None:
-    """Do what is not done yet, and write the rows."""
+def check_any(rows: Sequence[dict]) -> None:
+    """RuntimeError if settings were tried, and all of them failed."""
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed and not any(row["status"] == "done" for row in rows):
+        raise RuntimeError(f"All {len(failed)} settings that were tried failed; the first: {failed[0]['reason']}")
+
+
+def searched(run: Run) -> list[dict]:
+    """Do what is not done yet; write the rows, and return them."""
     started = time.monotonic()
     search = Search(run)
     path = write_rows(run, search.rows())
@@ -239,7 +260,7 @@ def searched(run: Run) -> None:
     search.judge()
     rows = search.rows()
     write_rows(run, rows)
-    for plan in search.open:
+    for plan in search.plans:
         if isinstance(plan.model, Stage) and run.store.find(plan.evaluation.name):
             card.refresh(run.store.root / plan.model.name, run.facts(plan.evaluation))
     sums = totals(run, rows)
@@ -248,7 +269,9 @@ def searched(run: Run) -> None:
         f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s",
         flush=True,
     )
+    return rows
 
 
 if __name__ == "__main__":
-    main(__doc__, job, {"resume": "search.resume", "resolve-only": "search.resolve_only"})
+    options = {"resume": "search.resume", "resolve-only": "search.resolve_only"}
+    main(__doc__, job, options, records=lambda config: not config.search.resolve_only)

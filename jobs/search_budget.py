@@ -9,7 +9,7 @@ from jobs import judge
 from jobs.config_search import BudgetConfig
 from jobs.differences import differences
 from jobs.run import Run
-from jobs.search_rows import answers
+from jobs.search_rows import PACKED, answers
 from jobs.search_space import Setting
 
 Scores = Mapping[str, float | None]  # sample_id -> 0 to 1, or a judge's label
@@ -25,8 +25,13 @@ class Entrant:
     scores: Scores
 
     def takes_no_more(self, other: "Entrant") -> bool:
-        """Tell whether this one surely takes neither more memory nor more time than the other: no clock is asked."""
+        """Tell whether this one surely takes neither more memory nor more time than the other: no clock is asked.
+
+        What is only simulated takes more than it counts, and is no reason to give up what can be used.
+        """
         mine, theirs = self.setting, other.setting
+        if mine.simulated and not theirs.simulated:
+            return False
         return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
 
 
@@ -49,9 +54,18 @@ def screened_out(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict
     return lost
 
 
+def usable(row: dict, timed: bool = False) -> bool:
+    """Tell whether a row was evaluated and scored like the others, and is not only simulated.
+
+    timed: whether its ms/token counts, too; those of unpacked weights do not belong to the memory of packed ones.
+    """
+    known = row["status"] == "done" and row["score_pct"] is not None and not row["simulated"]
+    return known and not (timed and row["memory_kind"] == PACKED)
+
+
 def front(rows: Iterable[dict], cost: str) -> list[dict]:
-    """Return the rows that no other beats: none has a higher score at the same cost or less (cheapest first)."""
-    known = [row for row in rows if row["status"] == "done" and row[cost] is not None]
+    """Return the usable rows that no other beats: none has a higher score at the same cost or less (cheapest first)."""
+    known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
     found: list[dict] = []
     for row in sorted(known, key=lambda row: (row[cost], -row["score_pct"])):
         if not found or row["score_pct"] > found[-1]["score_pct"]:
@@ -60,18 +74,21 @@ def front(rows: Iterable[dict], cost: str) -> list[dict]:
 
 
 def fits(row: dict, budget: BudgetConfig) -> bool:
-    """Tell whether a row was evaluated and stays within the budget; what is only simulated cannot be used."""
+    """Tell whether a row can be used and stays within the budget."""
+    if not usable(row, timed=budget.ms_per_token is not None):
+        return False
     limits = [(name, getattr(budget, name)) for name, _ in LIMITS]
-    within = all(limit is None or row[name] <= limit for name, limit in limits) if row["status"] == "done" else False
-    return within and not row["simulated"]
+    return all(limit is None or row[name] <= limit for name, limit in limits)
 
 
 def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict, dict], dict]) -> dict:
-    """Return {answer, runner_up, margins, difference, untried, nearest} for a budget, from recorded rows alone.
+    """Return {answer, runner_up, margins, difference, nearest, untried, ...} for a budget, from recorded rows alone.
 
     Of equal scores the one that takes less memory, then the faster, wins. margins: what the answer leaves of each
     limit, in its unit. difference: `compare(answer, runner_up)`. untried: settings that were over an older budget and
     whose estimate fits this one. nearest: without an answer, the row that misses the budget by the smallest factor.
+    open: settings that are not finished. unjudged: evaluated ones without the judge's score that the others have.
+    untimed: joint choices whose ms/token is not that of the memory they are counted with, where time is limited.
     """
     allowed = [row for row in rows if fits(row, budget)]
     allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
@@ -86,10 +103,13 @@ def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict,
         "difference": None,
         "untried": untried,
         "nearest": None,
+        "open": sum(row["status"] == "open" for row in rows),
+        "unjudged": sum(row["status"] == "done" and row["score_pct"] is None for row in rows),
+        "untimed": sum(usable(row) and not usable(row, timed=budget.ms_per_token is not None) for row in rows),
     }
     if not allowed:
-        usable = [row for row in rows if row["status"] == "done" and not row["simulated"]]
-        return {**found, "nearest": min(usable, key=lambda row: _excess(row, budget), default=None)}
+        near = [row for row in rows if usable(row, timed=budget.ms_per_token is not None)]
+        return {**found, "nearest": min(near, key=lambda row: _excess(row, budget), default=None)}
     best, second = allowed[0], allowed[1] if len(allowed) > 1 else None
     limits = {name: getattr(budget, name) for name, _ in LIMITS}
     margins = {name: limit - best[name] for name, limit in limits.items() if limit is not None}
@@ -142,6 +162,14 @@ def said(found: dict, budget: BudgetConfig) -> str:
             f"  {len(found['untried'])} settings were never tried, for they missed an older budget, and fit this one "
             "by their estimate: the search without --resolve-only tries them"
         )
+    if found["open"]:
+        lines.append(
+            f"  {found['open']} settings are not finished, and may be better: the search with --resume goes on"
+        )
+    if found["unjudged"]:
+        lines.append(f"  {found['unjudged']} evaluated settings are left out: the judge has not scored them, as others")
+    if found["untimed"]:
+        lines.append(f"  {found['untimed']} joint choices are left out: counted packed, but timed unpacked")
     return "\n".join(lines)
 
 

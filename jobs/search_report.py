@@ -12,7 +12,7 @@ from jobs.figures_search import Mark, front_figure, layers_figure
 from jobs.report import rendered, size, with_interval
 from jobs.run import Run
 from jobs.search_budget import front, said
-from jobs.search_rows import GIB, totals
+from jobs.search_rows import GIB, PACKED, totals
 from jobs.search_stages import SEARCH
 
 HTML = "report.html"
@@ -26,6 +26,7 @@ def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
     rows: of the search and of the joint choice; found: what jobs.search_budget.resolve says of the config's budget.
     """
     folder = run.folder / SEARCH
+    folder.mkdir(parents=True, exist_ok=True)
     figures = _figures(rows, run.config.search.budget)
     joint = _joint(run)
     if joint is not None:
@@ -38,6 +39,8 @@ def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "answer": [line.strip() for line in said(found, run.config.search.budget).splitlines()],
         "figures": figures,
+        "published": published.POINTS,
+        "packed": PACKED,
         "rows": [_shown(number, row, found, rows) for number, row in enumerate(rows, 1)],
         "done": [row for row in rows if row["status"] == "done"],
         "joint": joint,
@@ -50,7 +53,7 @@ def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
 
 def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
     """Return the two fronts by name; none where nothing was evaluated."""
-    done = [row for row in rows if row["status"] == "done"]
+    done = [row for row in rows if row["status"] == "done" and row["score_pct"] is not None]
     if not done:
         return {}
     score = "LLM judge (%)" if done[0]["score_kind"] == "judge" else "baseline score (%), no LLM judge"
@@ -63,7 +66,7 @@ def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
         marks = [
             Mark(number, row[cost] * factor, row["score_pct"], low, high, row["quantizer"], row in best)
             for number, row in enumerate(rows, 1)
-            if row["status"] == "done"
+            if row in done
             for low, high in [row["score_interval_pct"]]
         ]
         limit = getattr(budget, cost)
@@ -82,6 +85,7 @@ def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
 def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
     """Return a row's cells as text, and what a column is sorted by where that differs."""
     done = row["status"] == "done"
+    scored = done and row["score_pct"] is not None
     roles = {"answer": found["answer"], "runner-up": found["runner_up"]}
     marks = [role for role, other in roles.items() if other is not None and other["setting"] == row["setting"]]
     marks += [f"front of {name}" for cost, name in COSTS.items() if row in front(rows, cost)]
@@ -90,8 +94,8 @@ def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
         "setting": row["setting"],
         "status": row["status"],
         "marks": ", ".join(marks),
-        "score": with_interval(row["score_pct"], row["score_interval_pct"]) if done else "",
-        "score_value": row["score_pct"] if done else None,
+        "score": with_interval(row["score_pct"], row["score_interval_pct"]) if scored else "not judged" if done else "",
+        "score_value": row["score_pct"] if scored else None,
         "memory": size(row["memory_gib"] * GIB) if done else f"{size(row['estimate_gib'] * GIB)} (estimate)",
         "memory_value": row["memory_gib"] if done else row["estimate_gib"],
         "ms": f"{row['ms_per_token']:.2f}" if done else "",
@@ -103,6 +107,7 @@ def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
         "removed": ", ".join(map(str, row["removed_layers"])) or "none",
         "reason": row["reason"],
         "simulated": row["simulated"],
+        "unpacked": row["unpacked"],
         "command": row["command"],
         "checkpoint": row["checkpoint"],
     }

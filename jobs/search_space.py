@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from actors.specs import QUANTIZER_BITS
 from jobs.config import Config
@@ -36,10 +37,15 @@ class Setting:
         return ", ".join(parts) or "original"
 
     @property
+    def simulated(self) -> bool:
+        """Whether its rounded weights are stored in 16 bits: it stands for a setting that cannot be used."""
+        return self.quantizer in ("awq", "rtn") and self.bits != 4
+
+    @property
     def kernels(self) -> tuple[str, int]:
         """What multiplies its weights: of two settings with the same, the one with fewer layers is not slower."""
         if self.quantizer in ("awq", "rtn"):  # one layout; with other bits than 4 simulated, that is, stored in 16
-            return ("awq", 4) if self.bits == 4 else ("none", 16)
+            return ("none", 16) if self.simulated else ("awq", 4)
         return self.quantizer, self.bits
 
 
@@ -77,15 +83,29 @@ def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
     return config.model_copy(update=sections)
 
 
-def alone(setting: Setting) -> str:
-    """Return the command that makes this one setting: this process's, with a space of one."""
-    words = [word for word in sys.argv[1:] if word.partition("=")[0] not in _MODES]
+def invoked() -> str:
+    """Return the command of this process, whole: it is for those who have this run folder, and not made public."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
+
+
+def alone(setting: Setting, run_dir: str) -> str:
+    """Return the command that makes this one setting anew: this process's, with a space of one and its own folder."""
+    words, rest = [], sys.argv[1:]
+    while rest:
+        word = rest.pop(0)
+        if word.partition("=")[0] not in _MODES:
+            words.append(word)
+        elif "=" not in word and rest and not rest[0].startswith("--"):
+            rest.pop(0)  # its value
     chosen = {"depths": setting.depth, "recoveries": setting.recovery, "quantizers": setting.quantizer}
     if len(QUANTIZER_BITS.get(setting.quantizer, ())) > 1:
         chosen["bits"] = setting.bits
     for name, value in chosen.items():
         words += [f"--search.{name}", f"[{value}]"]
-    return shlex.join(["python", "-m", "jobs.search", *words, "--search.screen_images", "null"])
+    words += ["--search.screen_images", "null", "--search.budget.memory_gib", "null"]
+    words += ["--run_dir", f"{run_dir}/alone/{'-'.join(setting.key)}"]
+    return shlex.join(["python", "-m", "jobs.search", *words])
 
 
 def described(setting: Setting) -> dict:

@@ -34,8 +34,14 @@ class Plan:
         return ordered([*self.before, self.screen or self.model])
 
     def find(self, name: str) -> Stage:
-        """Return the stage of that name."""
-        return next(stage for stage in ordered([*self.first, self.evaluation]) if stage.name == name)
+        """Return the stage of that name; ValueError: none has it, so that it was planned from something else."""
+        for stage in ordered([*self.first, self.evaluation]):
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"{name} is not a stage of {self.setting.label!r} any more: its data, model or options changed while the "
+            "search ran. Start the search again."
+        )
 
 
 def ordered(stages: Iterable[Stage | Source]) -> list[Stage]:

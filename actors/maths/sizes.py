@@ -13,14 +13,16 @@ from actors.specs import NF4_BLOCK
 HQQ_ROWS = {8: 1, 4: 2, 3: 10, 2: 4}  # groups of which hqq packs one value each into a word
 _NF4_LEVELS = 16
 _SCALE = 2  # bytes of a stored float16 scale
+_SHAPE = 16  # bytes of the compressed-tensors layout's weight_shape: two int64
 
 
 def linear_bytes(method: str, bits: int, group: int, outputs: int, inputs: int, itemsize: int) -> int:
     """Return the bytes of one linear's weight [outputs, inputs] as our checkpoints store it, scales and zeros included.
 
     bits: 16 is not rounded, `itemsize` bytes a number. awq and rtn: the AWQ gemm layout at 4 bits; at others nominal
-    bits, a float16 scale and a zero point of `bits` bits a group. nf4: float32 scales of blocks of 64, the 16 levels,
-    and the description that bitsandbytes keeps. int8: a float32 scale an output, and a byte that names the format.
+    bits, a float16 scale and a zero point of `bits` bits a group. mixed: the compressed-tensors layout, whole words of
+    32 // bits values. nf4: float32 scales of blocks of 64, the 16 levels, and the description that bitsandbytes keeps.
+    int8: a float32 scale an output, and a byte that names the format.
     """
     weights = outputs * inputs
     if bits == 16:
@@ -34,6 +36,10 @@ def linear_bytes(method: str, bits: int, group: int, outputs: int, inputs: int, 
     if method == "hqq":
         word = 4 if bits == 3 else 1
         return word * group * -(-groups // HQQ_ROWS[bits]) + 2 * _SCALE * groups
+    if method == "mixed":
+        columns, per_word = inputs // group, 32 // bits
+        words = outputs * -(-inputs // per_word) + columns * -(-outputs // per_word)
+        return 4 * words + _SCALE * groups + _SHAPE
     return -(-(weights * bits + groups * bits) // 8) + _SCALE * groups
 
 

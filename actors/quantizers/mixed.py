@@ -30,7 +30,6 @@ FORMAT = "pack-quantized"
 STORED = torch.float16
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 NAME = "language_model.model.layers.{}.{}"  # as published
-_SHAPE_BYTES = 16  # weight_shape: two int64
 MISSING = (
     "Checkpoints of mixed bits need the compressed-tensors package, which is not installed: "
     "pip install -c constraints.txt '.[mixed]'."
@@ -66,16 +65,6 @@ def unpacked(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     q = unpack(parts["weight_packed"], bits, shape)
     zero = unpack(parts["weight_zero_point"], bits, scale.shape, packed_dim=0)
     return dequantize(q.int(), zero.int(), scale)
-
-
-def linear_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
-    """Return the bytes of a weight [out, in] in the layout (16 bits: not rounded)."""
-    if bits == 16:
-        return 2 * outputs * inputs
-    groups, per_word = inputs // group, 32 // bits
-    return (
-        4 * (outputs * -(-inputs // per_word) + groups * -(-outputs // per_word)) + 2 * outputs * groups + _SHAPE_BYTES
-    )
 
 
 def rounded_layers(

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText
 from actors.gate import GateError
 from actors.loading import language_model, load_model, load_processor
 from actors.maths.awq import rounded
+from actors.maths.sizes import linear_bytes
 from actors.probe import probe_logits
-from actors.quantizers.mixed import MixedQuantizer, linear_bytes, packed, read_option, unpacked
+from actors.quantizers.mixed import MixedQuantizer, packed, read_option, unpacked
 from actors.quantizers.structure import linear_shapes
 from actors.specs import ModelSpec
 from actors.surgery import prune_checkpoint
@@ -92,8 +93,7 @@ def test_bytes_are_those_of_the_file(mixed):
             held[number] = held.get(number, 0) + tensor.numel() * tensor.element_size()
     shapes = linear_shapes(load_model(str(DERM_TINY)).config).values()
     for number, bits in enumerate(BITS):
-        assert held[number] == sum(linear_bytes(bits, 64, *shape) for shape in shapes)
-    assert linear_bytes(4, 64, 64, 192) == 64 * 192 // 2 + 64 * 3 * 2 + 3 * 64 // 2 + 16  # values, scales, zeros, shape
+        assert held[number] == sum(linear_bytes("mixed", bits, 64, *shape, 2) for shape in shapes)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

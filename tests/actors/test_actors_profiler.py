@@ -196,6 +196,10 @@ def test_peaks_on_gpus_are_summed(monkeypatch):
     cuda |= {"memory_allocated": GIB, "memory_reserved": 2 * GIB, "mem_get_info": (7 * GIB, 10 * GIB)}
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert footprint.taken("cuda") == {"allocated": 2 * GIB, "reserved": 4 * GIB, "driver": 6 * GIB}
-    assert footprint.peak("cuda") == {"allocated": 4 * GIB, "reserved": 5 * GIB, "driver": 7 * GIB}
+    assert footprint.taken("cuda") == {"allocated": 2 * GIB, "reserved": 4 * GIB, "fullest": 3 * GIB, "driver": 6 * GIB}
+    peak = {"allocated": 4 * GIB, "reserved": 5 * GIB, "fullest": 7 * GIB // 2, "driver": 7 * GIB}
+    assert footprint.peak("cuda") == peak
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert footprint.taken("cuda") == {"allocated": GIB, "reserved": 2 * GIB, "driver": 3 * GIB}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert footprint.context_bytes() == 2 * GIB

@@ -26,6 +26,8 @@ BY_HAND = {
     ("hqq", 4): 4096 + 128 * 4,
     ("hqq", 2): 2048 + 128 * 4,
     ("hqq", 8): 8192 + 128 * 4,
+    ("mixed", 4): 4096 + 128 * 2 + 64 + 16,  # as awq, and two int64 of shape
+    ("mixed", 3): 64 * 13 * 4 + 128 * 2 + 2 * 7 * 4 + 16,  # ten values a word, of a row and of a column of zeros
     ("hqq", 3): 13 * 64 * 4 + 128 * 4,  # ten groups a word: 128 groups take 13 rows of 64 words
 }
 

@@ -187,6 +187,22 @@ def test_leftovers_of_hosts_with_like_names_are_left_alone(tmp_path, monkeypatch
     assert foreign.is_dir() and (tmp_path / "stage-1" / "file").read_text() == "x"
 
 
+def test_the_seconds_of_a_stage_that_was_killed_are_those_of_all_its_legs(store, monkeypatch):
+    """Ten seconds, a kill and an hour's rest, then five more; the kill came three seconds after the last file."""
+    clock = [1000.0]
+    monkeypatch.setattr(artifacts.time, "time", lambda: clock[0])
+    with pytest.raises(KeyboardInterrupt), store.create("ablate-1", {}, resume=True) as (folder, _):
+        (folder / "unit").touch()
+        os.utime(folder / "unit", (1010.0, 1010.0))
+        raise KeyboardInterrupt
+    clock[0] = 5000.0
+    with store.create("ablate-1", {}, resume=True) as (folder, _):
+        assert [path.name for path in folder.iterdir()] == ["unit"]
+        clock[0] = 5005.0
+    assert store.manifest("ablate-1")["seconds"] == 15
+    assert files(store) == {"ablate-1/unit", "ablate-1/manifest.json"}
+
+
 def test_a_resumed_stage_that_another_process_finishes_is_theirs(tmp_path):
     """Both build in one folder; the first renames it, and the second's next write finds no folder."""
     store = ArtifactStore(tmp_path)

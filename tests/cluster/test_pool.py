@@ -34,6 +34,16 @@ def test_every_item_once():
     assert sorted(outcomes, key=lambda outcome: outcome.key) == [Outcome(n, value=n * n + 5) for n in range(20)]
 
 
+def test_who_waits_in_rays_queue_holds_no_gpu():
+    """Two actors of two cores each, where there are two: the second has no place until the first is gone."""
+    started = time.monotonic()
+    with pool_of("Squares", Resources(cpus=2, count=2)) as pool:
+        assert len(list(pool.map("process", items(range(8))))) == 8
+        pool._resources = Resources(cpus=2, gpus=3, count=2)  # as if there were GPUs
+    held = pool.gpu_seconds / 3
+    assert 8 * 0.05 <= held < time.monotonic() - started
+
+
 def test_no_items_need_no_actor():
     with Pool("no.such.module:Class", {}, TWO) as pool:
         assert list(pool.map("square", [])) == []

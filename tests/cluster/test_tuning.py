@@ -1,12 +1,16 @@
 """Trials that share stages: each is made once, whatever fails, dies or is sampled."""
 
+import importlib.util
 import json
 import random
 from collections import Counter
 
 import psutil
 import pytest
+import ray
+from ray.tune.search import Searcher
 
+from cluster.suggesting import Suggestions
 from cluster.tuning import Maker, Sampled, Task, run_trials
 
 TOYS = "tests.cluster.toys:Stages"
@@ -57,7 +61,84 @@ def test_shared_stages_are_made_once_and_failures_are_results(private_ray, tmp_p
     assert [line["error"] for line in lines if line["event"] == "failed"] == [NAN]
     assert watcher.killed == 1
     assert Counter(e["key"] for e in watcher.events if e["event"] == "trial") == Counter(dict.fromkeys(chains(), 1))
-    assert list((tmp_path / "search" / "grid").glob("*/events.out.tfevents*"))
+    assert list((tmp_path / "search" / "grid").glob("start-1/*/events.out.tfevents*"))
+
+
+def test_a_logger_that_is_missing_is_told_of_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray, "remote", lambda *_, **__: pytest.fail("a broker was started"))
+    maker = Maker(TOYS, {"folder": str(tmp_path)})
+    with pytest.raises(ValueError, match="The logger mlflow is not installed"):
+        run_trials(chains(), maker, tmp_path / "grid", tmp_path / "log.jsonl", print, ["mlflow"])
+
+
+GRID = [(depth, way, bits) for depth in "0123456789" for way in ("none", "lora") for bits in "2348"]
+
+
+BOTH = {"score": "max", "gib": "min"}
+
+
+def suggested(keys, ends=lambda key: value(key), objectives=BOTH, shuffled: int | None = None, seed: int = 0) -> list:
+    """Ask for settings, and tell what each found (None: it failed), in an order of its own if shuffled."""
+    searcher = Suggestions(keys, objectives, 40, 4, seed)
+    found: list = []
+    waiting: list = []
+    for number in range(10**4):
+        given = searcher.suggest(str(number))
+        if given is None or given == Searcher.FINISHED:
+            if shuffled is not None:
+                random.Random(shuffled).shuffle(waiting)
+            for name, key in waiting:
+                result = ends(key)
+                searcher.on_trial_complete(name, result and dict(zip(BOTH, result, strict=True)))
+            waiting.clear()
+            if given == Searcher.FINISHED:
+                return found
+            continue
+        key = tuple(given["setting"].values())
+        found.append(key)
+        waiting.append((str(number), key))
+    raise AssertionError("it never ends")
+
+
+def value(key) -> tuple[float, float]:
+    """Best with few layers out, and with recovery."""
+    return 90.0 - 5 * int(key[0]) + 4 * (key[1] == "lora"), 4.0
+
+
+def test_every_suggestion_exists_and_comes_once():
+    keys = [key for key in GRID if (int(key[0]) + int(key[2])) % 3]  # a third is over the budget
+    found = suggested(keys)
+    assert len(found) == len(set(found)) == 40 and set(found) <= set(keys)
+    assert sorted(suggested(keys[:9])) == sorted(keys[:9])  # fewer than trials: all of them
+
+
+def test_suggestions_do_not_depend_on_who_ends_first():
+    first, *others = (suggested(GRID, shuffled=seed) for seed in (None, 1, 2))
+    assert others == [first, first]
+
+
+def test_it_learns_from_what_it_sees_and_from_what_fails():
+    """Against the mean of the space, over four seeds, after the first eight suggestions."""
+    score = {"score": "max"}
+    good = [one for seed in range(4) for one in suggested(GRID, objectives=score, seed=seed)[8:24]]
+    assert sum(value(key)[0] for key in good) / len(good) > sum(value(key)[0] for key in GRID) / len(GRID) + 3
+    found = [suggested(GRID, lambda key: None if key[2] == "8" else value(key), score, seed=seed) for seed in range(4)]
+    failed = sum(key[2] == "8" for one in found for key in one[8:])
+    assert failed < 0.8 * 4 * 32 / 4  # a quarter of the space fails
+
+
+def test_what_failed_counts_as_the_worst_that_was_seen():
+    searcher = Suggestions([("a",), ("b",), ("c",)], BOTH, 3, 2, 0)
+    first, second = (searcher.suggest(name)["setting"]["0"] for name in ("one", "two"))
+    assert searcher.suggest("three") is None
+    searcher.on_trial_complete("two", {"score": 5, "gib": 2})
+    assert searcher.suggest("three") is None
+    searcher.on_trial_complete("one", {"error": "nan"})
+    (third,) = {"a", "b", "c"} - {first, second}
+    assert searcher.suggest("three")["setting"]["0"] == third
+    assert [trial.values for trial in searcher._study.trials[:2]] == [[5, 2], [5, 2]]
+    assert searcher.suggest("four") == Searcher.FINISHED
 
 
 @pytest.mark.slow
@@ -67,16 +148,20 @@ def test_sampling_suggests_the_same_settings_again_whoever_ends_first(private_ra
         folder.mkdir()
         tasks = {k: [t for t in chain if t.name != "cy"] for k, chain in chains(random.random()).items()}
         maker = Maker(TOYS, {"folder": str(folder)}, parallel=2)
-        sampled = Sampled(12, {"number": "max"}, seed=1, batch=4)
+        sampled = Sampled(5, {"number": "max"}, seed=1, batch=2)
         events: list[dict] = []
         ends = run_trials(tasks, maker, folder / "tune", folder / "log.jsonl", events.append, (), sampled)
         assert set(ends) <= set(tasks)
         assert max(Counter((folder / "tries").read_text().split()).values()) == 1
         seen.append(sorted(event["key"] for event in events if event["event"] == "trial"))
-    assert len(seen[0]) == 12 and seen[0] == seen[1]
+    assert len(set(seen[0])) == len(seen[0]) == 5 and seen[0] == seen[1]
 
 
 def test_a_class_that_cannot_be_built_fails_its_trials(private_ray, tmp_path):
+    earlier = tmp_path / "tune" / "start-1" / "events.out.tfevents"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     maker = Maker("tests.cluster.toys:NotThere", {}, parallel=1)
     ends = run_trials({("a",): [Task("a")]}, maker, tmp_path / "tune", tmp_path / "log.jsonl", print)
     assert "NotThere" in ends["a",]["error"]
+    assert earlier.is_file() and (tmp_path / "tune" / "start-2").is_dir()  # what an earlier start logged is kept

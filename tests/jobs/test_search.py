@@ -2,15 +2,19 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 import cluster.tuning
 from cluster.tables import write_table
-from jobs import evaluate, search
+from jobs import evaluate, judge, search
+from jobs import run as run_module
+from jobs.command import main
+from jobs.config import Config
 from jobs.options import load_config
 from jobs.run import Run, Stage
-from jobs.search_rows import MEASURED, busy, read_rows, totals
+from jobs.search_rows import MEASURED, _memory, busy, read_log, read_rows, totals, write_log, write_rows
 from jobs.search_space import Setting, space
 from jobs.search_stages import Plan, ordered
 
@@ -48,14 +52,14 @@ class Factory:
         healed = self.stage("recover", [one.recovery], (pruned,)) if one.recovery != "none" else pruned
         model = self.stage("quantize", [one.quantizer], (healed,))
         share = 1.0 if one.depth == 0 else GOOD[one.recovery]
-        screen, full = (self.stage("evaluate", [images, share], (model,)) for images in (12, 20))
+        screen, full = (self.stage("evaluate", [images], (model,), share) for images in (12, 20))
         return Plan(one, model, screen, full, ())
 
-    def stage(self, kind: str, settings: list, parents: tuple) -> Stage:
+    def stage(self, kind: str, settings: list, parents: tuple, share: float = 0.0) -> Stage:
         def build(run: Run, folder, facts: dict) -> None:
             facts["removed"] = [1, 2] if settings == [2] else []
             if kind == "evaluate":
-                images, share = settings
+                (images,) = settings
                 rows = [
                     {"sample_id": f"{i}", "group": f"{i}", "baseline": float(i < share * images)} for i in range(images)
                 ]
@@ -73,7 +77,8 @@ class Factory:
         return [GIB[plan.setting.quantizer] - 0.1 * plan.setting.depth for plan in plans]
 
     def run_trials(self, chains, maker, folder, log, on_event, loggers, sampled) -> dict:
-        run = Run(load_config(None, [("run_dir", maker.kwargs["config"]["run_dir"]), *SPACE.items()]))
+        run = Run(Config.model_validate(maker.kwargs["config"]))
+        assert (run.folder / "artifacts" / "fingerprints.json").is_file()  # so that no maker reads the weights again
         ends = {}
         for key, tasks in chains.items():
             plan = next(self.plan(one) for one in space(run.config) if one.key == key)
@@ -128,6 +133,18 @@ def test_every_stage_is_made_once_and_the_best_that_fits_is_the_answer(factory, 
     assert "runner-up: awq 4 bit" in said and "difference: none, every answer has the same score" in said
 
 
+def test_the_hub_is_asked_once_and_the_others_are_told(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "_hub_commit", lambda *given: asked.append(given) or 40 * "a")
+    run = Run(load_config(None, [("run_dir", str(tmp_path)), ("model.path", "owner/name")]))
+    inner = Run(run.config, home=run)
+    assert run.base_model() == inner.base_model() == run.base_model() and asked == [("owner/name", None)]
+    told = Run(run.resolved())
+    assert told.config.model.revision == 40 * "a" and told.base_model() == run.base_model()
+    here = Run(load_config(None, [("run_dir", str(tmp_path))]))
+    assert here.resolved().model == here.config.model
+
+
 def test_a_failed_stage_is_a_row_with_its_reason_and_the_others_go_on(factory, tmp_path, capsys):
     factory.broken = ("recover",)
     search.job(new_run(tmp_path))
@@ -173,7 +190,7 @@ def test_there_is_nothing_to_go_on_with(tmp_path, option):
 
 
 def test_a_space_too_large_to_try_all_needs_a_screen(factory, tmp_path):
-    with pytest.raises(ValueError, match=r"8 settings, more than search\.max_trials \(7\).*search\.screen_images"):
+    with pytest.raises(ValueError, match=r"8 settings are .* more than search\.max_trials \(7\).*screen_images"):
         search.job(new_run(tmp_path, search__max_trials="7", search__screen_images="null"))
 
 
@@ -186,20 +203,120 @@ def test_of_too_many_settings_those_that_were_suggested_are_rows(factory, tmp_pa
         return factory.run_trials({key: chains[key] for key in chosen}, *rest)
 
     monkeypatch.setattr(cluster.tuning, "run_trials", suggest)
-    options = {"search__max_trials": "7", "search__budget__memory_gib": "3.9"}
+    options = {"search__max_trials": "5", "search__budget__memory_gib": "3.9"}
     search.job(new_run(tmp_path, **options))
     rows = read_rows(new_run(tmp_path))
     assert names(rows, "over budget") == ["original", "lora"] and len(rows) == 5
-    assert asked[0].trials == 7 and asked[0].objectives["score"] == "max"
+    assert asked[0].trials == 5 and asked[0].objectives["score"] == "max"
     assert asked[1:] == [None]  # the evaluation of those that were suggested is a grid
     made = len(factory.made)
     search.job(new_run(tmp_path, **options))  # Optuna is told what is finished, and suggests the same
     assert len(factory.made) == made and comparable(read_rows(new_run(tmp_path))) == comparable(rows)
 
 
-def test_rows_of_other_methods_stay(factory, tmp_path):
-    from jobs.search_rows import write_rows
+def test_what_the_budget_leaves_of_a_large_space_is_tried_whole(factory, tmp_path):
+    search.job(new_run(tmp_path, search__max_trials="6", search__budget__memory_gib="3.9"))  # 8, of which 6 fit
+    assert len(read_rows(new_run(tmp_path))) == 8
 
+
+def test_a_narrower_search_in_the_same_folder_keeps_what_was_found(factory, tmp_path, capsys):
+    search.job(new_run(tmp_path))
+    before, made = read_rows(new_run(tmp_path)), len(factory.made)
+    search.job(new_run(tmp_path, search__depths="[0]", search__budget__memory_gib="0.95"))
+    after = {row["setting"]: row for row in read_rows(new_run(tmp_path))}
+    assert len(factory.made) == made
+    assert names(after.values(), "done") == names(before, "done")  # two are over this budget, and yet have their scores
+    assert all(row["score_pct"] == after[row["setting"]]["score_pct"] for row in before)
+    assert "answer for 0.95 GiB: 2 out, lora, awq 4 bit" in capsys.readouterr().out
+
+
+def test_rows_of_another_model_or_evaluation_leave_the_table(factory, tmp_path, capsys):
+    search.job(new_run(tmp_path))
+    path = tmp_path / "search" / "rows.json"
+    old = [{**row, "conditions": "other"} for row in read_rows(new_run(tmp_path))]
+    path.write_text(json.dumps(old))
+    search.job(new_run(tmp_path, search__depths="[0]"))
+    assert len(read_rows(new_run(tmp_path))) == 4 and "8 rows of other data" in capsys.readouterr().out
+
+
+def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path, capsys, monkeypatch):
+    """A search that the judge scored; then one without it, and with a setting more."""
+    monkeypatch.setattr(search, "compared", lambda *_: {"difference_finding": None})
+    run = new_run(tmp_path, search__depths="[0]", search__screen_images="null")
+    search.job(run)
+    verdict = {"is_llm_judge": True, "judge_interval_pct": [60.0, 80.0], "judgement": "judge-1"}
+    judged = [{**row, **verdict, "judge_pct": 70.0} for row in read_rows(run)]
+    write_rows(run, judged)
+    assert {row["score_kind"] for row in read_rows(run)} == {"judge"}
+    search.job(new_run(tmp_path, search__screen_images="null"))
+    rows = {row["setting"]: row for row in read_rows(run)}
+    assert (rows["lora"]["score_pct"], rows["lora"]["judge_pct"]) == (70.0, 70.0)
+    assert rows["2 out, lora"]["status"] == "done" and rows["2 out, lora"]["score_pct"] is None
+    assert "4 evaluated settings are left out: the judge has not scored them" in capsys.readouterr().out
+
+
+def test_a_judge_that_cannot_be_is_told_of_before_anything_is_made(factory, tmp_path):
+    with pytest.raises(ValueError, match=r"judge\.url"):
+        search.job(new_run(tmp_path, judge__engine="openai"))
+    assert factory.made == []
+
+
+def test_all_that_was_evaluated_is_judged(factory, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(judge, "stage", lambda run, evaluated: Stage("judge", 1, {}, (evaluated,), lambda *_: None))
+    monkeypatch.setattr(judge, "make_all", lambda run, done: asked.append(len(done)))
+    monkeypatch.setattr(judge, "row", lambda *_: pytest.fail("nothing was judged"))
+    search.job(new_run(tmp_path))
+    search.job(new_run(tmp_path, judge__engine="openai", search__budget__memory_gib="0.95"))
+    assert asked == [len(names(read_rows(new_run(tmp_path)), "done"))]
+
+
+def test_a_search_of_which_everything_failed_is_a_failure(factory, tmp_path):
+    factory.broken = ("evaluate",)
+    with pytest.raises(RuntimeError, match=r"All 8 settings that were tried failed; the first: The loss is nan"):
+        search.job(new_run(tmp_path))
+    assert (tmp_path / "search" / "report.html").is_file()
+
+
+def test_an_unfinished_search_says_so_when_it_is_resolved(factory, tmp_path, capsys):
+    factory.stop_after = 12
+    with pytest.raises(Stopped):
+        search.job(new_run(tmp_path))
+    count = len(names(read_rows(new_run(tmp_path)), "open"))
+    search.job(new_run(tmp_path, search__resolve_only="true"))
+    assert count > 0 and f"{count} settings are not finished" in capsys.readouterr().out
+
+
+def test_resolving_leaves_the_recorded_config_alone(factory, tmp_path, monkeypatch):
+    def command(*words: str) -> str:
+        given = {"run_dir": str(tmp_path), **SPACE}
+        options = [word for key, value in given.items() for word in (f"--{key}", value)]
+        monkeypatch.setattr(sys, "argv", ["search", *options, *words])
+        main("", search.job, {"resolve-only": "search.resolve_only"}, lambda config: not config.search.resolve_only)
+        return (tmp_path / "config.search.yaml").read_text()
+
+    before = command()
+    assert command("--resolve-only", "--search.budget.memory_gib", "1") == before
+    assert command("--search.budget.memory_gib", "1") != before
+
+
+def test_the_memory_of_several_gpus_is_that_of_the_fullest():
+    profile = {"steady_peak_bytes": {"allocated": 1, "fullest": 2**30, "driver": 3 * 2**29}}
+    assert _memory(profile, 9.0, False) == {"memory_gib": 1.0, "memory_kind": "GPU, driver, the fullest"}
+    del profile["steady_peak_bytes"]["fullest"]
+    assert _memory(profile, 9.0, True) == {"memory_gib": 1.5, "memory_kind": "GPU, driver"}
+    assert _memory({"steady_peak_bytes": {"resident": 5}}, 9.0, True)["memory_kind"] == "estimate, packed"
+
+
+def test_a_line_that_a_kill_cut_short_is_no_end(tmp_path):
+    run = new_run(tmp_path)
+    write_log(run, {"event": "made", "name": "prune-1"})
+    with open(tmp_path / "search" / "log.jsonl", "a") as log:
+        log.write('{"event": "ma')
+    assert [line["name"] for line in read_log(run)] == ["prune-1"]
+
+
+def test_rows_of_other_methods_stay(factory, tmp_path):
     run = new_run(tmp_path)
     search.job(run)
     joint = {**read_rows(run)[0], "method": "joint", "setting": "joint 1"}
@@ -219,6 +336,12 @@ def test_what_sharing_saves_is_counted(factory, tmp_path):
     assert sums["seconds_apart"] == pytest.approx(apart, abs=0.5)  # each row is rounded
     assert sums["seconds"] == pytest.approx(sum(one["seconds"] for one in manifests.values()))
     assert sums["gpu_hours"] == sums["gpu_hours_apart"] == 0 and sums["busy_seconds"] == 0  # no log is written here
+    measured = {"event": "measured", "started": 0.0, "seconds": 60.0, "gpu_seconds": 3600.0, "stages": ["nowhere"]}
+    write_log(run, measured)  # by the joint choice: for all its rows once
+    more = totals(run, rows)
+    assert {key: more[key] - sums[key] for key in sums} == pytest.approx(
+        {"stages": 0, "seconds": 60, "seconds_apart": 60, "gpu_hours": 1, "gpu_hours_apart": 1, "busy_seconds": 60}
+    )
 
 
 def test_seconds_in_which_something_was_being_made():

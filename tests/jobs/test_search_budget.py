@@ -1,5 +1,7 @@
 """Who loses in the screen, who is on the front, what a budget allows: from rows alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from jobs.config_search import BudgetConfig
@@ -31,11 +33,15 @@ def test_none_loses_to_what_takes_more_or_has_other_kernels_or_is_not_resolved()
     assert screened_out([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
     assert screened_out([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
     assert screened_out([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
+    three = replace(entrant(4, 1.0, gib=0.1), setting=Setting(4, "none", "rtn", 3))
+    assert screened_out([entrant(4, 0.4), three], IMAGES) == {}  # simulated: it takes more than it counts
+    assert screened_out([replace(entrant(4, 0.4, gib=0.6), setting=three.setting), entrant(4, 1.0)], IMAGES)
     assert screened_out([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
 
 
-def row(setting: str, score: float, gib: float, ms: float, **more) -> dict:
-    given = {"setting": setting, "status": "done", "score_pct": score, "score_interval_pct": [score - 5, score + 5]}
+def row(setting: str, score: float | None, gib: float, ms: float, **more) -> dict:
+    given = {"setting": setting, "status": "done", "score_pct": score, "unpacked": False}
+    given["score_interval_pct"] = score and [score - 5, score + 5]
     given |= {"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "estimate_gib": gib, "simulated": False}
     return {**given, "is_llm_judge": False, "checkpoint": f"artifacts/{setting}", "evaluation": setting, **more}
 
@@ -57,7 +63,7 @@ def names(rows) -> list[str]:
 
 
 def test_the_front_has_what_no_other_beats():
-    assert names(front(ROWS, "memory_gib")) == ["three bits", "awq", "whole"]
+    assert names(front(ROWS, "memory_gib")) == ["deep sft", "awq", "whole"]  # three bits are only simulated
     assert names(front(ROWS, "ms_per_token")) == ["deep sft", "awq", "whole"]
 
 
@@ -99,6 +105,27 @@ def test_settings_that_an_older_budget_left_out_are_told():
     found = resolve(ROWS, BudgetConfig(memory_gib=24.0), difference)
     assert found["untried"] == ["big"] and "1 settings were never tried" in said(found, BudgetConfig(memory_gib=24.0))
     assert resolve(ROWS, BudgetConfig(memory_gib=19.0), difference)["untried"] == []
+
+
+def test_packed_memory_and_unpacked_time_are_not_one_answer():
+    """A joint choice on a CPU: best and smallest, but its ms/token are those of weights of 16 bits."""
+    joint = row("joint", 99.0, 3.0, 1.0, unpacked=True, memory_kind="estimate, packed")
+    memory, both = BudgetConfig(memory_gib=4.5), BudgetConfig(memory_gib=4.5, ms_per_token=25)
+    found = resolve([*ROWS, joint], memory, difference)
+    assert found["answer"]["setting"] == "joint" and "joint choices" not in said(found, memory)
+    found = resolve([*ROWS, joint], both, difference)
+    assert found["answer"]["setting"] == "awq" and "1 joint choices are left out" in said(found, both)
+    assert joint in front([*ROWS, joint], "memory_gib") and joint not in front([*ROWS, joint], "ms_per_token")
+    measured = {**joint, "memory_kind": "GPU, driver"}  # both of the unpacked weights
+    assert fits(measured, both) and measured in front([*ROWS, measured], "ms_per_token")
+
+
+def test_what_is_not_finished_or_not_judged_is_told():
+    rows = [*ROWS, row("waits", 0.0, 1.0, 1.0, status="open"), row("unjudged", None, 1.0, 1.0)]
+    found = resolve(rows, BudgetConfig(), difference)
+    assert (found["answer"]["setting"], found["open"], found["unjudged"]) == ("whole", 1, 1)
+    text = said(found, BudgetConfig())
+    assert "1 settings are not finished" in text and "1 evaluated settings are left out" in text
 
 
 def test_a_single_setting_has_no_runner_up():

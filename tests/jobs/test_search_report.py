@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jobs import published, search_report
+from jobs import published, search, search_report
 from jobs.figures_search import Mark, front_figure, layers_figure
 from jobs.options import load_config
 from jobs.run import Run
@@ -25,7 +25,13 @@ def row(setting: str, score: float | None, gib: float, ms: float, quantizer: str
         **{"score_pct": score, "score_interval_pct": done and [score - 5, min(100, score + 4)]},
         **{"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "params": 1_000_000, "images": 24},
         **{"answers": 72, "device": "CPU", "threads": 1, "seconds_alone": 10 * gib, "removed_layers": [3, 4]},
-        **{"simulated": False, "is_llm_judge": False, "score_kind": "baseline", "checkpoint": f"artifacts/{setting}"},
+        **{
+            "simulated": False,
+            "unpacked": False,
+            "is_llm_judge": False,
+            "score_kind": "baseline",
+            "checkpoint": f"artifacts/{setting}",
+        },
         **{"evaluation": setting, "artifacts": [], "screen": None, "gpu_hours_alone": 0.0},
         "command": f"python -m jobs.search --search.depths '[2]' # {setting}",
     }
@@ -39,8 +45,9 @@ ROWS = [
     row("2 out, awq 4 bit", None, 1.2, 0.0, "awq", status="failed", reason=HOSTILE),
     row("2 out, nf4 4 bit", None, 1.3, 0.0, "nf4", status="screened out", reason="awq 4 bit is better"),
     row("int8", None, 9.0, 0.0, "int8", status="over budget", reason="the estimate of 9 GiB is above 5 GiB"),
-    row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint"),
+    row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint", unpacked=True),
 ]
+UNJUDGED = {"memory_gib": 1.0, "ms_per_token": 1.0, "params": 1}
 DIFFERENCE = {"difference_finding": "unresolved", "difference_pct": 0.5, "difference_interval_pct": [-1.0, 2.0]}
 
 
@@ -55,6 +62,7 @@ def path(tmp_path_factory):
     run = new_run(folder)
     choice = {"method": "joint 1", "choice": [4, 0, 16, 8], "predicted": 0.5, "kl": 0.75, "estimate_bytes": 2**20}
     choice |= {"baseline_pct": 90.0, "baseline_interval_pct": [85.0, 94.0], "best_uniform": False}
+    choice |= {"score_kind": "baseline", "status": "done", "reason": None}
     choice |= {"difference_pct": 1.0, "difference_interval_pct": [-1.0, 3.0], "difference_finding": "unresolved"}
     uniform = {**choice, "method": "uniform 4 bit", "choice": [4, 4, 4, 0], "best_uniform": True, "predicted": None}
     added = {"choices": 9, "mean_predicted": 0.25, "mean_measured": 0.5, "spearman": 0.875}
@@ -81,7 +89,7 @@ def test_figures_are_files_and_show_fronts_and_budget(path):
 def test_a_figure_has_a_cross_for_each_published_point():
     marks = [Mark(1, 2.0, 90.0, 85.0, 95.0, "none", True)]
     figure = front_figure(marks, "memory", "score", None, [(p.memory_gb, p.score_pct) for p in published.MEMORY], "GB")
-    assert len(published.MEMORY) == 7 + 6 + 4  # two of Table 4's rows are in the other tables
+    assert len(published.MEMORY) == 7 + 6 + 3  # three of Table 4's rows are in the other tables
     crosses = ET.fromstring(figure).iter("{http://www.w3.org/2000/svg}use")
     styles = [use.get("style", "") for use in crosses]
     assert sum("#1a202c" in style for style in styles) >= len(published.MEMORY)
@@ -105,6 +113,22 @@ def test_reuse_is_told_in_percent(tmp_path):
     told = search_report._spent({**sums, "gpu_hours": 0.5, "gpu_hours_apart": 1.25})
     assert (told["saved"], told["gpu"]) == ("60", ["0.50", "1.25"])
     assert search_report._spent({**sums, "gpu_hours": None, "gpu_hours_apart": None})["gpu"] is None
+
+
+def test_what_is_simulated_or_unpacked_is_marked_and_explained(tmp_path):
+    packed = {**ROWS[-1], "memory_kind": "estimate, packed"}
+    three = row("rtn 3 bit", 99.0, 1.0, 1.0, "rtn", simulated=True)
+    text = search.table([*ROWS[:-1], packed, three])
+    assert "joint 1 (unpacked)" in text and "ms/token is that of 16-bit weights" in text
+    assert "rtn 3 bit (simulated)" in text and "counted as if they were not, and no answer" in text
+    assert "simulated" not in search.table(ROWS) and "unpacked" not in search.table(ROWS[:-1])
+    run = new_run(tmp_path)
+    rows = [*ROWS[:-1], packed, three, row("unjudged", None, 1.0, 1.0, status="done", **UNJUDGED)]
+    found = resolve(rows, run.config.search.budget, lambda *_: {**DIFFERENCE, "difference_detectable_pct": 2})
+    page = write_report(run, rows, found).read_text()
+    for said in ("rtn 3 bit (simulated)", "joint 1 (unpacked)", "they are no answer where the time is limited",
+                 "not judged", "1 joint choices are left out", "1 evaluated settings are left out"):  # fmt: skip
+        assert said in page
 
 
 @pytest.fixture
@@ -149,7 +173,7 @@ def test_the_answer_and_the_reasons_are_there(opened):
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_width_makes_the_page_scroll_sideways(opened, width):
-    check_width(opened, width, tables=2)
+    check_width(opened, width, tables=3)
 
 
 @needs_chromium

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jobs.options import load_config
-from jobs.search_space import Setting, alone, config_of, space
+from jobs.search_space import Setting, alone, config_of, invoked, space
 
 
 def config(**options):
@@ -81,15 +81,22 @@ def test_what_is_stored_alike_runs_alike():
     assert kernels["awq", 3] == Setting(0, "none", "none", 16).kernels  # simulated: stored in 16 bits
 
 
-def test_the_command_of_one_setting_is_a_space_of_one(monkeypatch):
-    given = ["search", "--config", "c.yaml", "--search.depths", "[0, 4]", "--resume", "--run_dir", "here"]
-    monkeypatch.setattr(sys, "argv", given)
-    words = alone(Setting(4, "lora", "rtn", 3))
-    assert words.startswith("python -m jobs.search --config c.yaml --search.depths '[0, 4]' --run_dir here ")
+@pytest.mark.parametrize("mode", [["--resume"], ["--resume", "true"], ["--search.resolve_only=true"], []])
+def test_the_command_of_one_setting_is_a_space_of_one(monkeypatch, mode):
+    given = ["search", "--config", "c.yaml", "--search.depths", "[0, 4]", *mode, "--run_dir", "/a/here"]
+    monkeypatch.setattr(sys, "argv", [*given, "--search.budget.memory_gib", "1"])
+    words = alone(Setting(4, "lora", "rtn", 3), "/a/here")
+    assert words.startswith("python -m jobs.search --config c.yaml --search.depths '[0, 4]' --run_dir /a/here ")
     from shlex import split
 
     from jobs.command import parse
 
     chosen = parse([word for word in split(words)[3:] if word not in ("--config", "c.yaml")])
     assert space(chosen) == [Setting(4, "lora", "rtn", 3)]
-    assert chosen.search.screen_images is None and not chosen.search.resume
+    assert chosen.search.screen_images is None and not chosen.search.resume and not chosen.search.resolve_only
+    assert chosen.run_dir == "/a/here/alone/4-lora-rtn3" and chosen.search.budget.memory_gib is None
+
+
+def test_the_command_that_is_recorded_is_whole(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["joint", "--run_dir", "/a/b c"])
+    assert invoked().endswith(" --run_dir '/a/b c'")

@@ -1,14 +1,17 @@
 """What settings share: one stage each, made by whichever process is asked for it."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from jobs.options import load_config
 from jobs.run import Run, Source
 from jobs.search_rows import estimates
 from jobs.search_space import Setting, space
 from jobs.search_stages import StageMaker, plans
 from tests.jobs.here import run_here
+from tests.jobs.test_mistakes import ROOT
 
 SPACE = {
     "data__draw_per_class": "2",
@@ -57,6 +60,8 @@ def test_the_screen_is_a_stage_of_its_own_on_the_same_checkpoint(monkeypatch, tm
     assert plan.screen and plan.screen.name != plan.evaluation.name and plan.screen.parents == plan.evaluation.parents
     assert plan.screen not in plan.chain and plan.first[-1] == plan.screen
     assert plan.find(plan.screen.name) == plan.screen
+    with pytest.raises(ValueError, match=r"prune-0 is not a stage of '2 out, rtn 4 bit' any more"):
+        plan.find("prune-0")
 
 
 def test_what_a_model_cannot_do_is_refused_before_anything_is_made(monkeypatch, tmp_path):
@@ -69,6 +74,17 @@ def test_estimates_fall_with_layers_and_bits(run):
     chosen = [Setting(0, "none", "none", 16), Setting(0, "none", "rtn", 4), Setting(4, "none", "rtn", 4)]
     whole, rounded, pruned = estimates(run, plans(run, chosen))
     assert whole > rounded > pruned > 0
+
+
+def test_what_fits_a_card_of_4_gb(tmp_path):
+    """As the configuration for LLaVA-1.5-7B says: the context and an image are counted, and some settings are left."""
+    run = Run(load_config(str(ROOT / "configs/llava-1.5-7b-dermnet.yaml"), [("run_dir", str(tmp_path))]))
+    found = space(run.config)
+    sizes = estimates(run, [SimpleNamespace(setting=one) for one in found])
+    limit = run.config.search.budget.memory_gib
+    fitting = {(one.quantizer, one.depth) for one, size in zip(found, sizes, strict=True) if size <= limit}
+    assert fitting == {("awq", 12), ("awq", 13), ("awq", 14), ("nf4", 13), ("nf4", 14)}
+    assert run.config.search.screen_images and run.config.joint.budget_gib == limit
 
 
 def test_a_stage_is_made_once_and_what_it_prints_is_kept(run, tmp_path):

@@ -20,7 +20,8 @@ COMMON = {
     **{"params": 8_000_000, "peak_memory_bytes": MIB, "ms_per_token": 1.0, "ms_per_token_p5_p95": [1.0, 1.0]},
     **{"baseline_pct": 90.0, "baseline_interval_pct": [80.0, 95.0], "exact_pct": 50.0, "name_accuracy": None},
     **{"difference_pct": 0.0, "difference_interval_pct": [-1.0, 1.0], "name_accuracy_interval": None},
-    **{"images": 4, "answers": 8, "unanswered": 0, "device": "CPU", "threads": 1},
+    **{"images": 4, "answers": 8, "unanswered": 0, "device": "CPU", "threads": 1, "is_llm_judge": False},
+    "difference_finding": "unresolved",
 }
 
 
@@ -61,7 +62,7 @@ def test_the_terminal_marks_what_is_simulated():
     ],
 )
 def test_the_report_tells_both_sizes(kind, bits, weights):
-    shown = report._shown(row(kind), row("original"))
+    shown = report.shown(row(kind))
     assert (shown["bits_text"], shown["weights_text"]) == (bits, weights)
 
 
