@@ -14,7 +14,7 @@ from typing import Any
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import ablate, card, evaluate, judge, prepare, prune, quantize, ranges, recover
+from jobs import ablate, evaluate, judge, prepare, prune, quantize, ranges, recover
 from jobs.command import main
 from jobs.differences import differences, name_tests
 from jobs.judged import NOT_JUDGED, remarks
@@ -202,13 +202,11 @@ def job(run: Run) -> None:
     judgements(run, planned)  # a judge that cannot be is told of now, not after hours
     for model, evaluated in planned.values():
         run.make(evaluated)
-        if isinstance(model, Stage):
-            card.refresh(Path(run.make(model)), run.facts(evaluated))
+        judge.refresh_card(run, model, evaluated)
     if run.config.judge.engine != "none":
-        made = judge.make_all(run, [evaluated for _, evaluated in planned.values()])
-        for (model, evaluated), judged in zip(planned.values(), made, strict=True):
-            if isinstance(model, Stage):
-                card.refresh(Path(run.make(model)), run.facts(evaluated), judge.row(run, judged))
+        judge.make_all(run, [evaluated for _, evaluated in planned.values()])
+        for model, evaluated in planned.values():
+            judge.refresh_card(run, model, evaluated)
     for study in studies(run):
         run.make(study)
     rows = summary(run, planned)

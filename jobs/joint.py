@@ -203,6 +203,9 @@ def job(run: Run) -> None:
     built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
     if run.config.judge.engine != "none":
         judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
+    for one in built:
+        if one.failure is None:
+            judge.refresh_card(run, one.plan.model, one.plan.evaluation)
     rows = rows_of(run, built, found)
     sizes = [device_gib(run.config, memory.shapes, "mixed", one.choice) for one in built]
     write_rows(run, joint_rows(run, [one.plan for one in built], sizes, [one.failure for one in built]))

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from actors.judge.verdict import TOP_LABEL
 from cluster.tables import read_table
-from jobs import card, evaluate, judge, mixed, prune, recover
+from jobs import evaluate, judge, mixed, prune, recover
 from jobs.differences import differences
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Search
 from jobs.report import size
@@ -68,9 +67,6 @@ def build(run: Run, base: Source, data: Stage, named: Mapping[str, Choice], budg
         except (ValueError, RuntimeError) as error:
             failure = str(error)
             print(f"joint: {method} failed: {failure}", flush=True)
-        else:
-            if isinstance(plan.model, Stage):
-                card.refresh(Path(own.make(plan.model)), run.facts(plan.evaluation))
         found.append(Built(method, choice, plan, failure))
     return found
 

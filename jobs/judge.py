@@ -27,7 +27,7 @@ from jobs.answer_tables import AnswerTable, read_answers
 from jobs.command import main
 from jobs.differences import differences
 from jobs.judged import JudgedTable, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
-from jobs.run import Run, Stage
+from jobs.run import Run, Source, Stage
 from jobs.verdicts import identity_of, run_async
 
 VERDICTS = "verdicts.parquet"
@@ -84,6 +84,15 @@ def row(run: Run, made: Stage) -> dict:
     """Return the summary columns of an evaluation that is judged."""
     facts = run.facts(made)
     return summary_columns(facts, agreement.calibration(run, facts["identity"]))
+
+
+def refresh_card(run: Run, model: Stage | Source, evaluated: Stage) -> None:
+    """Write the scores of an evaluation, and the judge's if there are any, into the card of a checkpoint made here."""
+    if isinstance(model, Source):
+        return
+    made = stage(run, evaluated) if run.config.judge.engine != "none" else None
+    judged = row(run, made) if made and run.store.find(made.name) else None
+    card.refresh(run.store.root / model.name, run.facts(evaluated), judged)
 
 
 def labels(run: Run, made: Stage) -> dict[str, int | None]:

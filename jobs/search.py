@@ -261,8 +261,8 @@ def searched(run: Run) -> list[dict]:
     rows = search.rows()
     write_rows(run, rows)
     for plan in search.plans:
-        if isinstance(plan.model, Stage) and run.store.find(plan.evaluation.name):
-            card.refresh(run.store.root / plan.model.name, run.facts(plan.evaluation))
+        if run.store.find(plan.evaluation.name):
+            judge.refresh_card(run, plan.model, plan.evaluation)
     sums = totals(run, rows)
     print(
         f"search: took {time.monotonic() - started:.0f} s now; {sums['stages']} stages of {sums['seconds']:.0f} s "

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from actors.loading import quiet
 from actors.quantizers.awq import quantize_awq, search_to_files, write_searched
-from actors.quantizers.storage import check_rounded
+from actors.quantizers.storage import check_rounded, keep_blocks_apart
 from actors.quantizers.structure import check_quantizable
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 from actors.surgery import local_folder
@@ -19,6 +19,7 @@ class Quantizer:
 
     def __init__(self):
         quiet()
+        keep_blocks_apart()
 
     def quantize(
         self, spec: ModelSpec, settings: QuantizeSettings, calibration: Sequence[Conversation], out: str

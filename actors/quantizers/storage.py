@@ -48,6 +48,16 @@ def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torc
         yield {part: (name, read_tensor(file, name)) for part, (name, file) in where[number].items()}
 
 
+def keep_blocks_apart() -> None:
+    """Let glibc take every block of 1 MiB or more from the system by itself, and give it back when it is freed.
+
+    By default it soon takes weights from its heap, where what was freed lies between what is held and stays.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def release() -> None:
     """Give freed memory back to the system: glibc keeps what lies below anything still in use.
 
