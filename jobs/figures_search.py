@@ -59,7 +59,7 @@ def front_figure(
                      ha="right", va="bottom", fontsize=8, color=RED)  # fmt: skip
     for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
         own.plot([], [], _MARKERS[quantizer], color=GREY, label="16 bit" if quantizer == "none" else quantizer)
-    own.legend(frameon=False, fontsize=8, loc="lower right")
+    own.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     theirs.plot([x for x, _ in published], [y for _, y in published], "x", color="#1a202c", ms=5)
     theirs.set_title("as published: LLaVA-1.5-7B, DermNet", fontsize=8)
     theirs.set_xlabel(unit)
