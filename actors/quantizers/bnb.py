@@ -1,35 +1,44 @@
-"""bitsandbytes' NF4 (Dettmers et al. 2023) and LLM.int8 (Dettmers et al. 2022), saved for plain transformers."""
+"""bitsandbytes' NF4 (Dettmers et al. 2023) and LLM.int8 (Dettmers et al. 2022), written one tensor at a time.
+
+bitsandbytes rounds; the files are those that transformers saves after rounding a whole model in memory.
+"""
 
 from pathlib import Path
 
-import numpy as np
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from transformers import BitsAndBytesConfig
 
-from actors.loading import load_model, load_processor
-from actors.probe import PROBE, probe_logits
-from actors.quantizers.storage import rest_dtype
-from actors.specs import NOT_ROUNDED, ModelSpec, QuantizeSettings
-from actors.surgery import copy_companions, publish_names
+from actors.quantizers.storage import rest_dtype, write_rounded
+from actors.specs import NOT_ROUNDED, QuantizeSettings
+from actors.surgery import iterate_tensors
 from actors.trainer import nf4_config
 
-MODULES = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
+BLOCK = 64  # weights that share a scale in NF4
 
 
-def quantize_bnb(spec: ModelSpec, source: Path, settings: QuantizeSettings, out: Path) -> None:
-    """Quantize with bitsandbytes on load and save. RuntimeError: a module was rounded that must not be."""
-    dtype = rest_dtype(source)
-    quantization = nf4_config(dtype) if settings.method == "nf4" else int8_config()
-    name = str(dtype).removeprefix("torch.")
-    model = load_model(**{**vars(spec), "dtype": name}, quantization=quantization)
-    rounded = [n for n, module in model.named_modules() if type(module).__name__ == MODULES[settings.method]]
-    wrong = [n for n in rounded if ".language_model." not in n]
-    if wrong or not rounded:
-        raise RuntimeError(f"bitsandbytes rounded {wrong[:1] or 'nothing'}, but only decoder linears may be rounded.")
-    copy_companions(source, out)
-    model.save_pretrained(out)
-    publish_names(out)
-    processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
-    np.save(out / PROBE, probe_logits(model, processor), allow_pickle=False)
+def quantize_bnb(source: Path, config, settings: QuantizeSettings, out: Path) -> None:
+    """Write the checkpoint `source` with its decoder linears rounded to `out`."""
+    dtype, device = rest_dtype(source), "cuda" if torch.cuda.is_available() else "cpu"
+    nf4 = settings.method == "nf4"
+
+    def parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = _nf4(weight.to(device, dtype)) if nf4 else _int8(weight.to(device, torch.float16))
+        return {name: tensor.cpu() for name, tensor in made.items()}
+
+    config.quantization_config = (nf4_config(dtype) if nf4 else int8_config()).to_dict()
+    write_rounded(source, out, config, dtype, iterate_tensors(source), parts)
+
+
+def _nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return {"weight": packed, **{f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}}
+
+
+def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rounded, scales, _ = int8_vectorwise_quant(weight)
+    row_major = torch.tensor(0, dtype=torch.uint8)
+    return {"weight": rounded, "SCB": scales, "weight_format": row_major}
 
 
 def int8_config() -> BitsAndBytesConfig:

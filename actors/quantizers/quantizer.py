@@ -82,5 +82,5 @@ def _quantize(spec, source, config, settings, calibration, out) -> dict:
     else:
         from actors.quantizers.bnb import quantize_bnb
 
-        quantize_bnb(spec, source, settings, out)
+        quantize_bnb(source, config, settings, out)
     return {}
