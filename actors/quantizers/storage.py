@@ -2,11 +2,12 @@
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from actors.quantizers.structure import linear_shapes
 from actors.specs import QuantizeSettings
@@ -46,6 +47,13 @@ def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torc
         raise ValueError(f"{str(source)!r} holds {len(where)} decoder layers but its config.json says {layers}.")
     for number in range(layers):
         yield {part: (name, read_tensor(file, name)) for part, (name, file) in where[number].items()}
+
+
+def fill(layer: nn.Module, tensors: Mapping[str, tuple[str, torch.Tensor]], like: torch.Tensor) -> None:
+    """Give a decoder layer without weights those of `read_layers`, on the device and in the type of `like`."""
+    layer.load_state_dict(
+        {part: tensor.to(like.device, like.dtype, copy=True) for part, (_, tensor) in tensors.items()}, assign=True
+    )
 
 
 def release() -> None:

@@ -76,4 +76,6 @@ def test_other_bits_pass(method, bits, lesions, tmp_path):
     found = check(tmp_path / "a", DERM_TINY)
     assert ("(simulated)" in found["modules"]) == (method != "hqq")
     assert ("allowed: any" in found["logits"]) == (bits < 8)
-    assert (found["linears"] == "nothing to compare with") == (method == "awq")
+    assert ("from the model before on the same inputs" in found["layers"]) and (
+        (found["linears"] == "nothing to compare with") == (method == "awq")
+    )
