@@ -75,13 +75,14 @@ class Gate:
         found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
-        said = []
+        said, off = [], None
         if before:
-            found["layers"], close = _compared(before, model, processor, config, spec, removed is not None, logits)
+            found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
             said.append(close)
         if (folder / PROBE).is_file():
             kept = np.load(folder / PROBE, allow_pickle=False)
-            said.append(_close(logits, kept, max(SAME[spec.dtype], SAME["float16"]), "what it gave when it was made"))
+            allowed = max(SAME[spec.dtype], SAME["float16"])
+            said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
         found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
         del model, before
@@ -92,15 +93,20 @@ class Gate:
         return found
 
 
-def _compared(before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits) -> tuple[str, str]:
-    """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far."""
+def _compared(
+    before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
+) -> tuple[str, str | None, str]:
+    """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far.
+
+    Returns (what the layers show, the first linear that is off, what the logits show).
+    """
     same = SAME[spec.dtype]
     if pruned:
-        layers, _ = check_layers(before, model, processor, None, same)
-        return layers, _close(logits, before.logits(), same, "the original with its layers switched off")
+        layers, off = check_layers(before, model, processor, None, same)
+        return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
     layers, off = check_layers(before, model, processor, config, max(same, SAME[_stored(Path(spec.path))]))
     allowed = ROUNDED[weight_bits(config, 16)]
-    return layers, _close(logits, before.logits(), allowed, "the model before rounding", off)
+    return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
 
 
 def _is_int8(config) -> bool:

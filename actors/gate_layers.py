@@ -10,8 +10,9 @@ from operator import attrgetter
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from actors.gate_linears import KERNEL, may_be_scaled, output_error, stated_bits, stated_group
+from actors.gate_linears import KERNEL, may_be_scaled, stated_bits, stated_group
 from actors.gate_parent import Parent
 from actors.loading import language_model
 from actors.maths.awq import rounded
@@ -48,13 +49,15 @@ def check_layers(parent: Parent, model, processor, rounding, same: float) -> tup
     worst, nearest, off = 0.0, 0, None
     for number, layer, hidden, given in parent.layers():
         own, changed = layers[number], None
+        inputs = (hidden, given), (hidden.to(embedded.dtype), arguments[number])
         if awq and _only_rounded(layer, own):
-            changed = _changed(layer, own, rounding, number, model.lm_head.weight.dtype)
+            errors = _errors(layer, own, set(), *inputs, _nearest(layer, rounding, number))
+            changed = next((stem for stem, error in errors if not error <= max(KERNEL, same)), None)
             if changed is None:
                 nearest += 1
                 continue
-        inputs = (hidden, given), (hidden.to(embedded.dtype), arguments[number])
-        for stem, error in _errors(layer, own, _scaled(layer, parent.config) if awq else set(), *inputs):
+        scaled = _scaled(layer, parent.config) if awq else set()
+        for stem, error in _errors(layer, own, scaled, *inputs, {}):
             bits = 16 if rounding is None else stated_bits(rounding, number, stem)
             allowed = same if bits == 16 else SCALED[bits] * (DOWN if stem == "mlp.down_proj" else 1)
             worst = max(worst, error)
@@ -91,21 +94,23 @@ def _only_rounded(layer: nn.Module, own: nn.Module) -> bool:
     return all(_relative(attrgetter(name)(own).float(), value.float()) < EQUAL for name, value in others)
 
 
-def _changed(layer: nn.Module, own: nn.Module, config, number: int, dtype: torch.dtype) -> str | None:
-    """Return the first linear whose weight is not that of `layer`, rounded to nearest."""
+def _nearest(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a layer's linears, rounded to nearest as the config of a rounded checkpoint says."""
+    found = {}
     for stem in _linears(layer):
         weight, bits = layer.get_submodule(stem).weight.detach(), stated_bits(config, number, stem)
-        wanted = rounded(weight, stated_group(config), bits) if bits < 16 else weight
-        if not output_error(own.get_submodule(stem), wanted, dtype) <= KERNEL:
-            return stem
-    return None
+        found[f"{stem}.weight"] = rounded(weight, stated_group(config), bits) if bits < 16 else weight
+    return found
 
 
 def _errors(
-    layer: nn.Module, own: nn.Module, scaled: set[str], inputs: tuple[torch.Tensor, dict], own_inputs
+    layer: nn.Module, own: nn.Module, scaled: set[str], inputs, own_inputs, weights: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Yield (linear, relative error of its outputs) in the order they run; see `_outputs` for `scaled`."""
-    exact, found = _outputs(layer, layer, scaled, *inputs), _outputs(own, layer, scaled, *own_inputs)
+    """Yield (linear, relative error of its outputs) of the layer `own` in the order they run.
+
+    scaled: linears whose outputs are compared up to a factor each. weights: stand for those of `layer`.
+    """
+    exact, found = _outputs(layer, layer, scaled, *inputs, weights), _outputs(own, layer, scaled, *own_inputs, {})
     for stem, wanted in exact.items():
         output = found[stem].to(wanted.device)
         yield stem, _relative(_fitted(output, wanted) if stem in scaled else output, wanted)
@@ -113,7 +118,7 @@ def _errors(
 
 @torch.inference_mode()
 def _outputs(
-    layer: nn.Module, like: nn.Module, scaled: set[str], hidden: torch.Tensor, arguments: dict
+    layer: nn.Module, like: nn.Module, scaled: set[str], hidden: torch.Tensor, arguments: dict, weights: dict
 ) -> dict[str, torch.Tensor]:
     """Return the outputs [T, out] of a layer's linears without their biases, in float32, in the order they run.
 
@@ -133,7 +138,7 @@ def _outputs(
         bias = getattr(module if name in scaled else like.get_submodule(name), "bias", None)
         handles.append(module.register_forward_hook(note(name, bias)))
     try:
-        layer(hidden, **arguments)
+        functional_call(layer, weights, (hidden,), arguments)
     finally:
         for handle in handles:
             handle.remove()

@@ -92,7 +92,7 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     worst = 0.0
     for number, stem, weight in weights:
         module = language_model(model).layers[number].get_submodule(stem)
-        error = output_error(module, weight, model.lm_head.weight.dtype)
+        error = _output_error(module, weight, model.lm_head.weight.dtype)
         if not error <= allowed:
             name = f"language_model.model.layers.{number}.{stem}"
             raise GateError(f"{name!r} does not compute with {what}: it is off by {error:.2g} (allowed: {allowed:g}).")
@@ -133,7 +133,7 @@ def _decoder_weights(folder: Path, linears: tuple[str, ...]) -> Iterator[tuple[i
 
 
 @torch.inference_mode()
-def output_error(module, weight: torch.Tensor, dtype: torch.dtype) -> float:
+def _output_error(module, weight: torch.Tensor, dtype: torch.dtype) -> float:
     """Return the relative error of a linear's outputs for random inputs of `dtype` against x W', its bias taken off."""
     x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     held = next(chain(module.parameters(), module.buffers()))

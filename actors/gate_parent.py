@@ -42,10 +42,11 @@ class Parent:
     def layers(self) -> Iterator[tuple[int, nn.Module, torch.Tensor, dict]]:
         """Yield every kept layer once, in order: (number after the removal, layer, its input [1, T, D], arguments)."""
         decoder = empty_decoder(self.config)
-        for number, tensors in enumerate(read_layers(self.folder, len(decoder.layers))):
+        stored = read_layers(self.folder, len(decoder.layers))
+        for number, layer in enumerate(decoder.layers):
+            tensors = next(stored)
             if number not in self.renumbered:
                 continue
-            layer = decoder.layers[number]
             fill(layer, tensors, self._hidden)
             del tensors
             yield self.renumbered[number], layer, self._hidden, self._kwargs[number]

@@ -8,25 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from actors import gate
 from actors.probe import PROBE
-from actors.specs import GateError
 from actors.surgery import prune_checkpoint, publish_names, write_tensors
-from tests.gating import check
+from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import quantize
-from tests.tiny import rename_tensors, save_tiny
+from tests.tiny import draw_conversations, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
-UP = "language_model.model.layers.1.mlp.up_proj"
 CHECKS = {"tensors", "sums", "names", "processor", "modules", "linears", "logits", "cache", "vllm"}
-
-
-def refused(words: str, folder, *arguments, **options) -> None:
-    with pytest.raises(GateError, match=words):
-        check(folder, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +34,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def copy(made, tmp_path) -> Path:
     return shutil.copytree(made[1], tmp_path / "copy")
-
-
-def change(folder: Path, edit) -> None:
-    """Rewrite a checkpoint's one file of weights after `edit(tensors)`."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors = edit(tensors) or tensors
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **text) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"].update(text)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def swap(tensors: dict) -> None:
-    one, other = f"{UP}.weight", "language_model.model.layers.2.mlp.up_proj.weight"
-    tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
 def test_a_pruned_checkpoint_passes(made):
@@ -180,15 +155,21 @@ def test_new_and_missing_tensors_against_sums(made, copy):
     refused("'a.weight' is missing", copy, sums={**sums, f"{UP}.weight": gone, "a.weight": gone})
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_scale_that_is_no_number(made, tmp_path, value):
-    quantize(str(made[1]), tmp_path / "q", "rtn")
+SCALES = {"rtn": "scales", "awq": "scales", "nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"}
+
+
+@pytest.mark.parametrize(("method", "value"), [(m, torch.nan) for m in SCALES] + [("rtn", torch.inf)])
+def test_a_scale_that_is_no_number(made, tmp_path, lesions, method, value):
+    if method == "hqq":
+        pytest.importorskip("hqq")
+    quantize(str(made[1]), tmp_path / "q", method, draw_conversations(lesions, 2))
+    name = f"{UP}.{SCALES[method]}"
 
     def spoil(tensors):
-        tensors[f"{UP}.scales"][0, 0] = value
+        tensors[name].view(-1)[0] = value
 
     change(tmp_path / "q", spoil)
-    refused(f"'{UP}.scales' holds NaN or infinity", tmp_path / "q")
+    refused(f"'{name}' holds NaN or infinity", tmp_path / "q")
 
 
 def test_name_not_published(copy):
