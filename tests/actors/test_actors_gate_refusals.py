@@ -13,10 +13,11 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaF
 
 from actors import gate
 from actors.probe import PROBE
+from actors.specs import GateError
 from actors.surgery import prune_checkpoint, publish_names, write_tensors
 from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import quantize
-from tests.tiny import draw_conversations, rename_tensors, save_tiny
+from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
 CHECKS = {"tensors", "sums", "names", "processor", "modules", "linears", "logits", "cache", "vllm"}
@@ -239,6 +240,32 @@ def test_cache_that_mixes_layers(copy, monkeypatch):
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", mixed)
     refused("with the cache differs from generation without it at new token 1", copy)
+
+
+def test_a_cache_that_turns_a_clear_choice_is_no_tie(made, monkeypatch):
+    """The second of two tokens that are clearly apart is preferred with the cache: small beside a whole vocabulary."""
+    processor = gate.load_processor(made[0])
+    model, forward = plain_model(made[0]), LlavaForConditionalGeneration.forward
+    inputs = gate.placed_probe(model, processor)
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    logits = model.generate(**inputs, **options).logits[1][0]
+    (best, second), (_, other) = logits.topk(2)
+    bump = float(best - second) * 1.01
+
+    @wraps(forward)
+    def bumped(*arguments, **options):
+        out = forward(*arguments, **options)
+        if out.logits.shape[1] == 1 and options["input_ids"].shape[1] == 1:
+            out.logits[..., other] += bump
+        return out
+
+    tolerance = 2 * bump / float(logits.norm())
+    assert bump > tolerance * float(best)
+    assert "the same with and without it" in gate.check_cache(model, processor, tolerance)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", bumped)
+    with pytest.raises(GateError, match=r"new token 1: the logits are up to \S+ apart"):
+        gate.check_cache(model, processor, tolerance)
+    assert "a tie at new token 1" in gate.check_cache(model, processor, 1.01 * bump / float(best))
 
 
 def test_linear_that_computes_with_other_numbers(made, tmp_path, monkeypatch):
