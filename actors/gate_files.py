@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
 
 from actors.specs import GateError
-from actors.surgery import iterate_tensors, published_name, read_tensor, weight_files
+from actors.surgery import iterate_tensors, read_tensor, tensor_places
 
 PUBLISHED = re.compile(
     r"^(language_model\.(model\.(embed_tokens|norm|final_layernorm|layers\.\d+)\b|lm_head\.)"
@@ -89,7 +88,7 @@ def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], rounde
     renumbered: {number before: number now} of the decoder layers that were kept. rounded: tells by its published name
     whether a tensor may differ. GateError names the first one that does, and what it holds.
     """
-    places = _places(before)
+    places = tensor_places(before)
     numbers = {now: old for old, now in renumbered.items()}
     same = 0
     for name, tensor in tensors_of(folder):
@@ -107,15 +106,6 @@ def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], rounde
             )
         same += 1
     return f"{same} tensors are those of the model before"
-
-
-def _places(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return where a checkpoint's tensors are, by published names: (file, name in it)."""
-    found: dict[str, tuple[Path, str]] = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as shard:
-            found |= {published_name(name): (file, name) for name in shard.keys()}  # noqa: SIM118
-    return found
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -86,6 +86,15 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         return shard.get_tensor(name)
 
 
+def tensor_places(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Return where a checkpoint's tensors are, by their published names: (file, name in it)."""
+    found: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            found |= {published_name(name): (file, name) for name in shard.keys()}  # noqa: SIM118 (not iterable)
+    return found
+
+
 def published_name(name: str) -> str:
     """Return a LLaVA tensor's name as the llava-hf checkpoints spell it, which vLLM and older transformers expect.
 

@@ -14,10 +14,10 @@ from actors.specs import QuantizeSettings
 from actors.surgery import (
     copy_companions,
     iterate_tensors,
-    published_name,
     read_tensor,
     stored_bytes,
     stored_dtype,
+    tensor_places,
     weight_files,
     write_tensors,
 )
@@ -123,7 +123,7 @@ def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -
     """
     shapes = linear_shapes(config)
     stem = re.compile(rf"^(.*\.({'|'.join(map(re.escape, shapes))}))\.(?!bias$)")
-    before = {published_name(n): tensor for n, tensor in other_tensors(source)}  # mapped: nothing is read yet
+    before = tensor_places(source)
     stored: dict[str, int] = {}
     for name, tensor in iterate_tensors(out):
         if _LAYER.match(name):
@@ -131,7 +131,7 @@ def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -
                 stored[match[1]] = stored.get(match[1], 0) + tensor.numel() * tensor.element_size()
             continue
         same = name in before and tensor.dtype in (torch.float16, torch.bfloat16)
-        if not (same and torch.equal(tensor, before[name].to(tensor.dtype))):
+        if not (same and torch.equal(tensor, read_tensor(*before[name]).to(tensor.dtype))):
             raise RuntimeError(f"{settings.method} changed {name!r}, which must stay as it is in 16 bits.")
     layers = config.text_config.num_hidden_layers
     if len(stored) != layers * len(shapes):

@@ -43,7 +43,8 @@ def rounded(name: str, method: str, work: Path, lesions: Path, parent: str) -> N
         check(out, sums=found["sums"])
 
 
-ROUNDED = [("clip-llama", "autoawq"), *((name, method) for name in SHORT for method in methods(name))]
+AUTOAWQ = pytest.param("clip-llama", "autoawq", marks=pytest.mark.slow)
+ROUNDED = [AUTOAWQ, *((name, method) for name in SHORT for method in methods(name))]
 
 
 @pytest.mark.parametrize(("name", "method"), ROUNDED)

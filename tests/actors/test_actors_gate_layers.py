@@ -82,10 +82,11 @@ def rounded(source: Path, out: Path, kind: str, lesions: Path) -> Path:
     return out
 
 
-KINDS = ["rtn-4", "rtn-3", "awq-4", "awq-3", "awq-2", "mixed-rtn", "mixed-awq"]
+KINDS = ["rtn-4", "awq-4", "awq-3", "mixed-awq"]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rtn-3", "awq-2", "mixed-rtn")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *SLOW])
 def test_a_swapped_linear_is_named(kind, swapped, lesions, tmp_path):
     """Rounded from other weights than the model before has: the first is named, whatever the method and the bits."""
     refused(f"'{UP}'", rounded(swapped, tmp_path / "q", kind, lesions), DERM_TINY)
