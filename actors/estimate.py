@@ -25,6 +25,7 @@ from actors.memory import cached_bytes, meta_model
 from actors.quantizers.structure import SIMULATED
 from actors.rows import attention_windows
 from actors.specs import QUANTIZER_BITS
+from actors.surgery import check_llava
 
 TEXT_TOKENS = 64  # of a question and the chat template around it
 MIXED_BITS = (3, 4, 8)
@@ -101,10 +102,7 @@ def uniform(layers: int, removed: Sequence[int], bits: int) -> tuple[int, ...]:
 
 def architecture(config, trust_remote_code: bool = False) -> Architecture:
     """Return the shapes that a LLaVA config describes; ValueError: it is no LLaVA's, or a quantized model's."""
-    if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
-        raise ValueError(
-            f"A config.json of {config.model_type!r} is no LLaVA's: it lacks text_config or vision_config."
-        )
+    check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
         raise ValueError("The config.json is a quantized checkpoint's: give the original's, and a quantizer.")
     windows = attention_windows(config.text_config)

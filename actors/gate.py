@@ -3,8 +3,9 @@
 Each check raises a GateError that names the first offending tensor, module or file.
 """
 
-import importlib.util
-from collections.abc import Mapping, Sequence
+import gc
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,21 +13,26 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from actors.gate_files import check_names, check_sums, check_tensors, loaded
-from actors.gate_linears import check_linears, check_modules, quant_method
+from actors.gate_files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
+from actors.gate_layers import check_layers
+from actors.gate_linears import check_linears, check_modules, may_be_scaled, quant_method
+from actors.gate_parent import Parent
+from actors.gate_vllm import check_vllm
 from actors.loading import cpu_awq, load_processor, pick_device, quiet
-from actors.probe import PROBE, engine_logits, placed_probe, probe_logits
-from actors.quantizers.structure import weight_bits
-from actors.specs import HQQ_CHECKPOINT, PACKED_CHECKPOINT, GateError, ModelSpec
-from actors.surgery import local_folder, stored_dtype
+from actors.probe import PROBE, placed_probe, probe_logits
+from actors.quantizers.storage import release
+from actors.quantizers.structure import linear_shapes, weight_bits
+from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
+from actors.surgery import check_llava, stored_dtype
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
-# model from the one before rounding, by bits. With 3 and 2 bits a sound model may answer as far away as a broken one.
+# model from the one before rounding, by bits. With 3 and 2 bits a sound model may answer as far away as a broken one:
+# there the layers alone decide (actors.gate_layers, actors.gate_linears).
 SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-ROUNDED = {8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
-VLLM_TEXTS = ("llama", "mistral", "qwen2", "phi")
-VLLM_BITS = (4, 8)  # with zero points
+ROUNDED = {16: 2e-2, 8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
+# LLM.int8 keeps 16 bits for the input columns that exceed 6 in any of the tokens at hand, which with the cache is one.
+INT8 = 0.1
 
 
 class Gate:
@@ -50,36 +56,85 @@ class Gate:
         probe gave into the folder, for later checks. GateError: a check failed.
         """
         folder = Path(spec.path)
-        config = loaded(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code))
+        trusted = spec.trust_remote_code
+        config = loaded(lambda: check_llava(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)))
         if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
-            spec = replace(spec, dtype=str(stored_dtype(spec.path)).removeprefix("torch."))
+            spec = replace(spec, dtype=_stored(folder))
         found: dict = {"tensors": check_tensors(folder, config)}
         found["sums"] = check_sums(folder, sums)
         found["names"] = check_names(folder)
-        processor = loaded(lambda: load_processor(spec.path, None, spec.trust_remote_code))
+        processor = loaded(lambda: load_processor(spec.path, None, trusted))
         found["processor"] = f"{type(processor).__name__} with a chat template"
-        expected = engine_logits(parent, removed or ()) if parent else None
+        before = Parent(parent, removed or ()) if parent else None
+        if before:
+            found["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, removed))
         model = load_plainly(spec, config)
         found["modules"] = check_modules(model, config)
-        before = local_folder(parent.path, parent.revision) if parent and removed is None else None
         logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
-        found["linears"] = check_linears(folder, config, model, before) or "nothing to compare with"
+        rounded_from = before.folder if before and removed is None else None
+        found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
-        said, same = [], SAME[spec.dtype]
-        if expected is not None and removed is not None:
-            said.append(_close(logits, expected, same, "the original with its layers switched off"))
-        elif expected is not None:
-            said.append(_close(logits, expected, ROUNDED[weight_bits(config, 16)], "the model before rounding"))
+        said, off = [], None
+        if before:
+            found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
+            said.append(close)
         if (folder / PROBE).is_file():
             kept = np.load(folder / PROBE, allow_pickle=False)
-            said.append(_close(logits, kept, max(same, SAME["float16"]), "what it gave when it was made"))
+            allowed = max(SAME[spec.dtype], SAME["float16"])
+            said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
-        found["cache"] = check_cache(model, processor, same)
+        found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
+        del model, before
+        _free()
         found["vllm"] = check_vllm(folder, config)
         if keep_probe and not (folder / PROBE).exists():
             np.save(folder / PROBE, logits, allow_pickle=False)
         return found
+
+
+def _compared(
+    before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
+) -> tuple[str, str | None, str]:
+    """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far.
+
+    Returns (what the layers show, the first linear that is off, what the logits show).
+    """
+    same = SAME[spec.dtype]
+    if pruned:
+        layers, off = check_layers(before, model, processor, None, same)
+        return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
+    layers, off = check_layers(before, model, processor, config, max(same, SAME[_stored(Path(spec.path))]))
+    allowed = ROUNDED[weight_bits(config, 16)]
+    return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
+
+
+def _is_int8(config) -> bool:
+    return quant_method(config) == "bitsandbytes" and weight_bits(config, 16) == 8
+
+
+def _stored(folder: Path) -> str:
+    return str(stored_dtype(str(folder))).removeprefix("torch.")
+
+
+def _free() -> None:
+    gc.collect()
+    release()
+    torch.cuda.empty_cache()
+
+
+def _may_differ(config, removed: Sequence[int] | None) -> Callable[[str], bool]:
+    """Return what tells by its name whether a tensor may differ from the model before: none if that was pruned alone.
+
+    Rounding changes the decoder's linears; AWQ their norms and biases, too.
+    """
+    if removed is not None:
+        return lambda name: False
+    if may_be_scaled(config):
+        return lambda name: bool(LAYER.search(name))
+    linears = "|".join(map(re.escape, linear_shapes(config)))
+    rounded = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")
+    return lambda name: bool(rounded.search(name))
 
 
 def load_plainly(spec: ModelSpec, config):
@@ -109,52 +164,37 @@ def load_plainly(spec: ModelSpec, config):
     return model.eval()
 
 
-def _close(logits: np.ndarray, reference: np.ndarray, tolerance: float, what: str) -> str:
+def _close(logits: np.ndarray, reference: np.ndarray, tolerance: float, what: str, off: str | None = None) -> str:
     if logits.shape != reference.shape:
         raise GateError(f"The logits are {len(logits)}, those of {what} {len(reference)}.")
     error = float(np.linalg.norm(logits - reference)) / (float(np.linalg.norm(reference)) or 1.0)
     allowed = "any" if tolerance == float("inf") else f"{tolerance:g}"
     if not error <= tolerance:
-        raise GateError(f"The logits differ from {what} by {error:.2g} of their norm (allowed: {allowed}).")
+        first = f" The first linear whose output is off: {off}." if off else ""
+        raise GateError(f"The logits differ from {what} by {error:.2g} of their norm (allowed: {allowed}).{first}")
     return f"{error:.2g} from {what} (allowed: {allowed})"
 
 
 @torch.inference_mode()
 def check_cache(model, processor, tolerance: float) -> str:
-    """Refuse a model whose greedy answer depends on the key/value cache, ties within the tolerance apart."""
+    """Refuse a model whose greedy answer depends on the key/value cache by more than rounding.
+
+    Where the two answers part, their logits may differ by `tolerance` of the largest one; the two tokens' logits are
+    then at most twice that apart, since each answer prefers its own.
+    """
     inputs = placed_probe(model, processor)
     start = inputs["input_ids"].shape[1]
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    cached = model.generate(**inputs, **options, use_cache=True)[0, start:].tolist()
-    plain = model.generate(**inputs, **options, use_cache=False)[0, start:].tolist()
-    if cached == plain:
-        return f"{len(plain)} tokens are the same with and without it"
-    place = next(i for i, (a, b) in enumerate(zip(cached, plain, strict=False)) if a != b)
-    ids = torch.tensor([plain[:place]], device=inputs["input_ids"].device, dtype=torch.long)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    logits = model(**inputs).logits[0, -1].float()
-    gap = float((logits[cached[place]] - logits[plain[place]]).abs() / logits.norm())
-    if gap > tolerance:
-        raise GateError(f"Generation with the cache differs from generation without it at new token {place}.")
-    return f"the same up to a tie at new token {place}"
-
-
-def check_vllm(folder: Path, config) -> str:
-    """Compare the config with what vLLM documents for LLaVA, and load it there where vLLM is installed."""
-    if config.architectures != ["LlavaForConditionalGeneration"]:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**inputs, **options, use_cache=use) for use in (True, False))
+    pairs = zip(cached.sequences[0, start:].tolist(), plain.sequences[0, start:].tolist(), strict=False)
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    if place is None:
+        return f"{plain.sequences.shape[1] - start} tokens are the same with and without it"
+    one, other = (answer.logits[place][0].float() for answer in (cached, plain))
+    apart, allowed = float((one - other).abs().max()), tolerance * float(other.abs().max())
+    if not apart <= allowed:
         raise GateError(
-            f"config.json names the architectures {config.architectures}, not LlavaForConditionalGeneration."
+            f"Generation with the cache differs from generation without it at new token {place}: the logits are up to "
+            f"{apart:.2g} apart (allowed: {allowed:.2g})."
         )
-    if config.text_config.model_type not in VLLM_TEXTS:
-        return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
-    if quant_method(config) == HQQ_CHECKPOINT:
-        return "not run; vLLM does not read this format"
-    if quant_method(config) == PACKED_CHECKPOINT and weight_bits(config, 16) not in VLLM_BITS:
-        return f"not run; of this format vLLM reads 4 and 8 bits, and there are {weight_bits(config, 16)}"
-    if importlib.util.find_spec("vllm") is None:
-        return "not run (vLLM is not installed); the layout is the documented one"
-    from vllm import LLM
-
-    LLM(model=str(folder), max_model_len=1024, enforce_eager=True)
-    return "loaded"
+    return f"the same up to a tie at new token {place} (logits {apart:.2g} apart, allowed: {allowed:.2g})"

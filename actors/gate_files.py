@@ -1,4 +1,4 @@
-"""What the gate reads off a checkpoint's files: decoder layers, numbers, names, sums."""
+"""What the gate reads off a checkpoint's files: decoder layers, numbers, names, sums, what must not have changed."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from actors.specs import GateError
-from actors.surgery import iterate_tensors
+from actors.surgery import iterate_tensors, read_tensor, tensor_places
 
 PUBLISHED = re.compile(
     r"^(language_model\.(model\.(embed_tokens|norm|final_layernorm|layers\.\d+)\b|lm_head\.)"
@@ -80,3 +80,33 @@ def check_names(folder: Path) -> str:
         if not PUBLISHED.match(name):
             raise GateError(f"{name!r} is not a published llava-hf name: other programs will not find it.")
     return "as published by llava-hf"
+
+
+def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], rounded: Callable[[str], bool]) -> str:
+    """Refuse a tensor that is not, in its own type, that of the checkpoint `before` which it stands for.
+
+    renumbered: {number before: number now} of the decoder layers that were kept. rounded: tells by its published name
+    whether a tensor may differ. GateError names the first one that does, and what it holds.
+    """
+    places = tensor_places(before)
+    numbers = {now: old for old, now in renumbered.items()}
+    same = 0
+    for name, tensor in tensors_of(folder):
+        if rounded(name):
+            continue
+        match = LAYER.search(name)
+        old = f"{name[: match.start(1)]}{numbers[int(match[1])]}{name[match.end(1) :]}" if match else name
+        if old not in places:
+            raise GateError(f"{name!r} is new: the model before has no {old!r}.")
+        if not torch.equal(tensor, read_tensor(*places[old]).to(tensor.dtype)):
+            other = next((n for n, place in places.items() if _equal(tensor, read_tensor(*place))), None)
+            raise GateError(
+                f"{name!r} is not {old!r} of the model before{f' (it holds {other!r})' if other else ''}: "
+                "it was changed, swapped or renumbered wrongly."
+            )
+        same += 1
+    return f"{same} tensors are those of the model before"
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))

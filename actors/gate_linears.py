@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -73,14 +74,14 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     """Refuse a rounded linear that computes with another weight than it should; None: nothing to compare with.
 
     The weight is what the packed numbers say, unpacked here, in the layouts of AWQ and compressed-tensors, and
-    `parent`'s, within the error of rounding, in the others (not of simulated AWQ, which rescales weights).
+    `parent`'s, within the error of rounding, in the others. AWQ rescales weights: see actors.gate_layers.
     """
     simulated = getattr(config, SIMULATED, None) or {}
     if quant_method(config) == "awq":
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
     elif quant_method(config) == PACKED_CHECKPOINT:
         weights, allowed, what = _packed(folder, config), KERNEL, "its stored numbers"
-    elif parent is not None and (quant_method(config) or simulated) and simulated.get("method") != "awq":
+    elif parent is not None and (quant_method(config) or simulated) and not may_be_scaled(config):
         weights, allowed = (
             _decoder_weights(parent, tuple(linear_shapes(config))),
             ROUNDED_LINEAR[weight_bits(config, 16)],
@@ -90,7 +91,8 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
         return None
     worst = 0.0
     for number, stem, weight in weights:
-        error = _output_error(language_model(model).layers[number].get_submodule(stem), weight, model.lm_head.weight)
+        module = language_model(model).layers[number].get_submodule(stem)
+        error = _output_error(module, weight, model.lm_head.weight.dtype)
         if not error <= allowed:
             name = f"language_model.model.layers.{number}.{stem}"
             raise GateError(f"{name!r} does not compute with {what}: it is off by {error:.2g} (allowed: {allowed:g}).")
@@ -131,10 +133,31 @@ def _decoder_weights(folder: Path, linears: tuple[str, ...]) -> Iterator[tuple[i
 
 
 @torch.inference_mode()
-def _output_error(module, weight: torch.Tensor, like: torch.Tensor) -> float:
-    """Return the relative error of a linear's outputs for random inputs against x W', its bias taken off."""
-    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(like.dtype)
+def _output_error(module, weight: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return the relative error of a linear's outputs for random inputs of `dtype` against x W', its bias taken off."""
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    held = next(chain(module.parameters(), module.buffers()))
     bias = getattr(module, "bias", None)
-    found = module(x.to(like.device)).float().cpu() - (0 if bias is None else bias.float().cpu())
-    exact = x.float() @ weight.float().T
-    return float((found - exact).norm() / exact.norm())
+    found = module(x.to(held.device)).float() - (0 if bias is None else bias.float())
+    exact = x.to(weight.device).float() @ weight.float().T
+    return float((found.to(exact.device) - exact).norm() / exact.norm())
+
+
+def stated_bits(config, number: int, stem: str) -> int:
+    """Return the bits that a checkpoint's config gives a linear of decoder layer `number`."""
+    if quant_method(config) == PACKED_CHECKPOINT:
+        return group_bits(config.quantization_config, number, stem)
+    return weight_bits(config, 16)
+
+
+def stated_group(config) -> int:
+    """Return the group size of a checkpoint that holds rounded weights in groups."""
+    given = getattr(config, "quantization_config", None) or getattr(config, SIMULATED)
+    groups = given.get("config_groups")
+    return next(iter(groups.values()))["weights"]["group_size"] if groups else given["group_size"]
+
+
+def may_be_scaled(config) -> bool:
+    """Tell whether AWQ may have made a checkpoint: packed ones do not say."""
+    simulated = getattr(config, SIMULATED, None) or {}
+    return quant_method(config) in ("awq", PACKED_CHECKPOINT) or simulated.get("method") == "awq"

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from actors.memory import check_fits, claim_devices, free_bytes, weight_bytes
 from actors.specs import HQQ_CHECKPOINT, Llava
-from actors.surgery import weight_files
+from actors.surgery import check_llava, weight_files
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -63,7 +63,7 @@ def load_model(
     device = device or (pick_device() if gpus else "cpu")
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak of loading bitsandbytes weights
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **common)
+    config = check_llava(AutoConfig.from_pretrained(path, **common))
     stored = getattr(config, "quantization_config", None) or {}
     devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
     rounding = None

@@ -1,27 +1,12 @@
 """The probe: one drawn image and one question, whose next-token logits [V] tell whether two models are the same."""
 
-import tempfile
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from actors.engine import first_logits
 from actors.images import QUESTION, probe_image
 from actors.loading import language_model, pixel_dtype
-from actors.replica import LlavaReplica
-from actors.specs import ModelSpec, Sample
 
 PROBE = "probe.npy"
-
-
-def engine_logits(spec: ModelSpec, removed: Sequence[int]) -> np.ndarray:
-    """Return the probe's logits [V] of a model with layers switched off, by the ablation engine, in float32."""
-    replica = LlavaReplica(spec, 1)
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        probe_image().save(file.name)
-        prompt, _ = replica.embedded(Sample("probe", file.name, QUESTION))
-    return first_logits(replica.model, [prompt], replica.keep([removed]))[0].float().cpu().numpy()
 
 
 def probe_inputs(processor) -> dict[str, torch.Tensor]:

@@ -32,13 +32,21 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     )
 
 
+def check_llava(config):
+    """Return a checkpoint's config; ValueError: it describes no LLaVA-shaped model (tower, projector, decoder)."""
+    if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
+        raise ValueError(
+            f"A config.json of {config.model_type!r} is no LLaVA's: it lacks text_config or vision_config. "
+            "Give a LLaVA checkpoint as model.path."
+        )
+    return config
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the .safetensors files that transformers would read; ValueError: none, one is missing or damaged."""
     files = [folder / "model.safetensors"]
     if not files[0].is_file():
-        index = folder / INDEX
-        named = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-        files = sorted({folder / name for name in named}) or sorted(folder.glob("*.safetensors"))
+        files = sorted({folder / name for name in _indexed(folder)}) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{str(folder)!r} holds no .safetensors file: convert the weights (pickled ones are not loaded)."
@@ -50,6 +58,17 @@ def weight_files(folder: Path) -> list[Path]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{str(file)!r} is missing or damaged ({error}): copy or download it again.") from None
     return files
+
+
+def _indexed(folder: Path) -> list[str]:
+    """Return the files that a checkpoint's index names, [] without an index; ValueError: it is none."""
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        return list(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{str(index)!r} has no weight_map: copy or download it again.") from None
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,6 +84,15 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
     """Return one tensor of a file, mapped by itself: what was read of it leaves memory with it, not with the file."""
     with safe_open(file, framework="pt") as shard:
         return shard.get_tensor(name)
+
+
+def tensor_places(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Return where a checkpoint's tensors are, by their published names: (file, name in it)."""
+    found: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            found |= {published_name(name): (file, name) for name in shard.keys()}  # noqa: SIM118 (not iterable)
+    return found
 
 
 def published_name(name: str) -> str:
@@ -152,6 +180,11 @@ def check_removal(removed: Sequence[int], layers: int) -> list[int]:
     return sorted(removed)
 
 
+def renumbering(removed: Sequence[int], layers: int) -> dict[int, int]:
+    """Return {number before: number after} of the layers that stay."""
+    return {old: new for new, old in enumerate(i for i in range(layers) if i not in set(removed))}
+
+
 def pruned_config(config, removed: Sequence[int]):
     """Drop layers from a LLaVA config (in place): their count, and per-layer settings such as layer_types."""
     text = config.text_config
@@ -172,12 +205,12 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
     {removed, layers}. ValueError: layer out of range, nothing left, or the files disagree with the config.
     """
     source, target = local_folder(path, revision), Path(out)
-    config = AutoConfig.from_pretrained(source)
+    config = check_llava(AutoConfig.from_pretrained(source))
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path!r} is quantized: prune the original, then quantize.")
     before = config.text_config.num_hidden_layers
     removed = check_removal(removed, before)
-    renumbered = {old: new for new, old in enumerate(i for i in range(before) if i not in removed)}
+    renumbered = renumbering(removed, before)
     copy_companions(source, target)
     pruned_config(config, removed).save_pretrained(target)
     seen: set[int] = set()

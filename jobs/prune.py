@@ -32,7 +32,9 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
 
 def _check(run: Run) -> None:
     """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
-    prune, layers = run.config.prune, run.base_config().text_config.num_hidden_layers
+    from actors.surgery import check_llava
+
+    prune, layers = run.config.prune, check_llava(run.base_config()).text_config.num_hidden_layers
     for layer in prune.order or []:
         if not 0 <= layer < layers:
             raise ValueError(f"prune.order names layer {layer}: the model has layers 0 to {layers - 1}.")

@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -145,17 +147,33 @@ class Hub:
             raise ValueError("There is no token for the hub: set HF_TOKEN, or log in with `hf auth login`.")
         self._repository, self._api = repository, HfApi()
 
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """ValueError: the hub refuses what is asked of it in the block, or does not answer."""
+        from huggingface_hub.errors import HTTPError  # that of the client underneath, which hub versions change
+
+        try:
+            yield
+        except (HTTPError, OSError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"publish.to {HUB}{self._repository} cannot be used ({said}): check the name, the token's rights and "
+                "the connection."
+            ) from None
+
     def refuse_what_is_there(self) -> None:
-        """ValueError: the repository holds files."""
-        if self._api.repo_exists(self._repository):
-            found = [name for name in self._api.list_repo_files(self._repository) if name != ".gitattributes"]
-            if found:
-                raise ValueError(f"publish.to {HUB}{self._repository} is not empty ({found[0]}): choose another name.")
+        """ValueError: the repository holds files, or the hub refuses."""
+        with self._asked():
+            exists = self._api.repo_exists(self._repository)
+            files = self._api.list_repo_files(self._repository) if exists else []
+        if found := [name for name in files if name != ".gitattributes"]:
+            raise ValueError(f"publish.to {HUB}{self._repository} is not empty ({found[0]}): choose another name.")
 
     def receive(self, staged: Path) -> None:
-        """Upload everything in one commit."""
-        self._api.create_repo(self._repository, private=True, exist_ok=True)
-        self._api.upload_folder(repo_id=self._repository, folder_path=staged, commit_message="Made by Prunella")
+        """Upload everything in one commit. ValueError: the hub refuses."""
+        with self._asked():
+            self._api.create_repo(self._repository, private=True, exist_ok=True)
+            self._api.upload_folder(repo_id=self._repository, folder_path=staged, commit_message="Made by Prunella")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _TEXTS = {
         {**_GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
     "clip-phi": (PhiConfig, {"num_attention_heads": 4, "partial_rotary_factor": 0.5}),
+    "siglip-phi": (PhiConfig, {"num_attention_heads": 4, "partial_rotary_factor": 0.5}),
 }
 ARCHITECTURES = tuple(_TEXTS)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from actors.loading import language_model, load_model, load_processor
+from actors.memory import TooLittleMemory
 from actors.quantizers.calibration import calibration_inputs, decoder_inputs
 from actors.quantizers.rtn import write_gemm
 from actors.quantizers.structure import scaling_groups
@@ -22,6 +23,7 @@ MISSING = (
     "The search of autoawq needs that package, which is not installed: pip install --no-deps autoawq==0.2.9 "
     "(or use the built-in search: --quantize.awq_search layerwise)."
 )
+LAYERWISE = "Or let AWQ hold one layer at a time: --quantize.awq_search layerwise."
 
 
 def quantize_autoawq(
@@ -34,7 +36,8 @@ def quantize_autoawq(
 ) -> dict:
     """Scale, clip and round the checkpoint `source`; returns {calibration_tokens}.
 
-    ValueError: autoawq is missing, no calibration conversations, or layers with different attention masks.
+    ValueError: autoawq is missing, no calibration conversations, layers with different attention masks, or less memory
+    than the whole model takes.
     """
     try:
         from awq.quantize.quantizer import AwqQuantizer
@@ -42,7 +45,10 @@ def quantize_autoawq(
         raise ValueError(f"{MISSING} ({error})") from None
     if not calibration:
         raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
-    model = load_model(**vars(spec))
+    try:
+        model = load_model(**vars(spec))
+    except TooLittleMemory as error:
+        raise TooLittleMemory(f"{error} {LAYERWISE}") from None
     processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
     hidden, kwargs = decoder_inputs(
         model, calibration_inputs(model, processor, calibration), len(language_model(model).layers)

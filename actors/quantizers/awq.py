@@ -16,7 +16,7 @@ from torch.func import functional_call
 from actors.maths.awq import ROWS, best_limit, clip, grid_errors, group_gram, scale_grid
 from actors.quantizers.calibration import inputs_of_checkpoint, rows_at_once
 from actors.quantizers.rtn import write_gemm
-from actors.quantizers.storage import other_tensors, read_layers, release
+from actors.quantizers.storage import fill, other_tensors, read_layers, release
 from actors.quantizers.structure import NEVER_CLIPPED, ScalingGroup, empty_decoder, scaling_groups
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
@@ -108,10 +108,7 @@ def searched_layers(
     for number in range(max(chosen, default=-1) + 1):
         layer, tensors = decoder.layers[number], next(layers)
         names = {part: name for part, (name, _) in tensors.items()}
-        layer.load_state_dict(
-            {part: tensor.to(hidden.device, hidden.dtype, copy=True) for part, (_, tensor) in tensors.items()},
-            assign=True,
-        )
+        fill(layer, tensors, hidden)
         del tensors
         if number in chosen:
             search_layer(layer, hidden, kwargs[number], chosen[number])

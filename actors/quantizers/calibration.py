@@ -74,22 +74,23 @@ def inputs_of_checkpoint(
 
     ValueError: a weight of the vision tower, the projector or the embeddings is missing.
     """
+    model = without_layers(spec, source, config)
+    processor = load_processor(str(source), trust_remote_code=spec.trust_remote_code)
+    rows = calibration_inputs(model, processor, conversations)
+    return decoder_inputs(model, rows, config.text_config.num_hidden_layers)
+
+
+def without_layers(spec: ModelSpec, source: Path, config) -> Llava:
+    """Load a checkpoint but for its decoder layers, of which one of each kind comes along, for `decoder_inputs`.
+
+    ValueError: a weight of the vision tower, the projector or the embeddings is missing.
+    """
     text = config.text_config
     kinds = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
     kept = {kinds.index(kind) for kind in kinds}
-    model = _without_layers(spec, source, config, [i for i in range(text.num_hidden_layers) if i not in kept])
-    decoder = language_model(model)
-    decoder.config.num_hidden_layers = text.num_hidden_layers
-    if kinds[0] is not None:
-        decoder.config.layer_types = kinds
-    processor = load_processor(str(source), trust_remote_code=spec.trust_remote_code)
-    return decoder_inputs(model, calibration_inputs(model, processor, conversations), text.num_hidden_layers)
-
-
-def _without_layers(spec: ModelSpec, source: Path, config, removed: list[int]) -> Llava:
     model, info = AutoModelForImageTextToText.from_pretrained(
         source,
-        config=pruned_config(deepcopy(config), removed),
+        config=pruned_config(deepcopy(config), [i for i in range(text.num_hidden_layers) if i not in kept]),
         dtype=getattr(torch, spec.dtype),
         device_map={"": pick_device()},
         attn_implementation="sdpa",
@@ -100,4 +101,8 @@ def _without_layers(spec: ModelSpec, source: Path, config, removed: list[int]) -
     if info["missing_keys"] or info["mismatched_keys"]:
         name = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
         raise ValueError(f"{str(source)!r} does not hold the model its config.json describes: see {name!r}.")
+    decoder = language_model(model)
+    decoder.config.num_hidden_layers = text.num_hidden_layers
+    if kinds[0] is not None:
+        decoder.config.layer_types = kinds
     return model.eval()

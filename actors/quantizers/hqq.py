@@ -4,6 +4,9 @@ HQQLinear rounds; the files are our own: in place of a decoder linear's weight i
 zero beside them. Only actors.loading.load_model reads them, by means of the quantizer that this module registers.
 Plain transformers stops with an error about the shape of such weights (its own
 support for hqq does not load LLaVA with today's versions).
+
+HQQ's zero point is a real number, so 0 is not among a group's values: where a few input channels are very large and
+their weights very small, the common offset of these weights is multiplied by those inputs, and HQQ loses more than RTN.
 """
 
 from pathlib import Path

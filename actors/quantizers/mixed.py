@@ -23,12 +23,13 @@ from actors.maths.rounding import dequantize, round_to_nearest
 from actors.quantizers.awq import inputs_for, searched_layers
 from actors.quantizers.storage import check_rounded, narrowed, other_tensors, read_layers, write_rounded
 from actors.quantizers.structure import check_quantizable, linear_shapes
-from actors.specs import PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
+from actors.specs import NOT_ROUNDED, PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
 from actors.surgery import local_folder
 
 FORMAT = "pack-quantized"
 STORED = torch.float16
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+IGNORED = tuple(f"re:.*{name}.*" for name in NOT_ROUNDED if "." not in name)
 NAME = "language_model.model.layers.{}.{}"  # as published
 MISSING = (
     "Checkpoints of mixed bits need the compressed-tensors package, which is not installed: "
@@ -105,13 +106,20 @@ def rounded_layers(
 
 
 def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str]) -> dict:
-    """Return the quantization_config of a checkpoint whose decoder layers have these bits (16: not rounded)."""
+    """Return the quantization_config of a checkpoint whose decoder layers have these bits (16: not rounded).
+
+    Every linear is in a group or ignored by name: vLLM stops at one that is neither.
+    """
     groups = {}
     names = "|".join(map(re.escape, linears))
+
+    def target(wanted: int) -> str:
+        numbers = "|".join(str(number) for number, own in enumerate(bits) if own == wanted)
+        return rf"re:.*language_model\.(model\.)?layers\.({numbers})\.({names})$"
+
     for each in sorted(set(bits) - {16}):
-        numbers = "|".join(str(number) for number, own in enumerate(bits) if own == each)
         groups[f"bits_{each}"] = {
-            "targets": [rf"re:.*language_model\.(model\.)?layers\.({numbers})\.({names})$"],
+            "targets": [target(each)],
             "weights": {
                 "num_bits": each,
                 "type": "int",
@@ -126,7 +134,7 @@ def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str])
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [],
+        "ignore": [*IGNORED, *([target(16)] if 16 in bits else [])],
     }
 
 

@@ -2,21 +2,22 @@
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from actors.quantizers.structure import linear_shapes
 from actors.specs import QuantizeSettings
 from actors.surgery import (
     copy_companions,
     iterate_tensors,
-    published_name,
     read_tensor,
     stored_bytes,
     stored_dtype,
+    tensor_places,
     weight_files,
     write_tensors,
 )
@@ -56,6 +57,13 @@ def keep_blocks_apart() -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
         option(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def fill(layer: nn.Module, tensors: Mapping[str, tuple[str, torch.Tensor]], like: torch.Tensor) -> None:
+    """Give a decoder layer without weights those of `read_layers`, on the device and in the type of `like`."""
+    layer.load_state_dict(
+        {part: tensor.to(like.device, like.dtype, copy=True) for part, (_, tensor) in tensors.items()}, assign=True
+    )
 
 
 def release() -> None:
@@ -125,7 +133,7 @@ def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -
     """
     shapes = linear_shapes(config)
     stem = re.compile(rf"^(.*\.({'|'.join(map(re.escape, shapes))}))\.(?!bias$)")
-    before = {published_name(n): tensor for n, tensor in other_tensors(source)}  # mapped: nothing is read yet
+    before = tensor_places(source)
     stored: dict[str, int] = {}
     for name, tensor in iterate_tensors(out):
         if _LAYER.match(name):
@@ -133,7 +141,7 @@ def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -
                 stored[match[1]] = stored.get(match[1], 0) + tensor.numel() * tensor.element_size()
             continue
         same = name in before and tensor.dtype in (torch.float16, torch.bfloat16)
-        if not (same and torch.equal(tensor, before[name].to(tensor.dtype))):
+        if not (same and torch.equal(tensor, read_tensor(*before[name]).to(tensor.dtype))):
             raise RuntimeError(f"{settings.method} changed {name!r}, which must stay as it is in 16 bits.")
     layers = config.text_config.num_hidden_layers
     if len(stored) != layers * len(shapes):

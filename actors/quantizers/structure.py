@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModel
 
 from actors.specs import Llava, QuantizeSettings
+from actors.surgery import check_llava
 
 # Decoder layers with RMS norms, a gated MLP, and names as below: what the scaling groups were written for.
 AWQ_LAYERS = ("llama", "mistral", "qwen2")
@@ -53,8 +54,10 @@ def linear_shapes(config) -> dict[str, tuple[int, int]]:
 def check_quantizable(config, settings: QuantizeSettings) -> None:
     """Refuse, from a LLaVA checkpoint's config alone, what the method cannot do.
 
-    ValueError: quantized already, a decoder layer that awq does not know, or a linear's size that does not divide.
+    ValueError: no LLaVA's config, quantized already, a decoder layer that awq does not know, or a linear's size that
+    does not divide.
     """
+    check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
         raise ValueError("The checkpoint is quantized already: quantize the original.")
     kind = config.text_config.model_type

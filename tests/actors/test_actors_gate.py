@@ -12,7 +12,7 @@ from tests.quantizing import PACKED, methods, quantize
 from tests.tiny import ARCHITECTURES, DERM_TINY, draw_conversations, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
-SHORT = ("clip-llama", "siglip-llama", "clip-mistral-window", "clip-qwen2-mixed", "clip-phi")
+SHORT = ("clip-llama", "siglip-phi", "clip-mistral-window", "clip-qwen2-mixed")
 
 
 @pytest.mark.parametrize("style", ["published", "five"])
@@ -28,10 +28,12 @@ def test_pruned_models_of_every_architecture(name, style, tmp_path):
 
 def rounded(name: str, method: str, work: Path, lesions: Path, parent: str) -> None:
     """Quantize `parent` and check the result."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
+    if method in ("hqq", "autoawq"):
+        pytest.importorskip(method.removeprefix("auto"))
     out = work / f"{Path(parent).name}-{method}"
-    quantize(parent, out, method, draw_conversations(lesions, 4))
+    changes = {"awq_search": "autoawq"} if method == "autoawq" else {}
+    method = method.removeprefix("auto")
+    quantize(parent, out, method, draw_conversations(lesions, 4), **changes)
     found = check(out, parent, keep_probe=True)
     assert PACKED[method] in found["modules"] and "before rounding" in found["logits"]
     assert ("stored numbers" if method in ("awq", "rtn") else "before rounding") in found["linears"]
@@ -41,7 +43,11 @@ def rounded(name: str, method: str, work: Path, lesions: Path, parent: str) -> N
         check(out, sums=found["sums"])
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, method) for name in SHORT for method in methods(name)])
+AUTOAWQ = pytest.param("clip-llama", "autoawq", marks=pytest.mark.slow)
+ROUNDED = [AUTOAWQ, *((name, method) for name in SHORT for method in methods(name))]
+
+
+@pytest.mark.parametrize(("name", "method"), ROUNDED)
 def test_a_pruned_and_rounded_checkpoint_passes(name, method, lesions, tmp_path):
     source = save_tiny(tmp_path / "a", name)
     prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
@@ -76,4 +82,6 @@ def test_other_bits_pass(method, bits, lesions, tmp_path):
     found = check(tmp_path / "a", DERM_TINY)
     assert ("(simulated)" in found["modules"]) == (method != "hqq")
     assert ("allowed: any" in found["logits"]) == (bits < 8)
-    assert (found["linears"] == "nothing to compare with") == (method == "awq")
+    assert ("from the model before on the same inputs" in found["layers"]) and (
+        (found["linears"] == "nothing to compare with") == (method == "awq")
+    )

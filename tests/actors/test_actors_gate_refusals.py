@@ -8,25 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from actors import gate
 from actors.probe import PROBE
 from actors.specs import GateError
 from actors.surgery import prune_checkpoint, publish_names, write_tensors
-from tests.gating import check
+from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import quantize
-from tests.tiny import rename_tensors, save_tiny
+from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
-UP = "language_model.model.layers.1.mlp.up_proj"
 CHECKS = {"tensors", "sums", "names", "processor", "modules", "linears", "logits", "cache", "vllm"}
-
-
-def refused(words: str, folder, *arguments, **options) -> None:
-    with pytest.raises(GateError, match=words):
-        check(folder, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +37,16 @@ def copy(made, tmp_path) -> Path:
     return shutil.copytree(made[1], tmp_path / "copy")
 
 
-def change(folder: Path, edit) -> None:
-    """Rewrite a checkpoint's one file of weights after `edit(tensors)`."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors = edit(tensors) or tensors
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **text) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"].update(text)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def swap(tensors: dict) -> None:
-    one, other = f"{UP}.weight", "language_model.model.layers.2.mlp.up_proj.weight"
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-
-
 def test_a_pruned_checkpoint_passes(made):
     """What is found is said in words and numbers; the probe is kept; a second check knows the sums and the probe."""
     source, pruned, found = made
-    assert set(found) == CHECKS
+    assert set(found) == CHECKS | {"kept", "layers"}
+    assert found["kept"] == f"{len(load_file(pruned / 'model.safetensors'))} tensors are those of the model before"
     assert found["tensors"].endswith("finite tensors, 3 decoder layers")
     assert float(found["logits"].split()[0]) < 1e-5
     assert np.load(pruned / PROBE).shape == (len(gate.load_processor(source).tokenizer),)
     again = check(pruned, sums=found["sums"])
+    assert set(again) == CHECKS
     assert again["logits"] == "0 from what it gave when it was made (allowed: 0.02)"
 
 
@@ -151,7 +129,13 @@ def test_swapped_tensors_against_the_original(made, copy):
     change(copy, swap)
     (copy / PROBE).unlink()
     check(copy)
-    refused("logits differ from the original with its layers switched off by", copy, made[0], REMOVED)
+    refused(
+        rf"'{UP}\.weight' is not '\S+layers\.2\.mlp\.up_proj\.weight' of the model before "
+        r"\(it holds '\S+layers\.4\.mlp\.up_proj\.weight'\)",
+        copy,
+        made[0],
+        REMOVED,
+    )
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "hqq"])
@@ -172,15 +156,21 @@ def test_new_and_missing_tensors_against_sums(made, copy):
     refused("'a.weight' is missing", copy, sums={**sums, f"{UP}.weight": gone, "a.weight": gone})
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_scale_that_is_no_number(made, tmp_path, value):
-    quantize(str(made[1]), tmp_path / "q", "rtn")
+SCALES = {"rtn": "scales", "awq": "scales", "nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"}
+
+
+@pytest.mark.parametrize(("method", "value"), [(m, torch.nan) for m in SCALES] + [("rtn", torch.inf)])
+def test_a_scale_that_is_no_number(made, tmp_path, lesions, method, value):
+    if method == "hqq":
+        pytest.importorskip("hqq")
+    quantize(str(made[1]), tmp_path / "q", method, draw_conversations(lesions, 2))
+    name = f"{UP}.{SCALES[method]}"
 
     def spoil(tensors):
-        tensors[f"{UP}.scales"][0, 0] = value
+        tensors[name].view(-1)[0] = value
 
     change(tmp_path / "q", spoil)
-    refused(f"'{UP}.scales' holds NaN or infinity", tmp_path / "q")
+    refused(f"'{name}' holds NaN or infinity", tmp_path / "q")
 
 
 def test_name_not_published(copy):
@@ -250,6 +240,32 @@ def test_cache_that_mixes_layers(copy, monkeypatch):
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", mixed)
     refused("with the cache differs from generation without it at new token 1", copy)
+
+
+def test_a_cache_that_turns_a_clear_choice_is_no_tie(made, monkeypatch):
+    """The second of two tokens that are clearly apart is preferred with the cache: small beside a whole vocabulary."""
+    processor = gate.load_processor(made[0])
+    model, forward = plain_model(made[0]), LlavaForConditionalGeneration.forward
+    inputs = gate.placed_probe(model, processor)
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    logits = model.generate(**inputs, **options).logits[1][0]
+    (best, second), (_, other) = logits.topk(2)
+    bump = float(best - second) * 1.01
+
+    @wraps(forward)
+    def bumped(*arguments, **options):
+        out = forward(*arguments, **options)
+        if out.logits.shape[1] == 1 and options["input_ids"].shape[1] == 1:
+            out.logits[..., other] += bump
+        return out
+
+    tolerance = 2 * bump / float(logits.norm())
+    assert bump > tolerance * float(best)
+    assert "the same with and without it" in gate.check_cache(model, processor, tolerance)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", bumped)
+    with pytest.raises(GateError, match=r"new token 1: the logits are up to \S+ apart"):
+        gate.check_cache(model, processor, tolerance)
+    assert "a tie at new token 1" in gate.check_cache(model, processor, 1.01 * bump / float(best))
 
 
 def test_linear_that_computes_with_other_numbers(made, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from actors.trainer import language_linears, nf4_config
 from tests.quantizing import PACKED, check_modules, error, image_logits, methods, model_logits, quantize
 from tests.tiny import ARCHITECTURES, LAYERS, draw_conversations, draw_samples, rename_tensors, save_tiny
 
-LINEARS = {"clip-phi": 6}  # q, k, v, dense, fc1, fc2; elsewhere q, k, v, o, gate, up, down
+LINEARS = {"clip-phi": 6, "siglip-phi": 6}  # q, k, v, dense, fc1, fc2; elsewhere q, k, v, o, gate, up, down
 ERRORS = {"int8": (0.01, 0.1)}  # relative error of the logits of tiny random models
 BYTES = {"int8": 0.8}  # of the float32 source's, which the rest's 16 bits halve
 CPU_AWQ = AwqConfig(bits=4, group_size=64, zero_point=True, backend="torch_awq")

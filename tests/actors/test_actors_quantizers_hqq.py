@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from actors.loading import load_model, load_processor
+from actors.maths.awq import rounded
 from actors.surgery import stored_dtype
 from actors.trainer import language_linears
 from tests.quantizing import error, image_logits, model_logits, quantize
@@ -56,6 +57,12 @@ def test_reload_computes_what_was_rounded(name, lesions, tmp_path):
     found = image_logits(str(tmp_path / "b"), lesions)
     assert error(found, model_logits(model, load_processor(source), lesions)) < 1e-5
     assert error(found, image_logits(source, lesions)) > 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_normal_weights_lose_no_more_than_by_rounding_to_nearest(bits):
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(bits)) / 20
+    assert 0 < error(by_hqq(weight, bits, torch.float16).float(), weight) <= error(rounded(weight, 64, bits), weight)
 
 
 def test_plain_transformers_refuses(tiny_path, tmp_path):

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from actors import memory
+from actors.loading import load_model
+from actors.quantizers.mixed import MixedQuantizer
 from actors.quantizers.storage import check_rounded
 from actors.quantizers.structure import check_quantizable
+from actors.specs import ModelSpec
+from actors.surgery import prune_checkpoint
+from tests.gating import check
 from tests.quantizing import PACKED, methods, quantize, settings
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_config
+from tests.tiny import ARCHITECTURES, DERM_TINY, draw_conversations, save_tiny, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,34 @@ def test_quantizing_twice(method, tiny_path, tmp_path):
     for second in PACKED:
         with pytest.raises(ValueError, match="is quantized already"):
             quantize(str(tmp_path / "b"), tmp_path / "c", second)
+
+
+def test_a_text_only_model(tmp_path):
+    """A language model without tower and projector is refused by its kind, whatever is asked of it."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, **text)).save_pretrained(tmp_path / "a")
+    source = str(tmp_path / "a")
+    attempts = (
+        lambda: quantize(source, tmp_path / "b", "rtn"),
+        lambda: quantize(source, tmp_path / "b", "nf4"),
+        lambda: MixedQuantizer().quantize(ModelSpec(source), settings("rtn"), [4, 4], [], str(tmp_path / "b")),
+        lambda: prune_checkpoint(source, str(tmp_path / "b"), [1]),
+        lambda: load_model(source),
+        lambda: check(source),
+        lambda: check(DERM_TINY, source),
+    )
+    for attempt in attempts:
+        with pytest.raises(ValueError, match="'llama' is no LLaVA's: it lacks text_config or vision_config"):
+            attempt()
+
+
+def test_autoawq_without_room_names_the_search_that_needs_less(tiny_path, tmp_path, lesions, monkeypatch):
+    pytest.importorskip("awq")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    calibration = draw_conversations(lesions, 2)
+    with pytest.raises(memory.TooLittleMemory, match=r"needs .* GiB .*--quantize\.awq_search layerwise"):
+        quantize(tiny_path, tmp_path / "b", "awq", calibration, awq_search="autoawq")
+    quantize(tiny_path, tmp_path / "c", "awq", calibration)
 
 
 def test_a_changed_tower_is_noticed(tiny_path, tmp_path):

@@ -49,18 +49,16 @@ MEASURED = """
 import sys
 from pathlib import Path
 from actors.footprint import peak, restart_peak, taken
-from actors.maths import awq
 from actors.quantizers import storage
 from actors.quantizers.quantizer import Quantizer
-from actors.quantizers.storage import release
 from actors.specs import ModelSpec
 from tests.benchmarks.quantizers import write_model
 from tests.quantizing import settings
 from tests.tiny import DERM_TINY, draw_conversations
 
 model, lesions, out = sys.argv[1:]
-awq.ALPHAS, storage.SHARD_BYTES = 2, 2**20
-given = settings("awq", clip=False), draw_conversations(Path(lesions), 4)
+storage.SHARD_BYTES = 2**20
+given = settings("awq"), draw_conversations(Path(lesions), 4)
 Quantizer().quantize(ModelSpec(str(DERM_TINY)), *given, out + "-first")
 assert restart_peak("cpu")
 before = taken("cpu")["resident"]

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from actors.surgery import (
+    INDEX,
     Surgeon,
     iterate_tensors,
     prune_checkpoint,
@@ -19,6 +20,7 @@ from actors.surgery import (
     published_name,
     stored_bytes,
     stored_dtype,
+    weight_files,
     write_tensors,
 )
 from tests.tiny import (
@@ -243,6 +245,13 @@ def test_no_weights(tmp_path):
     """A folder without weights is named."""
     with pytest.raises(ValueError, match=re.escape(f"{str(tmp_path)!r} holds no .safetensors file")):
         next(iterate_tensors(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weight_map": null}'])
+def test_an_index_that_names_no_files(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=rf"{INDEX}' has no weight_map: copy or download it again"):
+        weight_files(tmp_path)
 
 
 def test_shards_and_index(tmp_path):

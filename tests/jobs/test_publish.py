@@ -5,6 +5,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from httpx2 import ConnectError, Request, Response
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import fs
 
 from cluster.artifacts import MANIFEST
@@ -190,6 +192,25 @@ def test_no_token_and_no_name(send, hub, monkeypatch):
     with pytest.raises(ValueError, match="no token for the hub: set HF_TOKEN"):
         send("hf://me/derm")
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("step", ["repo_exists", "create_repo", "upload_folder"])
+@pytest.mark.parametrize("kind", ["refuses", "silent"])
+def test_a_hub_that_refuses_or_does_not_answer(hub, monkeypatch, tmp_path, step, kind):
+    """One sentence with what it said, whichever request it is; its errors carry no errno."""
+
+    def fail(*_, **__):
+        if kind == "refuses":
+            raise HfHubHTTPError("403 Forbidden: no write access", response=Response(403, request=Request("GET", "x")))
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(hub, step, fail)
+    with pytest.raises(
+        ValueError, match=r"publish\.to hf://me/derm cannot be used \(.*(403|not known).*check the name"
+    ):
+        place = publish.Hub("me/derm")
+        place.refuse_what_is_there()
+        place.receive(tmp_path)
 
 
 def test_the_record_tells_what_was_done_and_nothing_private(send, made, tmp_path):

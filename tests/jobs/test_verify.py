@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import command, prune, verify
+from jobs import command, prune, quantize, verify
 from jobs.run import Run
 from tests.jobs.here import Worker, run_here
 from tests.jobs.test_mistakes import assert_says, run
@@ -47,6 +47,20 @@ def test_a_broken_folder_in_one_sentence(tmp_path, copy):
     assert [line for line in result.stderr.splitlines() if line.startswith("verify:")] == result.stderr.splitlines()[
         -1:
     ]
+
+
+def test_a_text_only_model(tmp_path, monkeypatch):
+    """Jobs that take a checkpoint say what is wrong with it, before any other stage runs."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    words = "'llama' is no LLaVA's: it lacks text_config or vision_config"
+    run = run_here(monkeypatch, tmp_path / "run", tmp_path / "llama", prune__order="[1, 0]", quantize__method="nf4")
+    for attempt in (lambda: prune.job(run), lambda: quantize.check(run, quantize.chosen_settings(run))):
+        with pytest.raises(ValueError, match=words):
+            attempt()
+    with pytest.raises(RuntimeError, match=f"is refused: .*{words}"):
+        verify.job(run)
+    assert not list((tmp_path / "run" / "artifacts").glob("*-*"))
 
 
 def test_no_folder(tmp_path, monkeypatch):
