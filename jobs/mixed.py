@@ -25,7 +25,7 @@ def stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> 
     if set(bits) == {16}:
         return model
     settings, parents = _recipe(run, model, data, bits)
-    return Stage("mixed", 1, settings, parents, lambda r, f, facts: _write(r, model, data, bits, settings, f, facts))
+    return Stage("mixed", 2, settings, parents, lambda r, f, facts: _write(r, model, data, bits, settings, f, facts))
 
 
 def options_stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> Stage:

@@ -49,7 +49,8 @@ MEASURED = """
 import sys
 from pathlib import Path
 from actors.footprint import peak, restart_peak, taken
-from actors.quantizers import storage
+from actors.maths import awq as maths
+from actors.quantizers import awq, storage
 from actors.quantizers.quantizer import Quantizer
 from actors.specs import ModelSpec
 from tests.benchmarks.quantizers import write_model
@@ -58,6 +59,7 @@ from tests.tiny import DERM_TINY, draw_conversations
 
 model, lesions, out = sys.argv[1:]
 storage.SHARD_BYTES = 2**20
+awq.ROWS = maths.ROWS = 128  # of 1408 outputs, as 1024 are of a 7B model's 11008
 given = settings("awq"), draw_conversations(Path(lesions), 4)
 Quantizer().quantize(ModelSpec(str(DERM_TINY)), *given, out + "-first")
 assert restart_peak("cpu")
@@ -68,17 +70,23 @@ print(peak("cpu")["resident"] - before)
 
 
 @pytest.mark.slow
-def test_depth_does_not_raise_the_peak(tmp_path, lesions):
-    """Four layers or twenty: the resident set grows by less than half of the sixteen, in the search's float32."""
+def test_peak_is_a_few_layers_whatever_the_depth(tmp_path, lesions, monkeypatch):
+    """Four layers or twelve, searched as always: the resident set grows by less than 3.5 layers in float32.
+
+    By the layer, 25 bytes for each number of its largest weight while that is packed (1.4 layers), and two copies of a
+    shard. A 7B model's weights exceed glibc's threshold for blocks that it gives back at once; these do if it is set.
+    """
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))
     peaks = []
-    for layers in (4, 20):
+    for layers in (4, 12):
         model = tmp_path / f"model-{layers}"
-        write_model(model, 256, layers)
+        write_model(model, 512, layers)
         command = [sys.executable, "-c", MEASURED, str(model), str(lesions), str(tmp_path / f"out-{layers}")]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks.append(int(done.stdout.splitlines()[-1]))
-    layer = 4 * (4 * 256 * 256 + 3 * 256 * 704)
-    assert layer < peaks[0] and peaks[1] - peaks[0] < 8 * layer, [peak / layer for peak in peaks]
+    layer = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert layer < min(peaks) and max(peaks) < 3.5 * layer, [peak / layer for peak in peaks]
+    assert peaks[1] - peaks[0] < 0.5 * layer, [peak / layer for peak in peaks]
 
 
 def test_release_gives_back_what_lies_below_memory_in_use():

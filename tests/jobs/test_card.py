@@ -191,3 +191,16 @@ def test_conversations_digest(tmp_path):
     assert card.conversations_digest(made("c"), ["s1", "s0"]) != first
     for number, change in enumerate(({"sha256": "x"}, {"question": "x"}, {"reference": "x"})):
         assert card.conversations_digest(made(f"d{number}", **change), ["s0", "s1"]) != first
+
+
+@pytest.mark.parametrize(("method", "loader"), [("hqq", "this loader"), ("nf4", "plain transformers")])
+def test_the_card_says_what_loaded_it(tmp_path, method, loader):
+    """HQQ's format is Prunella's own: neither is plain transformers offered, nor said to have loaded it."""
+    source = {"kind": "source", "name": "x", "revision": None, "base": None, "licence": None}
+    step = {"kind": "quantize", "method": method, "settings": {}, "bits_per_weight": 4.5, "simulated": False}
+    history = [source, {**step, "bits": 4, "calibration": None}]
+    card.write(tmp_path, {"history": history, "gate": {"names": "y"}, "versions": {}, "command": "z"})
+    text = (tmp_path / card.CARD).read_text()
+    assert f"It was loaded by {loader} in a fresh process" in text
+    assert ("AutoModelForImageTextToText" in text) == (method == "nf4") == ("plain transformers" in text)
+    assert ("Only Prunella reads this format" in text) == (method == "hqq")
