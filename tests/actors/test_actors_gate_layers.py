@@ -140,6 +140,7 @@ def test_logits_that_are_off_name_the_first_layer(tmp_path):
     """A rounded model whose weights are all right and whose norms divide by more is not what was made."""
     source = save_tiny(tmp_path / "a", "clip-llama")
     quantize(source, tmp_path / "q", "nf4")
+    check(tmp_path / "q", source, keep_probe=True)
     change_config(tmp_path / "q", rms_norm_eps=10.0)
     words = (
         r"differ from what it gave when it was made by .* first linear whose output is off: '\S+layers\.0\.self_attn"
