@@ -13,6 +13,7 @@ from actors.specs import ModelSpec
 MIB = 2**20
 
 
+@pytest.mark.slow
 def test_a_cap_that_one_model_fits_in_and_a_larger_one_does_not(tiny_path, wide_path, probe):
     fits = Capped().answers(ModelSpec(tiny_path, gpus=0), [probe, probe], 4, 4 * GIB)
     assert fits["fits"] and fits["answers"] == 2 and fits["stage"] == "done"

@@ -159,6 +159,7 @@ def test_a_judge_on_serve_says_what_it_says_here(serving, run_of, path):
     assert not serve.status().applications
 
 
+@pytest.mark.slow
 def test_our_client_reads_from_our_endpoint_what_the_judge_says_here(serving, run_of, path):
     port = free_port()
 

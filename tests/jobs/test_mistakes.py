@@ -142,7 +142,7 @@ def test_messy_images_are_listed_and_skipped(tmp_path, images):
     assert "annotations.csv" not in reasons
 
 
-@pytest.mark.parametrize("job", ["ablate", "recover"])
+@pytest.mark.parametrize("job", [pytest.param("ablate", marks=pytest.mark.slow), "recover"])
 def test_a_gpu_that_is_not_there(tmp_path, images, job):
     """A job that needs a GPU says so on a machine without one; it does not wait for ever."""
     result = run(job, "--run_dir", str(tmp_path), "--data.root", str(images), "--replicas.gpus", "1")

@@ -224,6 +224,7 @@ def test_single_jobs_take_a_path(finished):
     assert result.returncode == 0 and f"{pruned['evaluation']} exists, reused" in result.stdout
 
 
+@pytest.mark.slow
 def test_candidate_layer_out_of_range(finished):
     result = run("ablate", *options(finished[0], **{"ablate.candidates": "[2, 42]"}))
     assert_says(result, "layer 42", "0 to 9")
@@ -238,6 +239,7 @@ def test_an_order_with_a_layer_that_is_not_there(finished):
     assert_says(result, "layer 10", "0 to 9")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_nan(finished, tmp_path):
     import shutil
 
