@@ -19,6 +19,7 @@ help:
 	@echo "make study-quantizers  what every quantizer costs on derm-tiny, at 4 and 3 bits"
 	@echo "make bench-half  how exact the engine is in half precision"
 	@echo "make bench-judge  the judge's loop against an engine of known speed"
+	@echo "make clean      remove .venv and runs, with all results"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 	@echo "make bench-gpu-quantized  that shape in 16 and 4 bits on a GPU: memory, latency, seconds to quantize"
 

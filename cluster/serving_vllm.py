@@ -116,7 +116,7 @@ def _library() -> Any:
         from ray.serve.llm import openai_api_models  # noqa: F401 (it is what imports vLLM)
     except ImportError as error:
         raise ValueError(
-            "judge.engine vllm needs vLLM and ray.serve.llm on every node: pip install 'prunella[judge]' on machines "
+            "judge.engine vllm needs vLLM and ray.serve.llm on every node: pip install '.[judge]' on machines "
             f"with a GPU, or choose judge.engine transformers ({' '.join(str(error).split())[:120]})."
         ) from None
     return llm

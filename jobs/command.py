@@ -21,7 +21,7 @@ Options:
   --<field> VALUE      override one field, e.g. --prune.layers 7; a BOOL alone means true
 {shorthands}  --help               this text
 
-Fields (unit in brackets; defaults are derm-tiny's or the paper's):
+Fields (unit in brackets; data has no defaults: start from a file in configs/):
 {fields}
 
 Set PRUNELLA_DEBUG=1 for tracebacks."""

@@ -6,7 +6,7 @@
 Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
 measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
 rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
-allows: as few layers removed (at most half) as it takes at 3, 4, 8 or 16 bits, by the same rounding and with the same
+allows: as few layers removed (at most half) as it takes at each of the bits in joint.options, by the same rounding and with the same
 recovery. What fails is a row with its reason. All rows go to run_dir/joint.json; those of what was built to the table
 of jobs.search, too, whose answer and report know them.
 
