@@ -37,7 +37,7 @@ def front_figure(
     limit: the budget, a dashed line; published: (cost in `unit`, score %) of the paper. They have an axis of their own,
     for another model, other images and another judge made them.
     """
-    figure, (own, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, width_ratios=(3, 1.4))
+    figure, (own, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
     for mark in sorted(marks, key=lambda mark: mark.on_front):
         own.errorbar(
             mark.cost,
@@ -51,25 +51,41 @@ def front_figure(
         )
     first = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
     own.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
-    for mark in first:
-        own.annotate(str(mark.number), (mark.cost, mark.score), textcoords="offset points", xytext=(5, 6), fontsize=9)
     if limit is not None:
         own.axvline(limit, color=RED, ls="--", lw=1.2)
         own.annotate(f"budget {limit:.4g}", (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90,
                      ha="right", va="bottom", fontsize=8, color=RED)  # fmt: skip
     for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
         own.plot([], [], _MARKERS[quantizer], color=GREY, label="16 bit" if quantizer == "none" else quantizer)
-    own.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    own.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
     theirs.plot([x for x, _ in published], [y for _, y in published], "x", color="#1a202c", ms=5)
     theirs.set_title("as published: LLaVA-1.5-7B, DermNet", fontsize=8)
     theirs.set_xlabel(unit)
     own.set_xlabel(label)
     own.set_ylabel(score)
-    own.set_ylim(-3, 103)
+    lowest = min((mark.low for mark in marks), default=0)
+    own.set_ylim(max(-3, lowest - 0.1 * (100 - lowest)), 100 + 0.35 * (100 - lowest))
+    own.set_yticks([tick for tick in own.get_yticks() if lowest - 10 <= tick <= 100])
+    theirs.set_ylim(-3, 103)
     own.margins(x=0.08)
+    _number(own, first)
     for axes in (own, theirs):
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
+
+
+def _number(axes, marks: Sequence[Mark]) -> None:
+    """Write the marks' numbers above them, from left to right, each as low as the numbers before it leave room."""
+    axes.figure.draw_without_rendering()  # limits are settled only then
+    ends: list[float] = []  # where the last number of each line ends (pixels)
+    for mark in marks:
+        x = axes.transData.transform((mark.cost, 0))[0]
+        line = next((line for line, end in enumerate(ends) if x > end), len(ends))
+        ends[line : line + 1] = [x + 9 * len(str(mark.number)) + 4]
+        place = (0, 8 + 10 * line)
+        axes.annotate(
+            str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=place, ha="center", fontsize=9
+        )
 
 
 def layers_figure(choices: Sequence[tuple[str, Sequence[int]]]) -> str:

@@ -6,9 +6,9 @@
 Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
 measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
 rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
-allows: as few layers removed (at most half) as it takes at each of the bits in joint.options, by the same rounding and with the same
-recovery. What fails is a row with its reason. All rows go to run_dir/joint.json; those of what was built to the table
-of jobs.search, too, whose answer and report know them.
+allows: as few layers removed (at most half) as it takes at each of the bits in joint.options, by the same rounding and
+with the same recovery. What fails is a row with its reason. All rows go to run_dir/joint.json; those of what was built
+to the table of jobs.search, too, whose answer and report know them.
 
 The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
 in the prompt, model.dtype for what is not rounded; on GPUs their contexts. A reader that unpacks the weights, as

@@ -2,7 +2,7 @@
 
     python -m jobs.profile --config configs/derm-tiny.yaml
     python -m jobs.profile --config configs/llava-1.5-7b-dermnet.yaml --evaluate.decode static \\
-        --profile.models '[llava-hf/llava-1.5-7b-hf, runs/llava-1.5-7b-dermnet/artifacts/quantize-...]' --profile.cap_gib 6
+        --profile.models '[llava-hf/llava-1.5-7b-hf, RUN_DIR/artifacts/quantize-...]' --profile.cap_gib 6
 
 The checkpoints take turns: each round of each is a fresh process that has the device to itself. Processes that stayed
 alive would share one GPU's memory, so that none could be measured alone. The rows go to run_dir/profile.json.
