@@ -88,7 +88,7 @@ class Gate:
         found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
         del model, before
         _free()
-        found["vllm"] = check_vllm(folder, config)
+        found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():
             np.save(folder / PROBE, logits, allow_pickle=False)
         return found
