@@ -191,23 +191,28 @@ def test_a_call_that_was_given_up_takes_no_place(judge, monkeypatch):
     assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 6 + [Reply] * 4
 
 
-def note_batches(monkeypatch, most: int = 100, deadly: int | None = None) -> list[int]:
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+
+def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error: Exception = GPU_FULL) -> list[int]:
     """Note every batch's size; batches beyond `most`, or with a task of `deadly` tokens, run out of memory."""
     sizes = []
 
     def noted(model, grammars, tasks: list[Task], pad, shared):
         sizes.append(len(tasks))
         if len(tasks) > most or any(task.max_tokens == deadly for task in tasks):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return write(model, grammars, tasks, pad, shared)
 
     monkeypatch.setattr(actors.judge.local, "write", noted)
     return sizes
 
 
-def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch):
+@pytest.mark.parametrize("error", [GPU_FULL, CPU_FULL])
+def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch, error):
     judge = judge_of(path)
-    sizes = note_batches(monkeypatch, most=3)
+    sizes = note_batches(monkeypatch, most=3, error=error)
     assert all(isinstance(answer, Written) for answer in ask_all(judge, [REQUESTS[2]] * 12))
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
 
@@ -251,6 +256,19 @@ def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch)
         assert answers[1].kind == "server_error" and "not numbers" in answers[1].message
         assert isinstance(ask_all(judge, [poison])[0], Failure)
     judge.check_health()
+
+
+def test_a_broken_judge_leaves_the_rest_of_a_batch(path, monkeypatch):
+    judge, asked = judge_of(path), []
+
+    def fail(model, grammars, tasks, pad, shared):
+        asked.append(len(tasks))
+        raise RuntimeError("The judge's logits are infinite or not numbers")
+
+    monkeypatch.setattr(actors.judge.local, "write", fail)
+    answers = ask_all(judge, [Request(r.system, r.user + str(n), r.schema, 17) for n, r in enumerate(REQUESTS[:1] * 6)])
+    assert asked == [6, 1, 1, 1]  # and not the three that are left
+    assert {answer.kind for answer in answers} == {"server_error"} and "not numbers" in answers[-1].message
 
 
 def test_a_device_that_failed_is_not_asked_again(path, monkeypatch):
