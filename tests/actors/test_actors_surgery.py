@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlavaNextConfig
 
 from actors.surgery import (
     INDEX,
     Surgeon,
+    check_llava,
     iterate_tensors,
     prune_checkpoint,
     publish_names,
@@ -32,6 +34,7 @@ from tests.tiny import (
     processor_for,
     rename_tensors,
     save_tiny,
+    tiny_config,
 )
 
 REMOVED = (0, 3)
@@ -219,6 +222,18 @@ def test_impossible_removals(tiny_path, tmp_path, removed, words):
     with pytest.raises(ValueError, match=words):
         prune_checkpoint(tiny_path, str(tmp_path / "out"), removed)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_llava_itself_is_taken():
+    config = tiny_config("clip-llama")
+    assert config.architectures is None and check_llava(config) is config
+    config.architectures = ["LlavaForConditionalGeneration"]
+    assert check_llava(config) is config
+    config.architectures = ["LlavaNextForConditionalGeneration"]
+    with pytest.raises(ValueError, match=r"names the architectures \['LlavaNextFor.* give a checkpoint of that kind"):
+        check_llava(config)
+    with pytest.raises(ValueError, match="of a 'llava_next' names the architectures None"):
+        check_llava(LlavaNextConfig())
 
 
 def test_quantized_checkpoint_is_not_pruned(tmp_path):
