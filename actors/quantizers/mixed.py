@@ -188,7 +188,7 @@ class MixedQuantizer:
         if set(bits) != {16}:
             written.quantization_config = quantization_config(bits, settings.group_size, list(linear_shapes(config)))
         write_rounded(source, Path(out), written, STORED, tensors(), lambda weight: {"weight": weight})
-        return check_rounded(source, Path(out), config, replace(settings, bits=4))
+        return check_rounded(Path(out), config, replace(settings, bits=4))
 
     def options(
         self,

@@ -27,7 +27,7 @@ class Quantizer:
         """
         source, config = opened(spec, settings)
         facts = _quantize(spec, source, config, settings, calibration, Path(out))
-        return {**facts, **check_rounded(source, Path(out), config, settings)}
+        return {**facts, **check_rounded(Path(out), config, settings)}
 
     def search(
         self,
@@ -48,7 +48,7 @@ class Quantizer:
         """Write the checkpoint from what `search` has written to `folder` of all layers; returns facts about it."""
         source, config = opened(spec, settings)
         write_searched(source, config, settings, Path(folder), Path(out))
-        return check_rounded(source, Path(out), config, settings)
+        return check_rounded(Path(out), config, settings)
 
 
 def _quantize(spec, source, config, settings, calibration, out) -> dict:
