@@ -67,14 +67,6 @@ def greedy(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor,
 
 
 @torch.inference_mode()
-def first_logits(model: Llava, prompts: Sequence[torch.Tensor], keep_RL: torch.Tensor) -> torch.Tensor:
-    """Logits [R, V] of every row's first new token; arguments as of `greedy`."""
-    hidden = PromptPass(model, keep_RL).forward(model, padded(prompts))
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
-    return model.lm_head(hidden[torch.arange(len(prompts), device=hidden.device), last])
-
-
-@torch.inference_mode()
 def verified(
     model: Llava,
     prompts: Sequence[torch.Tensor],

@@ -67,6 +67,7 @@ class Gate:
         found["processor"] = f"{type(processor).__name__} with a chat template"
         before = Parent(parent, removed or ()) if parent else None
         if before:
+            _check_count(config, before)
             found["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, removed))
         model = load_plainly(spec, config)
         found["modules"] = check_modules(model, config)
@@ -87,7 +88,7 @@ class Gate:
         found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
         del model, before
         _free()
-        found["vllm"] = check_vllm(folder, config)
+        found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():
             np.save(folder / PROBE, logits, allow_pickle=False)
         return found
@@ -107,6 +108,12 @@ def _compared(
     layers, off = check_layers(before, model, processor, config, max(same, SAME[_stored(Path(spec.path))]))
     allowed = ROUNDED[weight_bits(config, 16)]
     return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
+
+
+def _check_count(config, before: Parent) -> None:
+    said, kept = config.text_config.num_hidden_layers, len(before.renumbered)
+    if said != kept:
+        raise GateError(f"config.json says {said} decoder layers, but {kept} of the model before were to be kept.")
 
 
 def _is_int8(config) -> bool:

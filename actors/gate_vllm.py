@@ -1,12 +1,16 @@
 """What the gate says of vLLM: a checkpoint is loaded there where vLLM is installed, else held against its documents."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from actors.gate_linears import quant_method
+from actors.loading import pick_device
 from actors.quantizers.mixed import FORMAT, NAME
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.specs import HQQ_CHECKPOINT, NOT_ROUNDED, PACKED_CHECKPOINT, GateError
@@ -14,6 +18,7 @@ from actors.specs import HQQ_CHECKPOINT, NOT_ROUNDED, PACKED_CHECKPOINT, GateErr
 TEXTS = ("llama", "mistral", "qwen2", "phi")
 PACKED_BITS = (4, 8)  # of compressed-tensors with zero points
 LOAD = "import sys; from vllm import LLM; LLM(model=sys.argv[1], max_model_len=1024, enforce_eager=True)"
+LOAD_S = 1800  # with the compiling of kernels, which the first start on a machine does
 # What vLLM's readers ask of quantization_config: a value, or a test of it. AutoAWQConfig, BitsAndBytesConfig and
 # CompressedTensorsConfig in vllm/model_executor/layers/quantization.
 AWQ = {"bits": 4, "zero_point": True, "version": "gemm"}
@@ -34,15 +39,22 @@ OTHERS = (
 WEIGHTS = {"type": "int", "symmetric": False, "strategy": "group"}
 
 
-def check_vllm(folder: Path, config) -> str:
-    """Refuse a config that vLLM's documents do not have, and a checkpoint that an installed vLLM does not load.
+def check_vllm(folder: Path, config, own: bool) -> str:
+    """Say whether vLLM takes the checkpoint; GateError: it is our `own`, and vLLM or its documents refuse it.
 
     vLLM runs in a process of its own, which takes most of a GPU: nothing else should be on it.
     """
-    if config.architectures != ["LlavaForConditionalGeneration"]:
-        raise GateError(
-            f"config.json names the architectures {config.architectures}, not LlavaForConditionalGeneration."
-        )
+    try:
+        return _tried(folder, config)
+    except GateError as error:
+        if own:
+            raise
+        return str(error)
+
+
+def _tried(folder: Path, config) -> str:
+    if not config.architectures:
+        return "not run; config.json names no architectures, by which vLLM chooses the model's class"
     if config.text_config.model_type not in TEXTS:
         return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
     method = quant_method(config)
@@ -54,10 +66,24 @@ def check_vllm(folder: Path, config) -> str:
         check_layout(config)
     if importlib.util.find_spec("vllm") is None:
         return "not run (vLLM is not installed); the layout is the documented one"
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise GateError(f"vLLM does not load it: {said[-1].strip()[:400] if said else f'exit {done.returncode}'}")
+    if pick_device() == "cpu":
+        return "not run (no GPU here); the layout is the documented one"
+    return _loaded(folder)
+
+
+def _loaded(folder: Path) -> str:
+    command, pipe = [sys.executable, "-c", LOAD, str(folder)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, errors = process.communicate(timeout=LOAD_S)
+        except subprocess.TimeoutExpired:
+            return f"not run to its end: after {LOAD_S} s vLLM was still loading"
+        finally:
+            with suppress(ProcessLookupError):  # with the processes that vLLM has started
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        said = [line for line in (errors or out).splitlines() if line.strip()]
+        raise GateError(f"vLLM does not load it: {said[-1].strip()[:400] if said else f'exit {process.returncode}'}")
     return "loaded"
 
 
@@ -76,7 +102,7 @@ def check_layout(config) -> None:
             _expect(group["weights"], WEIGHTS, f"config_groups.{name}.weights.")
         _check_matched(config)
     else:
-        raise GateError(f"quantization_config says quant_method {method!r}, which vLLM does not read.")
+        raise GateError(f"quantization_config says quant_method {method!r}, whose layout is not known here.")
 
 
 def _expect(given: dict, wanted: dict, where: str = "") -> None:

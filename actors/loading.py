@@ -56,6 +56,7 @@ def load_model(
 
     dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized. gpus: a fraction is the share of a
     GPU's memory that this process may take; of several, each holds a part of the layers; 0: the CPU.
+    quantization: settings of 4 bits, to which the decoder's linears are rounded while they are loaded.
     ValueError: not a checkpoint; weights missing, unexpected or of another shape; NaN or infinity in a weight; more
     memory needed than is free.
     """
@@ -66,10 +67,7 @@ def load_model(
     config = check_llava(AutoConfig.from_pretrained(path, **common))
     stored = getattr(config, "quantization_config", None) or {}
     devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
-    rounding = None
-    if quantization is not None:
-        rounding = 8 if getattr(quantization, "load_in_8bit", False) else 4
-    weights = weight_bytes(path, config, itemsize, rounding, common)
+    weights = weight_bytes(path, config, itemsize, None if quantization is None else 4, common)
     check_fits(path, weights, config, itemsize, devices)
     if stored.get("quant_method") == HQQ_CHECKPOINT:
         import actors.quantizers.hqq  # noqa: F401 (registers what from_pretrained needs)

@@ -2,15 +2,18 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
+from transformers import GenerationConfig
 
 from actors import footprint
 from actors.decoding import DECODERS, check_greedy
 from actors.engine import Limits, greedy, verified
 from actors.images import open_image
 from actors.loading import (
+    check_source,
     language_model,
     layer_devices,
     load_model,
@@ -39,6 +42,7 @@ class LlavaReplica:
 
     def __init__(self, spec: ModelSpec, max_rows: int = 1024):
         quiet()
+        _check_settings(spec)
         self._spec = spec
         device = pick_device() if spec.gpus else "cpu"
         self._memory = {"baseline_bytes": footprint.taken(device)}
@@ -238,3 +242,10 @@ class LlavaReplica:
     def _pixels(self, sample: Sample) -> dict[str, torch.Tensor]:
         inputs = self.inputs(sample)
         return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(self.model))}
+
+
+def _check_settings(spec: ModelSpec) -> None:
+    """Refuse a generation config before the weights are loaded; where there is none, the model makes its own."""
+    check_source(spec.path)
+    with suppress(OSError):
+        check_greedy(GenerationConfig.from_pretrained(spec.path, revision=spec.revision), spec.path)

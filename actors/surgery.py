@@ -33,11 +33,20 @@ def local_folder(path: str, revision: str | None = None) -> Path:
 
 
 def check_llava(config):
-    """Return a checkpoint's config; ValueError: it describes no LLaVA-shaped model (tower, projector, decoder)."""
+    """Return a checkpoint's config; ValueError: it describes no LLaVA-shaped model (tower, projector, decoder).
+
+    LLaVA-NeXT and others have the same sections, and prompts of another kind.
+    """
     if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
         raise ValueError(
             f"A config.json of {config.model_type!r} is no LLaVA's: it lacks text_config or vision_config. "
             "Give a LLaVA checkpoint as model.path."
+        )
+    named = config.architectures
+    if named != ["LlavaForConditionalGeneration"] and (named or config.model_type != "llava"):
+        raise ValueError(
+            f"The config.json of a {config.model_type!r} names the architectures {named}, of which only "
+            "['LlavaForConditionalGeneration'] is known here: give a checkpoint of that kind as model.path."
         )
     return config
 

@@ -19,7 +19,7 @@ from actors.judge.calls import Failure, Reply, Request
 from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix
 from actors.loading import check_complete, check_finite, check_source, placement, quiet
-from actors.memory import GIB, claim_devices, free_bytes
+from actors.memory import GIB, claim_devices, free_bytes, out_of_memory
 from actors.surgery import stored_bytes
 
 LINGER_S = 0.005  # for calls that were sent together to arrive together
@@ -157,6 +157,8 @@ class LocalJudge:
         What fails alone may be at fault itself; the judge is broken when LASTING different ones failed with no answer
         in between, or its device did.
         """
+        if self._broken:
+            return [Failure("server_error", self._broken) for _ in tasks]
         try:
             answers = await asyncio.to_thread(self._answers, tasks)
         except Exception as error:
@@ -176,7 +178,9 @@ class LocalJudge:
         """Answer tasks in one batch; out of memory, in halves from then on."""
         try:
             return write(self._model, self._grammars, tasks, self._pad, self._shared)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             if len(tasks) == 1:
                 return [Failure("refused", f"out of memory at {len(tasks[0].prompt)} tokens of prompt")]
         torch.cuda.empty_cache()

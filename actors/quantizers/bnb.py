@@ -10,11 +10,9 @@ from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from transformers import BitsAndBytesConfig
 
 from actors.quantizers.storage import rest_dtype, write_rounded
-from actors.specs import NOT_ROUNDED, QuantizeSettings
+from actors.specs import NF4_BLOCK, NOT_ROUNDED, QuantizeSettings
 from actors.surgery import iterate_tensors
 from actors.trainer import nf4_config
-
-BLOCK = 64  # weights that share a scale in NF4
 
 
 def quantize_bnb(source: Path, config, settings: QuantizeSettings, out: Path) -> None:
@@ -31,7 +29,7 @@ def quantize_bnb(source: Path, config, settings: QuantizeSettings, out: Path) ->
 
 
 def _nf4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    packed, state = quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     return {"weight": packed, **{f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}}
 
 

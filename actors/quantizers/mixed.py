@@ -16,15 +16,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from actors.loading import quiet
 from actors.maths.rounding import dequantize, round_to_nearest
 from actors.quantizers.awq import inputs_for, searched_layers
-from actors.quantizers.storage import check_rounded, narrowed, other_tensors, read_layers, write_rounded
-from actors.quantizers.structure import check_quantizable, linear_shapes
+from actors.quantizers.storage import (
+    check_rounded,
+    keep_blocks_apart,
+    narrowed,
+    other_tensors,
+    read_layers,
+    write_rounded,
+)
+from actors.quantizers.structure import linear_shapes, opened
 from actors.specs import NOT_ROUNDED, PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
-from actors.surgery import local_folder
 
 FORMAT = "pack-quantized"
 STORED = torch.float16
@@ -152,6 +157,7 @@ class MixedQuantizer:
 
     def __init__(self):
         quiet()
+        keep_blocks_apart()
 
     def quantize(
         self,
@@ -166,7 +172,8 @@ class MixedQuantizer:
         settings: awq or rtn, the group size and clipping; its own bits are not read. The facts are those of
         actors.quantizers.storage.check_rounded. ValueError: bits for another number of layers, or the method cannot.
         """
-        source, config = _opened(spec, settings)
+        packer()
+        source, config = opened(spec, settings)
         layers = config.text_config.num_hidden_layers
         if len(bits) != layers:
             raise ValueError(f"Bits were given for {len(bits)} layers, the model has {layers}.")
@@ -181,7 +188,7 @@ class MixedQuantizer:
         if set(bits) != {16}:
             written.quantization_config = quantization_config(bits, settings.group_size, list(linear_shapes(config)))
         write_rounded(source, Path(out), written, STORED, tensors(), lambda weight: {"weight": weight})
-        return check_rounded(source, Path(out), config, replace(settings, bits=4))
+        return check_rounded(Path(out), config, replace(settings, bits=4))
 
     def options(
         self,
@@ -195,7 +202,8 @@ class MixedQuantizer:
 
         They are what `quantize` would write of them; `read_option` reads one.
         """
-        source, config = _opened(spec, settings)
+        packer()
+        source, config = opened(spec, settings)
         layers, size = config.text_config.num_hidden_layers, 0
         for each in bits:
             made = rounded_layers(spec, source, config, settings, [each] * layers, calibration)
@@ -217,11 +225,3 @@ def read_option(folder: str, number: int, bits: int) -> dict[str, torch.Tensor]:
     stems = [name.removesuffix("weight_packed") for name in stored if name.endswith("weight_packed")]
     rounded = {f"{stem}weight": unpacked({part: stored[stem + part] for part in PARTS}, bits) for stem in stems}
     return rounded | {name: tensor for name, tensor in stored.items() if not name.endswith(PARTS)}
-
-
-def _opened(spec: ModelSpec, settings: QuantizeSettings):
-    packer()
-    source = local_folder(spec.path, spec.revision)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
-    check_quantizable(config, settings)
-    return source, config

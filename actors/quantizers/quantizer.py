@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig
 
 from actors.loading import quiet
 from actors.quantizers.awq import quantize_awq, search_to_files, write_searched
 from actors.quantizers.storage import check_rounded, keep_blocks_apart
-from actors.quantizers.structure import check_quantizable
+from actors.quantizers.structure import opened
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
-from actors.surgery import local_folder
 
 
 class Quantizer:
@@ -29,9 +25,9 @@ class Quantizer:
         `calibration` (training split only) is read by AWQ alone. The facts are those of
         actors.quantizers.storage.check_rounded, and AWQ's calibration_tokens. ValueError: the method cannot do this.
         """
-        source, config = _opened(spec, settings)
+        source, config = opened(spec, settings)
         facts = _quantize(spec, source, config, settings, calibration, Path(out))
-        return {**facts, **check_rounded(source, Path(out), config, settings)}
+        return {**facts, **check_rounded(Path(out), config, settings)}
 
     def search(
         self,
@@ -43,24 +39,16 @@ class Quantizer:
         folder: str,
     ) -> dict:
         """Search the layers of part 0 <= `part` < `parts`; see actors.quantizers.awq.search_to_files."""
-        source, config = _opened(spec, settings)
+        source, config = opened(spec, settings)
         layers = config.text_config.num_hidden_layers
         share = range(layers * part // parts, layers * (part + 1) // parts)
         return search_to_files(spec, source, config, settings, calibration, share, Path(folder))
 
     def finish(self, spec: ModelSpec, settings: QuantizeSettings, folder: str, out: str) -> dict:
         """Write the checkpoint from what `search` has written to `folder` of all layers; returns facts about it."""
-        source, config = _opened(spec, settings)
+        source, config = opened(spec, settings)
         write_searched(source, config, settings, Path(folder), Path(out))
-        return check_rounded(source, Path(out), config, settings)
-
-
-def _opened(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
-    """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
-    source = local_folder(spec.path, spec.revision)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
-    check_quantizable(config, settings)
-    return source, config
+        return check_rounded(Path(out), config, settings)
 
 
 def _quantize(spec, source, config, settings, calibration, out) -> dict:

@@ -17,7 +17,6 @@ from actors.surgery import (
     read_tensor,
     stored_bytes,
     stored_dtype,
-    tensor_places,
     weight_files,
     write_tensors,
 )
@@ -124,25 +123,22 @@ def narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return cast
 
 
-def check_rounded(source: Path, out: Path, config, settings: QuantizeSettings) -> dict:
-    """Check that a quantizer changed the decoder's linears alone, and return what it stored.
+def check_rounded(out: Path, config, settings: QuantizeSettings) -> dict:
+    """Check that a quantizer rounded the decoder's linears and nothing else, and return what it stored.
 
-    Outside the decoder layers every tensor must be the source's in 16 bits, bit for bit. Returns {linears,
+    Whether the rest is what it was before, bit for bit, actors.gate_files.check_kept tells. Returns {linears,
     rounded_weights, bits_per_weight (scales and zero points included), simulated, nominal_bytes (the whole checkpoint
     at those bits: what is stored, unless simulated)}. RuntimeError: a library rounded what it must not.
     """
     shapes = linear_shapes(config)
     stem = re.compile(rf"^(.*\.({'|'.join(map(re.escape, shapes))}))\.(?!bias$)")
-    before = tensor_places(source)
     stored: dict[str, int] = {}
     for name, tensor in iterate_tensors(out):
         if _LAYER.match(name):
             if match := stem.match(name):
                 stored[match[1]] = stored.get(match[1], 0) + tensor.numel() * tensor.element_size()
-            continue
-        same = name in before and tensor.dtype in (torch.float16, torch.bfloat16)
-        if not (same and torch.equal(tensor, read_tensor(*before[name]).to(tensor.dtype))):
-            raise RuntimeError(f"{settings.method} changed {name!r}, which must stay as it is in 16 bits.")
+        elif tensor.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError(f"{settings.method} stored {name!r} as {tensor.dtype}: it must keep 16 bits.")
     layers = config.text_config.num_hidden_layers
     if len(stored) != layers * len(shapes):
         raise RuntimeError(f"The checkpoint holds {len(stored)} decoder linears, not {layers} x {len(shapes)}.")

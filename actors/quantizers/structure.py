@@ -1,13 +1,15 @@
 """What the quantizers know of a decoder layer: its linears, which of them share a scale, and what must be refused."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
-from actors.specs import Llava, QuantizeSettings
-from actors.surgery import check_llava
+from actors.specs import Llava, ModelSpec, QuantizeSettings
+from actors.surgery import check_llava, local_folder
 
 # Decoder layers with RMS norms, a gated MLP, and names as below: what the scaling groups were written for.
 AWQ_LAYERS = ("llama", "mistral", "qwen2")
@@ -49,6 +51,14 @@ def linear_shapes(config) -> dict[str, tuple[int, int]]:
     """Return the linears of one decoder layer of a LLaVA config: name -> (outputs, inputs)."""
     layer = empty_decoder(config).layers[0]
     return {name: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def opened(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
+    """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
+    source = local_folder(spec.path, spec.revision)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
+    check_quantizable(config, settings)
+    return source, config
 
 
 def check_quantizable(config, settings: QuantizeSettings) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 import actors.decoding
+import actors.replica
 from actors.decoding import DECODERS, NEUTRAL, Plain, Static, check_greedy
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
@@ -167,8 +168,12 @@ def test_static_decoding_refuses_several_devices(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value"), [("repetition_penalty", 1.1), ("suppress_tokens", [7]), ("min_new_tokens", 3), ("num_beams", 2)]
 )
-def test_what_generate_would_do_besides_is_refused(tiny_path, tmp_path, name, value):
-    """The engine takes the best token; with such a config `generate` would not, and the two would differ silently."""
+def test_what_generate_would_do_besides_is_refused(tiny_path, tmp_path, monkeypatch, name, value):
+    """The engine takes the best token; with such a config `generate` would not, and the two would differ silently.
+
+    It is said before the model is loaded.
+    """
+    monkeypatch.delattr(actors.replica, "load_model")
     shutil.copytree(tiny_path, tmp_path / "copy")
     file = tmp_path / "copy" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))

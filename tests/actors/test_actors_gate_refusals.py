@@ -68,6 +68,12 @@ def test_layer_count_wrong_in_the_config(copy, count, odd):
     refused(rf"says {count} decoder layers, the files hold 3: .*layers\.{odd}'", copy)
 
 
+@pytest.mark.parametrize("removed", [[1], [1, 3, 4], None])
+def test_another_number_of_layers_than_was_kept(made, removed):
+    kept = 5 - len(removed or ())
+    refused(f"says 3 decoder layers, but {kept} of the model before were to be kept", made[1], made[0], removed)
+
+
 def test_layer_types_of_another_length(tmp_path):
     save_tiny(tmp_path, "clip-qwen2-mixed")
     change_config(tmp_path, layer_types=["full_attention"] * 4)

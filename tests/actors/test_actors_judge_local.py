@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import actors.judge.local
 from actors.judge.calls import Failure, Reply, Request
-from actors.judge.constrained import LABELS, Grammars, Task, Written, _label_ids, _Row, schema_text, write
+from actors.judge.constrained import LABELS, Task, Written, schema_text, write
 from actors.judge.ladder import RUNGS, request
 from actors.judge.local import Chat, LocalJudge, judge_tokenizer
 from actors.judge.prefix import SharedPrefix
 from actors.judge.prompt import SYSTEM
 from actors.judge.verdict import read_output
-from tests.judging import save_tiny_judge, tiny_tokenizer
+from tests.judging import save_tiny_judge
 
 SETTINGS = {
     "revision": None,
@@ -191,23 +191,28 @@ def test_a_call_that_was_given_up_takes_no_place(judge, monkeypatch):
     assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 6 + [Reply] * 4
 
 
-def note_batches(monkeypatch, most: int = 100, deadly: int | None = None) -> list[int]:
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+
+def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error: Exception = GPU_FULL) -> list[int]:
     """Note every batch's size; batches beyond `most`, or with a task of `deadly` tokens, run out of memory."""
     sizes = []
 
     def noted(model, grammars, tasks: list[Task], pad, shared):
         sizes.append(len(tasks))
         if len(tasks) > most or any(task.max_tokens == deadly for task in tasks):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return write(model, grammars, tasks, pad, shared)
 
     monkeypatch.setattr(actors.judge.local, "write", noted)
     return sizes
 
 
-def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch):
+@pytest.mark.parametrize("error", [GPU_FULL, CPU_FULL])
+def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch, error):
     judge = judge_of(path)
-    sizes = note_batches(monkeypatch, most=3)
+    sizes = note_batches(monkeypatch, most=3, error=error)
     assert all(isinstance(answer, Written) for answer in ask_all(judge, [REQUESTS[2]] * 12))
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
 
@@ -253,42 +258,25 @@ def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch)
     judge.check_health()
 
 
+def test_a_broken_judge_leaves_the_rest_of_a_batch(path, monkeypatch):
+    judge, asked = judge_of(path), []
+
+    def fail(model, grammars, tasks, pad, shared):
+        asked.append(len(tasks))
+        raise RuntimeError("The judge's logits are infinite or not numbers")
+
+    monkeypatch.setattr(actors.judge.local, "write", fail)
+    answers = ask_all(judge, [Request(r.system, r.user + str(n), r.schema, 17) for n, r in enumerate(REQUESTS[:1] * 6)])
+    assert asked == [6, 1, 1, 1]  # and not the three that are left
+    assert {answer.kind for answer in answers} == {"server_error"} and "not numbers" in answers[-1].message
+
+
 def test_a_device_that_failed_is_not_asked_again(path, monkeypatch):
     judge = judge_of(path)
     failing(monkeypatch, 24, "CUDA error: device-side assert triggered")
     assert {answer.kind for answer in ask_all(judge, [REQUESTS[2]] * 2)} == {"server_error"}
     with pytest.raises(RuntimeError, match="device-side assert"):
         judge.check_health()
-
-
-class _Tokens:
-    """A tokenizer that has no token of its own for 3."""
-
-    def tokenize_str(self, text: str) -> list[int]:
-        return [7, 8] if text == "3" else [int(text)]
-
-    def is_special_token(self, token: int) -> bool:
-        return False
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b"".join({10: b'{"label"', 11: b":4", 12: b"}", 4: b"4", 13: b":"}[token] for token in ids)
-
-
-def test_without_a_token_for_each_label_there_are_no_probabilities():
-    assert _label_ids(_Tokens()) is None
-    assert _label_ids(Grammars(tiny_tokenizer(), 1024, [2]).tokens) is not None
-
-
-@pytest.mark.parametrize(("ids", "at"), [((10, 11, 12), None), ((10, 13, 4, 12), 2)])
-def test_a_label_that_is_part_of_a_longer_token_has_no_probabilities(ids, at):
-    grammars = Grammars.__new__(Grammars)
-    grammars.tokens, grammars.labels = _Tokens(), [0, 1, 2, 3, 4]
-    row = _Row()
-    for token in ids:
-        row.note(token, -1.0, [0.1, 0.2, 0.3, 0.1, token / 100])
-    written = row.written(grammars, False)
-    assert written.text == '{"label":4}' and written.label_at == at
-    assert written.probabilities == (None if at is None else (0.1, 0.2, 0.3, 0.1, 0.04))
 
 
 def test_a_checkpoint_that_cannot_judge_is_refused(path, tmp_path):
