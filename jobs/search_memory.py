@@ -6,16 +6,16 @@ What is not rounded has model.dtype, a prompt has an image, and a GPU its CUDA c
 from typing import Any
 
 from jobs.config import Config
-from jobs.estimate import GIB, model_config
+from jobs.estimate import GIB
 from jobs.estimate import setting as asked
 from jobs.run import Run
 
 
 def shapes_of(run: Run) -> Any:
-    """Return the Architecture (actors.estimate) of the config's model, from its config.json alone."""
+    """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
     from actors.estimate import architecture
 
-    return architecture(model_config(run)[0], run.config.model.trust_remote_code)
+    return architecture(run.base_config(), run.config.model.trust_remote_code)
 
 
 def setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:

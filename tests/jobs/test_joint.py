@@ -227,8 +227,11 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeyp
 
     monkeypatch.setattr(joint, "removal_order", lambda *_: pytest.fail("it was measured"))
     assert "nf4 cannot give layers bits of their own" in refused(quantize__method="nf4")
-    assert re.search(r"budget_gib is 0.0005, but .* can take is 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
+    assert re.search(r"budget is 0.0005 GiB, but .* can take is 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
     assert "judge.url" in refused(judge__engine="openai")
+    assert "is not one" in refused(judge__engine="openai", judge__url="host/v1")
+    assert "the least that joint.options [8, 16] can take" in refused(joint__options="[8, 16]", prune__layers=0)
+    assert "groups of 48" in refused(quantize__group_size="48")
     assert "prune.layers is 10" in refused(prune__layers=10)
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors.pack_quantized.helpers", None)
     assert "compressed-tensors package, which is not installed" in refused()

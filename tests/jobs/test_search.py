@@ -13,7 +13,7 @@ from jobs import run as run_module
 from jobs.command import main
 from jobs.config import Config
 from jobs.options import load_config
-from jobs.run import Run, Stage
+from jobs.run import Run, Source, Stage
 from jobs.search_rows import MEASURED, _memory, busy, read_log, read_rows, totals, write_log, write_rows
 from jobs.search_space import Setting, space
 from jobs.search_stages import Plan, ordered
@@ -50,7 +50,9 @@ class Factory:
     def plan(self, one: Setting) -> Plan:
         pruned = self.stage("prune", [one.depth], ())
         healed = self.stage("recover", [one.recovery], (pruned,)) if one.recovery != "none" else pruned
-        model = self.stage("quantize", [one.quantizer], (healed,))
+        model: Stage | Source = self.stage("quantize", [one.quantizer], (healed,))
+        if one.label == "original":
+            model = Source("model-1", "here")
         share = 1.0 if one.depth == 0 else GOOD[one.recovery]
         screen, full = (self.stage("evaluate", [images], (model,), share) for images in (12, 20))
         return Plan(one, model, screen, full, ())
@@ -239,20 +241,55 @@ def test_rows_of_another_model_or_evaluation_leave_the_table(factory, tmp_path, 
     assert len(read_rows(new_run(tmp_path))) == 4 and "8 rows of other data" in capsys.readouterr().out
 
 
+def test_without_a_screen_the_original_needs_nothing_to_be_built(factory, tmp_path):
+    search.job(new_run(tmp_path, search__screen_images="null"))
+    assert names(read_rows(new_run(tmp_path)), "done")[0] == "original" and len(read_rows(new_run(tmp_path))) == 8
+
+
+def test_rows_of_older_code_and_unfinished_ones_of_a_wider_search_go(factory, tmp_path, capsys):
+    factory.stop_after = 12
+    with pytest.raises(Stopped):
+        search.job(new_run(tmp_path))
+    factory.stop_after = 10**6
+    assert "open" in {row["status"] for row in read_rows(new_run(tmp_path)) if row["depth"]}
+    search.job(new_run(tmp_path, search__depths="[0]"))
+    rows = read_rows(new_run(tmp_path))
+    assert len(rows) >= 4 and not names(rows, "open")
+    path = tmp_path / "search" / "rows.json"
+    path.write_text(json.dumps([{key: value for key, value in row.items() if key != "unpacked"} for row in rows]))
+    capsys.readouterr()
+    assert read_rows(new_run(tmp_path)) == [] and f"{len(rows)} rows of" in capsys.readouterr().out
+
+
 def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path, capsys, monkeypatch):
     """A search that the judge scored; then one without it, and with a setting more."""
     monkeypatch.setattr(search, "compared", lambda *_: {"difference_finding": None})
     run = new_run(tmp_path, search__depths="[0]", search__screen_images="null")
     search.job(run)
-    verdict = {"is_llm_judge": True, "judge_interval_pct": [60.0, 80.0], "judgement": "judge-1"}
+    controls = {"by_kind": {}, "unbuilt": []}
+    verdict = {"is_llm_judge": True, "judge_interval_pct": [60.0, 80.0], "judgement": "judge-1", "judge": "Qwen"}
+    verdict |= {
+        "judge_identity": "a",
+        "judge_scored": 20,
+        "judge_total": 20,
+        "judge_unscored": {},
+        "judge_flagged": False,
+    }
+    verdict |= {"judge_controls": controls, "judge_agreement": None}
     judged = [{**row, **verdict, "judge_pct": 70.0} for row in read_rows(run)]
     write_rows(run, judged)
     assert {row["score_kind"] for row in read_rows(run)} == {"judge"}
+    capsys.readouterr()
     search.job(new_run(tmp_path, search__screen_images="null"))
     rows = {row["setting"]: row for row in read_rows(run)}
     assert (rows["lora"]["score_pct"], rows["lora"]["judge_pct"]) == (70.0, 70.0)
     assert rows["2 out, lora"]["status"] == "done" and rows["2 out, lora"]["score_pct"] is None
-    assert "4 evaluated settings are left out: the judge has not scored them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 evaluated settings are left out: the judge has not scored them" in said
+    assert "LLM judge: Qwen, " in said and "80 of 80 answers scored, of 4 settings" in said and "not run" not in said
+    first, *others = read_rows(run)
+    write_rows(run, [{**first, "judge_identity": "b"}, *others])
+    assert {row["score_kind"] for row in read_rows(run)} == {"baseline"}  # of two judges neither
 
 
 def test_a_judge_that_cannot_be_is_told_of_before_anything_is_made(factory, tmp_path):
@@ -267,7 +304,8 @@ def test_all_that_was_evaluated_is_judged(factory, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "make_all", lambda run, done: asked.append(len(done)))
     monkeypatch.setattr(judge, "row", lambda *_: pytest.fail("nothing was judged"))
     search.job(new_run(tmp_path))
-    search.job(new_run(tmp_path, judge__engine="openai", search__budget__memory_gib="0.95"))
+    url = "http://127.0.0.1:1/v1"
+    search.job(new_run(tmp_path, judge__engine="openai", judge__url=url, search__budget__memory_gib="0.95"))
     assert asked == [len(names(read_rows(new_run(tmp_path)), "done"))]
 
 
@@ -330,7 +368,7 @@ def test_what_sharing_saves_is_counted(factory, tmp_path):
     run = new_run(tmp_path)
     search.job(run)
     sums, rows = totals(run, read_rows(run)), read_rows(run)
-    assert sums["stages"] == len(factory.made) == 2 + 2 + 8 + 8 + len(names(rows, "done"))
+    assert sums["stages"] == len(factory.made) == 2 + 2 + 7 + 8 + len(names(rows, "done"))
     manifests = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("artifacts/*/manifest.json")}
     apart = sum(manifests[name]["seconds"] for row in rows for name in row["artifacts"] if name in manifests)
     assert sums["seconds_apart"] == pytest.approx(apart, abs=0.5)  # each row is rounded
