@@ -6,7 +6,7 @@ What is not rounded has model.dtype, a prompt has an image, and a GPU its CUDA c
 from typing import Any
 
 from jobs.config import Config
-from jobs.estimate import GIB
+from jobs.estimate import GIB, model_config
 from jobs.estimate import setting as asked
 from jobs.run import Run
 
@@ -15,7 +15,9 @@ def shapes_of(run: Run) -> Any:
     """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
     from actors.estimate import architecture
 
-    return architecture(run.base_config(), run.config.model.trust_remote_code)
+    alone = run.config.estimate.model_copy(update={"architecture": None})  # that of another model is not what is built
+    own = Run(run.config.model_copy(update={"estimate": alone}), home=run)
+    return architecture(model_config(own)[0], run.config.model.trust_remote_code)
 
 
 def setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:

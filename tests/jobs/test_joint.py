@@ -78,6 +78,13 @@ def test_a_uniform_choice_takes_what_the_search_says_but_for_its_layout(options,
     assert (memory.context > 0) == bool(options) and memory.setting.images == 1
 
 
+def test_the_architecture_of_another_model_is_not_counted(tmp_path, memory):
+    assert (
+        joint.memory_of(run_with(tmp_path, estimate__architecture="/no/config.json")).shapes.parts
+        == memory.shapes.parts
+    )
+
+
 def test_llava_7b_at_4_bits_takes_what_the_estimate_says():
     shapes = architecture(llava_7b())
     setting = asked(load_config(None, [("model.dtype", "float16")]), "mixed", (16,) * 32)  # a question of text
