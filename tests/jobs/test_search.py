@@ -14,7 +14,7 @@ from jobs.command import main
 from jobs.config import Config
 from jobs.options import load_config
 from jobs.run import Run, Source, Stage
-from jobs.search_rows import MEASURED, _memory, busy, read_log, read_rows, totals, write_log, write_rows
+from jobs.search_rows import MEASURED, _gpu_hours, _memory, busy, read_log, read_rows, totals, write_log, write_rows
 from jobs.search_space import Setting, space
 from jobs.search_stages import Plan, ordered
 
@@ -380,6 +380,19 @@ def test_what_sharing_saves_is_counted(factory, tmp_path):
     assert {key: more[key] - sums[key] for key in sums} == pytest.approx(
         {"stages": 0, "seconds": 60, "seconds_apart": 60, "gpu_hours": 1, "gpu_hours_apart": 1, "busy_seconds": 60}
     )
+
+
+def test_what_a_resumed_stage_held_before_is_unknown(tmp_path):
+    def build(run: Run, folder, facts: dict) -> None:
+        if not (folder / "begun").exists():
+            (folder / "begun").touch()
+            raise Stopped
+
+    run, stage = new_run(tmp_path), Stage("ablate", 1, {}, (), build, resume=True)
+    with pytest.raises(Stopped):
+        run.make(stage)
+    run.make(stage)
+    assert "gpu_seconds" not in run.facts(stage) and _gpu_hours(run, [stage]) is None
 
 
 def test_seconds_in_which_something_was_being_made():

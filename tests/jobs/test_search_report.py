@@ -108,6 +108,13 @@ def test_without_results_there_is_a_page_that_says_so(tmp_path):
     assert "none, no setting was evaluated" in text and "<svg" not in text and "A choice for every layer" not in text
 
 
+def test_a_joint_choice_that_older_code_recorded_is_left_out(tmp_path):
+    (tmp_path / "joint.json").write_text(json.dumps({"candidates": [{"method": "joint 1", "choice": [4]}]}))
+    run = new_run(tmp_path)
+    found = resolve(ROWS[-1:], run.config.search.budget, lambda *_: {})
+    assert "A choice for every layer" not in write_report(run, ROWS[-1:], found).read_text()
+
+
 def test_reuse_is_told_in_percent(tmp_path):
     sums = {"stages": 3, "seconds": 40.0, "seconds_apart": 100.0, "busy_seconds": 30.0}
     told = search_report._spent({**sums, "gpu_hours": 0.5, "gpu_hours_apart": 1.25})
