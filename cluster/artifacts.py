@@ -80,6 +80,10 @@ class ArtifactStore:
                 raise
             shutil.rmtree(partial, ignore_errors=True)
 
+    def begun(self, name: str) -> bool:
+        """Tell whether an artifact that can resume was begun, and is not complete."""
+        return self._legs(name).is_file()
+
     def _earlier_legs(self, name: str, partial: Path) -> float:
         """Note that work on `partial` begins (again); return the seconds of earlier legs.
 

@@ -126,10 +126,10 @@ class _Broker:
             log.write(json.dumps(row) + "\n")
 
 
-def _coordinate(config: dict, broker=None, chains: Mapping[Key, Sequence[Task]] | None = None) -> None:
+def _coordinate(config: dict, broker: Any, chains: Mapping[Key, Sequence[Task]]) -> None:
     """Ask for one setting's stages in order, and report what the last one says."""
     found: dict = {}
-    for task in (chains or {})[tuple(config["setting"].values())]:
+    for task in chains[tuple(config["setting"].values())]:
         found = ray.get(broker.make.remote(task))
         if found["error"]:
             break

@@ -20,6 +20,7 @@ from jobs.differences import differences, name_tests
 from jobs.judged import NOT_JUDGED, remarks
 from jobs.metrics import retained, retention
 from jobs.run import Run, Source, Stage
+from jobs.verdicts import check_judge
 
 SUMMARY = "summary.json"
 _PCT = ("_pct", "_interval_pct")
@@ -199,7 +200,8 @@ def _with_interval(value: float, interval: list[float]) -> str:
 def job(run: Run) -> None:
     """Make everything and write the summary."""
     planned = plan(run)
-    judgements(run, planned)  # a judge that cannot be is told of now, not after hours
+    if run.missing(judgements(run, planned)):
+        check_judge(run)  # a judge that cannot be is told of now, not after hours
     for model, evaluated in planned.values():
         run.make(evaluated)
         judge.refresh_card(run, model, evaluated)

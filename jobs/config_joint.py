@@ -13,8 +13,8 @@ class JointConfig(Section):
     budget_gib: float | None = Field(
         None,
         gt=0,
-        description="what the estimate of the whole model may take (GiB); unset: as much as prune.layers removed and "
-        "the rest at 4 bits",
+        description="what the estimate of the whole model may take, on all its devices together (GiB); unset: as much "
+        "as prune.layers removed and the rest at 4 bits",
     )
     options: list[Literal[0, 3, 4, 8, 16]] = Field(
         [0, 4, 8, 16],

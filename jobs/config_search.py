@@ -10,7 +10,7 @@ from jobs.section import Bits, Count, Quantizer, Recovery, Section
 class BudgetConfig(Section):
     """What the model may take where it is used; unset: no limit."""
 
-    memory_gib: float | None = Field(None, gt=0, description="memory, see jobs.search (GiB)")
+    memory_gib: float | None = Field(None, gt=0, description="memory of the fullest device, see jobs.search (GiB)")
     ms_per_token: float | None = Field(None, gt=0, description="time of a token, batch 1 (ms)")
 
 

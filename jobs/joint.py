@@ -11,7 +11,8 @@ with the same recovery. What fails is a row with its reason. All rows go to run_
 to the table of jobs.search, too, whose answer and report know them.
 
 The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
-in the prompt, model.dtype for what is not rounded; on GPUs their contexts. A reader that unpacks the weights, as
+in the prompt, model.dtype for what is not rounded; on GPUs their contexts. Several GPUs are counted together, where
+search.budget.memory_gib is of the fullest one. A reader that unpacks the weights, as
 transformers does, takes more, and as long for a token as with weights that were never rounded.
 """
 
@@ -33,7 +34,7 @@ from jobs.run import Run, Source, Stage
 from jobs.search_memory import context_bytes, device_gib, setting, shapes_of
 from jobs.search_rows import MEASURED_FOR, joint_rows, write_log, write_rows
 from jobs.search_stages import ordered
-from jobs.verdicts import identity_of
+from jobs.verdicts import check_judge
 
 ROWS = "joint.json"
 
@@ -163,14 +164,20 @@ def check(run: Run, memory: Memory) -> None:
     """Refuse what cannot be before anything is measured. ValueError: method, package, budget, or the judge."""
     mixed.check(run)
     if run.config.judge.engine != "none":
-        identity_of(run)
+        check_judge(run)
     if run.config.joint.budget_gib is None and REMOVED in memory.options:
         prune.stage(run, run.base_model())  # the budget is that of prune.layers removed: may so many go?
-    wanted, least = run.config.joint.budget_gib, memory.least
-    if wanted is not None and memory.total(least) > wanted * GIB:
+    if run.config.joint.budget_gib is not None:
+        check_budget(memory, int(run.config.joint.budget_gib * GIB))
+
+
+def check_budget(memory: Memory, budget: int) -> None:
+    """ValueError: no choice is within the budget (bytes)."""
+    least = memory.least
+    if memory.total(least) > budget:
         raise ValueError(
-            f"joint.budget_gib is {wanted:g}, but the least that joint.options {list(memory.options)} can take "
-            f"is {memory.total(least) / GIB:.4g} GiB ({shown(least)}): raise it, or allow fewer bits."
+            f"The budget is {budget / GIB:.4g} GiB, but the least that joint.options {list(memory.options)} can take "
+            f"is {memory.total(least) / GIB:.4g} GiB ({shown(least)}): raise joint.budget_gib, or allow fewer bits."
         )
 
 
@@ -194,6 +201,7 @@ def job(run: Run) -> None:
     )  # beyond half of the layers nothing competes, and searches are long
     sets, before = removal_order(run, base, data, most) if REMOVED in memory.options else ([[]], [])
     budget = budget_of(run, memory, sets)
+    check_budget(memory, budget)
     uniform = uniform_choices(memory, sets, budget)
     print(
         f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(shown, uniform)) or 'none'}",

@@ -30,11 +30,6 @@ class Built:
     plan: Plan
     failure: str | None
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all its layers that stay have the same bits."""
-        return self.method.startswith(UNIFORM)
-
 
 def pruning(run: Run, layers: int, order: Sequence[int] | None = None) -> Run:
     """Return the same run with another number of layers, or these layers, to remove."""

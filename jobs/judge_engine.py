@@ -19,6 +19,7 @@ from jobs.config_judge import JudgeConfig
 from jobs.run import Run, Source
 
 if TYPE_CHECKING:
+    from actors.judge.openai import OpenAIJudge
     from cluster.serving import Scale, Service
     from cluster.serving_vllm import VLLM
 
@@ -41,18 +42,32 @@ async def judge_engine(run: Run) -> AsyncIterator[tuple[Ask, JudgeIdentity]]:
     identity = judge_identity(run)
     async with AsyncExitStack() as stack:
         if settings.engine == "openai":
-            from actors.judge.openai import OpenAIJudge
-
-            judge = OpenAIJudge(
-                _url(settings), settings.model, settings.key_variable, settings.timeout, settings.logprobs
-            )
-            yield (await stack.enter_async_context(judge)).ask, identity
+            yield (await stack.enter_async_context(_remote(settings))).ask, identity
             return
         hosted = _Hosted(run)
         if settings.engine == "vllm":
             yield await stack.enter_async_context(hosted.vllm()), identity
         else:
             yield await stack.enter_async_context(hosted.transformers()), identity
+
+
+def check(run: Run) -> None:
+    """Refuse what shows without starting the judge, before hours of other stages. ValueError: as of judge_engine."""
+    settings = run.config.judge
+    judge_identity(run)
+    if settings.engine == "openai":
+        _remote(settings)
+        return
+    hosted = _Hosted(run)
+    hosted._scale()
+    if settings.engine == "vllm":
+        hosted._vllm()
+
+
+def _remote(settings: JudgeConfig) -> "OpenAIJudge":
+    from actors.judge.openai import OpenAIJudge
+
+    return OpenAIJudge(_url(settings), settings.model, settings.key_variable, settings.timeout, settings.logprobs)
 
 
 @asynccontextmanager

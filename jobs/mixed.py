@@ -10,10 +10,11 @@ QUANTIZER = "actors.quantizers.mixed:MixedQuantizer"
 
 
 def check(run: Run) -> None:
-    """ValueError: the config's method cannot give layers bits of their own, or the layout's package is missing."""
+    """ValueError: the config's method cannot do it, for this model or at all, or the layout's package is missing."""
     from actors.quantizers.mixed import packer
 
     _check_method(run)
+    quantize.check(run, _settings(run))
     packer()
 
 

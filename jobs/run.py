@@ -102,9 +102,11 @@ class Run:
                 self.make(parent)
             print(f"{stage.kind}: computing {stage.name}", flush=True)
             self._pools.clear()
+            goes_on = stage.resume and self.store.begun(stage.name)
             with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
                 stage.build(self, folder, facts)
-                facts["gpu_seconds"] = round(sum(pool.gpu_seconds for pool in self._pools), 3)
+                if not goes_on:  # what killed legs held is not known
+                    facts["gpu_seconds"] = round(sum(pool.gpu_seconds for pool in self._pools), 3)
             found = self.store.find(stage.name)
         elif stage.name not in self._seen:
             print(f"{stage.kind}: {stage.name} exists, reused", flush=True)

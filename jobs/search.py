@@ -28,11 +28,12 @@ from jobs import card, judge
 from jobs.command import main
 from jobs.progress import Progress
 from jobs.run import Run, Stage
-from jobs.search_budget import Entrant, compared, front, resolve, said, screened_out
+from jobs.search_budget import Entrant, compared, front, judge_remarks, resolve, said, screened_out
 from jobs.search_report import write_report
 from jobs.search_rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.search_space import Setting, space
 from jobs.search_stages import SEARCH, Plan, plans
+from jobs.verdicts import check_judge
 
 OBJECTIVES = {"score": "max", "memory_gib": "min", "ms_per_token": "min"}
 Key = tuple[str, ...]
@@ -46,7 +47,7 @@ class Search:
         self.settings = space(run.config)
         self.plans = plans(run, self.settings)
         if run.config.judge.engine != "none":
-            judge.stage(run, self.plans[0].evaluation)  # a judge that cannot be is told of now, not after hours
+            check_judge(run)  # a judge that cannot be is told of now, not after hours
         self.sizes = estimates(run, self.plans)
         limit = run.config.search.budget.memory_gib
         within = [limit is None or size <= limit for size in self.sizes]
@@ -132,7 +133,8 @@ class Search:
         maker = Maker("jobs.search_stages:StageMaker", kwargs, parallel)
         folder = self.run.folder / SEARCH
         with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
-            heard = _Heard(self, progress, {key: stages[-1] for key, (_, stages) in work.items() if not missing[key]})
+            finished = {key: stages[-1] for key, (_, stages) in work.items() if stages and not missing[key]}
+            heard = _Heard(self, progress, finished)
             ends = run_trials(chains, maker, folder / name, folder / LOG, heard, config.search.loggers, trials)
         self.failures |= {key: end["error"] for key, end in ends.items() if end.get("error")}
 
@@ -208,11 +210,13 @@ def table(rows: Sequence[dict]) -> str:
         first = [cell.ljust(width) for cell, width in zip(cells[:2], widths, strict=False)]
         text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
     for row in [row for row in rows if row["status"] == "done"][:1]:
-        kind = "LLM judge" if row["score_kind"] == "judge" else "baseline score, LLM judge: not run"
+        kind = {"judge": "LLM judge", "baseline": "baseline score"}[row["score_kind"]]
+        kind += "" if any(one["is_llm_judge"] for one in rows) else ", LLM judge: not run"
         text.append(
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: none has a better score with as little"
         )
+    text += judge_remarks(rows)
     if any(row["simulated"] for row in rows):
         text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
     if any(row["unpacked"] for row in rows):
@@ -266,7 +270,8 @@ def searched(run: Run) -> list[dict]:
     sums = totals(run, rows)
     print(
         f"search: took {time.monotonic() - started:.0f} s now; {sums['stages']} stages of {sums['seconds']:.0f} s "
-        f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s",
+        f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s, without the "
+        "evaluations that the screen saved",
         flush=True,
     )
     return rows

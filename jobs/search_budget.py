@@ -8,11 +8,13 @@ from cluster.tables import read_table
 from jobs import judge
 from jobs.config_search import BudgetConfig
 from jobs.differences import differences
+from jobs.judged import remarks
 from jobs.run import Run
-from jobs.search_rows import PACKED, answers
+from jobs.search_rows import answers
 from jobs.search_space import Setting
 
 Scores = Mapping[str, float | None]  # sample_id -> 0 to 1, or a judge's label
+CPU = "CPU"  # what actors.profiler calls the device there
 LIMITS = (("memory_gib", "GiB"), ("ms_per_token", "ms/token"))
 
 
@@ -60,7 +62,15 @@ def usable(row: dict, timed: bool = False) -> bool:
     timed: whether its ms/token counts, too; those of unpacked weights do not belong to the memory of packed ones.
     """
     known = row["status"] == "done" and row["score_pct"] is not None and not row["simulated"]
-    return known and not (timed and row["memory_kind"] == PACKED)
+    return known and not (timed and timed_apart(row))
+
+
+def timed_apart(row: dict) -> bool:
+    """Tell whether a row's memory is the estimate of packed weights, and its time that of unpacked ones: on a CPU.
+
+    On a GPU both are measured, of the unpacked weights.
+    """
+    return row["unpacked"] and row["device"] == CPU
 
 
 def front(rows: Iterable[dict], cost: str) -> list[dict]:
@@ -134,6 +144,25 @@ def compared(run: Run, best: dict, second: dict) -> dict:
     return differences([{s: row["baseline"] for s, row in table.items()} for table in tables], groups, 1.0)[1]
 
 
+def judge_remarks(rows: Sequence[Mapping]) -> list[str]:
+    """Return what has to be said of the judges that scored the rows: none if none did."""
+    judged: dict[str, list[Mapping]] = {}
+    for row in rows:
+        if row["is_llm_judge"]:
+            judged.setdefault(row["judge_identity"], []).append(row)
+    lines = []
+    for own in judged.values():
+        scored, total = (sum(row[f"judge_{name}"] for row in own) for name in ("scored", "total"))
+        first, *others = remarks(own)
+        lines += [f"{first}; {scored} of {total} answers scored, of {len(own)} settings", *others]
+    if len(judged) > 1:
+        lines.append(
+            f"{len(judged)} different judges scored these settings, and their scores do not compare: the baseline's "
+            "are used; the search with one judge and all settings lets it score them all"
+        )
+    return lines
+
+
 def said(found: dict, budget: BudgetConfig) -> str:
     """Put what a budget allows into sentences."""
     limits = [f"{getattr(budget, name):g} {unit}" for name, unit in LIMITS if getattr(budget, name) is not None]
@@ -175,7 +204,7 @@ def said(found: dict, budget: BudgetConfig) -> str:
 
 def _named(row: dict) -> str:
     low, high = row["score_interval_pct"]
-    kind = "LLM judge" if row["is_llm_judge"] else "baseline, no LLM judge"
+    kind = "LLM judge" if row["score_kind"] == "judge" else "baseline, no LLM judge"
     return (
         f"{row['setting']}: {row['score_pct']:.1f} [{low:.1f}, {high:.1f}] ({kind}), {row['memory_gib']:.4g} GiB "
         f"({row['memory_kind']}), {row['ms_per_token']:.4g} ms/token"

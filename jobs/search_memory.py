@@ -12,10 +12,12 @@ from jobs.run import Run
 
 
 def shapes_of(run: Run) -> Any:
-    """Return the Architecture (actors.estimate) of the config's model, from its config.json alone."""
+    """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
     from actors.estimate import architecture
 
-    return architecture(model_config(run)[0], run.config.model.trust_remote_code)
+    alone = run.config.estimate.model_copy(update={"architecture": None})  # that of another model is not what is built
+    own = Run(run.config.model_copy(update={"estimate": alone}), home=run)
+    return architecture(model_config(own)[0], run.config.model.trust_remote_code)
 
 
 def setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:

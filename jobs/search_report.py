@@ -11,8 +11,8 @@ from jobs.config_search import BudgetConfig
 from jobs.figures_search import Mark, front_figure, layers_figure
 from jobs.report import rendered, size, with_interval
 from jobs.run import Run
-from jobs.search_budget import front, said
-from jobs.search_rows import GIB, PACKED, totals
+from jobs.search_budget import front, judge_remarks, said, timed_apart
+from jobs.search_rows import GIB, totals
 from jobs.search_stages import SEARCH
 
 HTML = "report.html"
@@ -40,9 +40,10 @@ def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
         "answer": [line.strip() for line in said(found, run.config.search.budget).splitlines()],
         "figures": figures,
         "published": published.POINTS,
-        "packed": PACKED,
+        "timed_apart": any(map(timed_apart, rows)),
         "rows": [_shown(number, row, found, rows) for number, row in enumerate(rows, 1)],
         "done": [row for row in rows if row["status"] == "done"],
+        "judged": judge_remarks(rows),
         "joint": joint,
         "spent": _spent(totals(run, rows)),
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
@@ -114,8 +115,10 @@ def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
 
 
 def _joint(run: Run) -> dict | None:
+    """Return what jobs.joint recorded; None if there is nothing, or older code wrote it."""
     path = run.folder / JOINT
-    return json.loads(path.read_text()) if path.is_file() else None
+    found = json.loads(path.read_text()) if path.is_file() else None
+    return found if found and all({"score_kind", "reason"} <= row.keys() for row in found["candidates"]) else None
 
 
 def _spent(sums: dict) -> dict:

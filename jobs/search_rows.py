@@ -8,6 +8,7 @@ from cluster.artifacts import digest, write_text
 from cluster.tables import read_table
 from jobs import evaluate, judge
 from jobs.estimate import GIB, removals
+from jobs.judged import NOT_JUDGED
 from jobs.run import Run, Stage
 from jobs.search_memory import device_gib, shapes_of
 from jobs.search_space import alone, described, invoked
@@ -16,7 +17,7 @@ from jobs.search_stages import SEARCH, Plan
 ROWS, LOG = "rows.json", "log.jsonl"
 MEASURED_FOR = "measured"  # event of the log: what jobs.joint measured for its choices
 PACKED = "estimate, packed"  # memory_kind of a joint choice on a CPU, whose weights transformers unpacks
-_JUDGED = ("is_llm_judge", "judge_pct", "judge_interval_pct", "judgement")
+_JUDGED = (*NOT_JUDGED, "judge_identity", "judgement")  # judge_identity: equal where the same judge scored
 # Read from clocks and from the system: equal in two runs only where the second reuses the first one's evaluation.
 MEASURED = (
     "ms_per_token",
@@ -32,6 +33,7 @@ _COLUMNS = (
     *("params", "weight_bytes", "memory_gib", "memory_kind", "process_peak_gib"),
     *("ms_per_token", "ms_per_token_p5_p95", "first_token_ms", "device", "threads"),
 )
+_READ = {*_COLUMNS, "conditions", "unpacked", "simulated", "screen", "gpu_hours_alone", "score_kind"}  # of a row
 
 
 def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
@@ -106,7 +108,12 @@ def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None,
         "screen": plan.screen.name if plan.screen else None,
         "artifacts": [stage.name for stage in plan.chain],
         "conditions": digest(
-            [run.base_model().name, plan.evaluation.settings, [one.name for one in plan.evaluation.parents[1:]]]
+            [
+                run.base_model().name,
+                plan.evaluation.version,
+                plan.evaluation.settings,
+                [one.name for one in plan.evaluation.parents[1:]],
+            ]
         ),
         "command": command,
     }
@@ -154,20 +161,23 @@ def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
 
 
 def _judged(run: Run, plan: Plan) -> dict:
-    unjudged = {**dict.fromkeys(_JUDGED), "is_llm_judge": False}
+    unjudged = {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
     if run.config.judge.engine == "none":
         return unjudged
     made = judge.stage(run, plan.evaluation)
-    return {**judge.row(run, made), "judgement": made.name} if run.store.find(made.name) else unjudged
+    if run.store.find(made.name) is None:
+        return unjudged
+    return {**judge.row(run, made), "judge_identity": digest(run.facts(made)["identity"]), "judgement": made.name}
 
 
 def _headlines(rows: Sequence[dict]) -> list[dict]:
     """Add the score that settings are compared by: the judge's percentage if all that it judged have one.
 
-    What was evaluated without the judge then has none.
+    What was evaluated without the judge then has none. The scores of several judges do not compare.
     """
     judged = [row for row in rows if row["status"] == "done" and row["is_llm_judge"]]
-    kind = "judge" if judged and all(row["judge_pct"] is not None for row in judged) else "baseline"
+    alike = len({row["judge_identity"] for row in judged}) == 1
+    kind = "judge" if alike and all(row["judge_pct"] is not None for row in judged) else "baseline"
     headline = {"score_pct": f"{kind}_pct", "score_interval_pct": f"{kind}_interval_pct"}
     return [{**row, **{name: row[source] for name, source in headline.items()}, "score_kind": kind} for row in rows]
 
@@ -236,8 +246,9 @@ def write_log(run: Run, event: Mapping) -> None:
 def write_rows(run: Run, rows: Sequence[dict]) -> Path:
     """Write the rows to run_dir/search/rows.json, atomically, the uniform ones first; rows of other settings stay.
 
-    A row that was judged stays judged. Rows of other data, another base model or another evaluation cannot be compared
-    with these and go; what they were made from is kept, so that the search that made them writes them again.
+    A row that was judged stays judged. Of settings that are not asked for any more those that are not finished go. Rows
+    of other data, another base model or another evaluation cannot be compared with these and go, too; what they were
+    made from is kept, so that the search that made them writes them again.
     """
     path = run.folder / SEARCH / ROWS
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,9 +260,11 @@ def write_rows(run: Run, rows: Sequence[dict]) -> Path:
             "table; the search that made them brings them back",
             flush=True,
         )
+    methods = {row["method"] for row in rows}
     known = {_identity(row): row for row in alike}
     merged = [_with_verdict(row, known.pop(_identity(row), None)) for row in rows]
-    everything = sorted([*merged, *known.values()], key=lambda row: row["method"] != "uniform")
+    others = [row for row in known.values() if row["status"] != "open" or row["method"] not in methods]
+    everything = sorted([*merged, *others], key=lambda row: row["method"] != "uniform")
     write_text(path, json.dumps(_headlines(everything), indent=1))
     return path
 
@@ -268,9 +281,17 @@ def _with_verdict(row: dict, before: Mapping | None) -> dict:
 
 
 def read_rows(run: Run) -> list[dict]:
-    """Return the rows that were recorded; none if there was no search yet."""
+    """Return the rows that were recorded; none if there was no search yet. Rows of older code are left out."""
     path = run.folder / SEARCH / ROWS
-    return json.loads(path.read_text()) if path.is_file() else []
+    recorded = json.loads(path.read_text()) if path.is_file() else []
+    rows = [row for row in recorded if row.keys() >= _READ]
+    if len(rows) < len(recorded):
+        print(
+            f"search: {len(recorded) - len(rows)} rows of {path} lack columns, for older code wrote them, and are left "
+            "out; what made them brings them back, and makes no stage again that is there",
+            flush=True,
+        )
+    return rows
 
 
 def answers(run: Run, evaluation: str) -> dict[str, dict]:

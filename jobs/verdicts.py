@@ -95,6 +95,13 @@ def identity_of(run: Run) -> JudgeIdentity:
     return judge_identity(run)
 
 
+def check_judge(run: Run) -> None:
+    """ValueError: the run's judge cannot be, as far as that shows without starting it."""
+    from jobs.judge_engine import check
+
+    check(run)
+
+
 def run_async(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine; SIGTERM ends it as Ctrl-C does: it is cancelled, cleans up, and KeyboardInterrupt is raised."""
     if threading.current_thread() is not threading.main_thread():

@@ -195,11 +195,12 @@ def test_the_seconds_of_a_stage_that_was_killed_are_those_of_all_its_legs(store,
         (folder / "unit").touch()
         os.utime(folder / "unit", (1010.0, 1010.0))
         raise KeyboardInterrupt
+    assert store.begun("ablate-1")
     clock[0] = 5000.0
     with store.create("ablate-1", {}, resume=True) as (folder, _):
         assert [path.name for path in folder.iterdir()] == ["unit"]
         clock[0] = 5005.0
-    assert store.manifest("ablate-1")["seconds"] == 15
+    assert store.manifest("ablate-1")["seconds"] == 15 and not store.begun("ablate-1")
     assert files(store) == {"ablate-1/unit", "ablate-1/manifest.json"}
 
 

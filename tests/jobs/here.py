@@ -25,8 +25,13 @@ class Worker:
         return getattr(self._object, method)(*args)
 
 
+def run_with(folder: Path, model=DERM_TINY, **options) -> Run:
+    """Return a run on `model`; options use __ for dots."""
+    given = {"run_dir": str(folder), "model.path": str(model), **options}
+    return Run(load_config(None, [(key.replace("__", "."), str(value)) for key, value in given.items()]))
+
+
 def run_here(monkeypatch, folder: Path, model=DERM_TINY, **options) -> Run:
     """Return a run on `model` whose workers are here; options use __ for dots."""
     monkeypatch.setattr(Run, "worker", lambda self, target, count=1, **kwargs: Worker(target, **kwargs))
-    given = {"run_dir": str(folder), "model.path": str(model), **options}
-    return Run(load_config(None, [(key.replace("__", "."), str(value)) for key, value in given.items()]))
+    return run_with(folder, model, **options)

@@ -66,7 +66,9 @@ class Mock:
         async def endpoint(run):
             yield "http://127.0.0.1:1/v1"
 
-        module = SimpleNamespace(judge_engine=judge_engine, judge_identity=lambda run: identity, endpoint=endpoint)
+        module = SimpleNamespace(
+            judge_engine=judge_engine, judge_identity=lambda run: identity, endpoint=endpoint, check=lambda run: None
+        )
         monkeypatch.setitem(sys.modules, "jobs.judge_engine", module)
         monkeypatch.setattr("jobs.judge_engine", module, raising=False)
         return self

@@ -18,7 +18,7 @@ from actors.judge.ladder import RUNGS, next_step, request
 from actors.judge.local import LocalJudge
 from actors.judge.openai import OpenAIJudge
 from cluster.serving import Service
-from jobs.judge_engine import endpoint, judge_engine, judge_identity
+from jobs.judge_engine import check, endpoint, judge_engine, judge_identity
 from jobs.options import load_config
 from jobs.run import Run
 from tests.judging import save_tiny_judge
@@ -60,6 +60,7 @@ def asked(run: Run, requests) -> list:
         ({"engine": "none"}, "set judge.engine to transformers"),
         ({"engine": "openai"}, "needs judge.url"),
         ({"engine": "openai", "url": "ftp://host/v1"}, "is not one"),
+        ({"engine": "openai", "url": "http://127.0.0.1:1/v1", "key_variable": "NO_KEY"}, "variable NO_KEY, which is"),
         ({"model": "/no/such/folder"}, "No checkpoint at judge.model '/no/such/folder'"),
         ({"replicas": 3, "max_replicas": 2}, "judge.max_replicas is 2, below judge.replicas 3"),
         ({"engine": "vllm", "gpus": 1}, r"needs vLLM.*prunella\[judge\].*judge.engine transformers"),
@@ -70,6 +71,8 @@ def test_mistakes_are_told_before_anything_starts(run_of, monkeypatch, settings,
     monkeypatch.setattr(Run, "_connect", lambda _: pytest.fail("Ray was started"))
     with pytest.raises(ValueError, match=message):
         asked(run_of(**settings), [])
+    with pytest.raises(ValueError, match=message):
+        check(run_of(**settings))
 
 
 def test_the_endpoint_of_an_endpoint_is_refused(run_of):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.config_search import BudgetConfig
-from jobs.search_budget import Entrant, fits, front, resolve, said, screened_out
+from jobs.search_budget import Entrant, fits, front, judge_remarks, resolve, said, screened_out
 from jobs.search_space import Setting
 
 IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
@@ -43,7 +43,8 @@ def row(setting: str, score: float | None, gib: float, ms: float, **more) -> dic
     given = {"setting": setting, "status": "done", "score_pct": score, "unpacked": False}
     given["score_interval_pct"] = score and [score - 5, score + 5]
     given |= {"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "estimate_gib": gib, "simulated": False}
-    return {**given, "is_llm_judge": False, "checkpoint": f"artifacts/{setting}", "evaluation": setting, **more}
+    given |= {"is_llm_judge": False, "score_kind": "baseline", "device": "CPU"}
+    return {**given, "checkpoint": f"artifacts/{setting}", "evaluation": setting, **more}
 
 
 ROWS = [
@@ -116,8 +117,25 @@ def test_packed_memory_and_unpacked_time_are_not_one_answer():
     found = resolve([*ROWS, joint], both, difference)
     assert found["answer"]["setting"] == "awq" and "1 joint choices are left out" in said(found, both)
     assert joint in front([*ROWS, joint], "memory_gib") and joint not in front([*ROWS, joint], "ms_per_token")
-    measured = {**joint, "memory_kind": "GPU, driver"}  # both of the unpacked weights
+    measured = {**joint, "device": "NVIDIA T4"}  # both of the unpacked weights
     assert fits(measured, both) and measured in front([*ROWS, measured], "ms_per_token")
+
+
+def test_a_judge_that_failed_its_controls_and_two_judges_are_told_of():
+    controls = {"by_kind": {"swapped": {"count": 8, "missed": 2}}, "unbuilt": []}
+    verdict = {"is_llm_judge": True, "judge": "Qwen", "judge_identity": "a", "judge_pct": 70.0, "judge_scored": 71}
+    verdict |= {
+        "judge_total": 72,
+        "judge_unscored": {"timeout": 1},
+        "judge_controls": controls,
+        "judge_agreement": None,
+    }
+    one, other = row("one", 70.0, 1.0, 1.0, **verdict), row("other", 60.0, 1.0, 1.0, **verdict)
+    first, *others = judge_remarks([one, other, ROWS[0]])
+    assert first.startswith("LLM judge: Qwen, ") and first.endswith("142 of 144 answers scored, of 2 settings")
+    assert any("FLAGGED" in line and "swapped 2 of 8" in line for line in others)
+    assert "2 different judges" in judge_remarks([one, {**other, "judge_identity": "b"}])[-1]
+    assert judge_remarks(ROWS) == []
 
 
 def test_what_is_not_finished_or_not_judged_is_told():

@@ -45,7 +45,7 @@ ROWS = [
     row("2 out, awq 4 bit", None, 1.2, 0.0, "awq", status="failed", reason=HOSTILE),
     row("2 out, nf4 4 bit", None, 1.3, 0.0, "nf4", status="screened out", reason="awq 4 bit is better"),
     row("int8", None, 9.0, 0.0, "int8", status="over budget", reason="the estimate of 9 GiB is above 5 GiB"),
-    row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint", unpacked=True),
+    row("joint 1", 90.0, 1.1, 15.0, "mixed", method="joint", unpacked=True, device="NVIDIA T4"),
 ]
 UNJUDGED = {"memory_gib": 1.0, "ms_per_token": 1.0, "params": 1}
 DIFFERENCE = {"difference_finding": "unresolved", "difference_pct": 0.5, "difference_interval_pct": [-1.0, 2.0]}
@@ -108,6 +108,13 @@ def test_without_results_there_is_a_page_that_says_so(tmp_path):
     assert "none, no setting was evaluated" in text and "<svg" not in text and "A choice for every layer" not in text
 
 
+def test_a_joint_choice_that_older_code_recorded_is_left_out(tmp_path):
+    (tmp_path / "joint.json").write_text(json.dumps({"candidates": [{"method": "joint 1", "choice": [4]}]}))
+    run = new_run(tmp_path)
+    found = resolve(ROWS[-1:], run.config.search.budget, lambda *_: {})
+    assert "A choice for every layer" not in write_report(run, ROWS[-1:], found).read_text()
+
+
 def test_reuse_is_told_in_percent(tmp_path):
     sums = {"stages": 3, "seconds": 40.0, "seconds_apart": 100.0, "busy_seconds": 30.0}
     told = search_report._spent({**sums, "gpu_hours": 0.5, "gpu_hours_apart": 1.25})
@@ -116,7 +123,7 @@ def test_reuse_is_told_in_percent(tmp_path):
 
 
 def test_what_is_simulated_or_unpacked_is_marked_and_explained(tmp_path):
-    packed = {**ROWS[-1], "memory_kind": "estimate, packed"}
+    packed = {**ROWS[-1], "device": "CPU", "memory_kind": "estimate, packed"}
     three = row("rtn 3 bit", 99.0, 1.0, 1.0, "rtn", simulated=True)
     text = search.table([*ROWS[:-1], packed, three])
     assert "joint 1 (unpacked)" in text and "ms/token is that of 16-bit weights" in text
