@@ -12,8 +12,7 @@ Axes: R rows, N inputs, Q new tokens, D width, L layers.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,6 @@ from actors.specs import Llava
 LOGIT_ROWS = 64
 LOGITS_AT_ONCE = 2**26  # whatever the vocabulary: what no plan of rows counts
 KEEP_OPEN = 0.75
-SMALL_FLOP = 1e7  # of one linear: below it, waking another core takes longer than what it would do
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]],
     room = limits.tokens - min(len(answer) for answer in answers)
     state = StepPass(parts, room, model.lm_head.weight.dtype)
     live = list(answers)
-    with switched(model, state) as decoder, _threads_for(model, len(live)):
+    with switched(model, state) as decoder:
         device = decoder.embed_tokens.weight.device
         positions_R = torch.tensor([kept for part in parts for kept in part.kept], device=device)
         while True:
@@ -190,18 +188,6 @@ def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]],
                 if not limits.ended(answer):
                     answer.append(token)
             positions_R = positions_R + 1
-
-
-@contextmanager
-def _threads_for(model: Llava, rows: int) -> Iterator[None]:
-    """Compute on one thread where a step of so many rows is little work for a CPU."""
-    config, before = model.config.text_config, torch.get_num_threads()
-    if 2 * rows * config.hidden_size * config.intermediate_size < SMALL_FLOP:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def padded(prompts: Sequence[torch.Tensor]) -> torch.Tensor:

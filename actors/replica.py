@@ -27,6 +27,7 @@ from actors.profiler import device_facts, measure
 from actors.quantizers.structure import weight_bits
 from actors.specs import ModelSpec, Sample
 from actors.surgery import stored_bytes, stored_dtype
+from actors.threads import threads_for
 
 IMAGES_KEPT = 512
 _Found = list[tuple[tuple[int, int], list[int]]]  # ((sample, variant), token ids)
@@ -187,7 +188,10 @@ class LlavaReplica:
             inputs = self.inputs(sample)
             ids = inputs["input_ids"][0]
             pixels = inputs["pixel_values"].to(pixel_dtype(self.model))
-            out = self.model.get_image_features(pixel_values=pixels)
+            vision = self.model.config.vision_config
+            tokens = (vision.image_size // vision.patch_size) ** 2
+            with threads_for(tokens, vision.hidden_size, vision.intermediate_size):
+                out = self.model.get_image_features(pixel_values=pixels)
             features = self._features[sample.image] = getattr(out, "pooler_output", out)[0]
             while len(self._features) > IMAGES_KEPT:
                 self._features.popitem(last=False)

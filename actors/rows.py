@@ -16,6 +16,7 @@ from torch import nn
 
 from actors.loading import language_model, layer_devices
 from actors.specs import Llava
+from actors.threads import threads_for
 
 
 def attention_windows(text_config) -> list[int | None]:
@@ -110,7 +111,7 @@ class PromptPass:
             short = window is not None and window < count
             self._masks[window] = ((age_QS >= 0) & (age_QS < window))[None, None] if short else None
         with switched(model, self) as decoder:
-            return _decoded(decoder, embeds_NQD, positions_Q[None], self.cache)
+            return _decoded(decoder, embeds_NQD, positions_Q[None], self.cache, len(self.keep_RL))
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """Let rows join; run one layer on the rows that keep it, the others pass through."""
@@ -205,7 +206,9 @@ class StepPass:
                 seen_RS = seen_RS & (positions_R[:, None] - self.key_positions_RS[:, : slot + 1] < window)
             mask = torch.zeros(seen_RS.shape, dtype=self.dtype, device=device).masked_fill_(~seen_RS, -torch.inf)
             self._masks[window, device] = mask[:, None, None]
-        hidden = _decoded(decoder, decoder.embed_tokens(tokens_R)[:, None], positions_R[:, None], self.cache)
+        hidden = _decoded(
+            decoder, decoder.embed_tokens(tokens_R)[:, None], positions_R[:, None], self.cache, len(tokens_R)
+        )
         self.cache.used += 1
         return hidden[:, -1]
 
@@ -255,16 +258,19 @@ def switched(model: Llava, state: Pass) -> Iterator[nn.Module]:
         decoder.layers = stock
 
 
-def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache) -> torch.Tensor:
+def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows: int) -> torch.Tensor:
+    """Run the decoder; rows: how many there are at the end."""
     # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
-    return decoder(
-        inputs_embeds=embeds_RQD,
-        attention_mask=no_mask,
-        position_ids=positions_RQ,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    config = decoder.config
+    with threads_for(rows * embeds_RQD.shape[1], config.hidden_size, config.intermediate_size):
+        return decoder(
+            inputs_embeds=embeds_RQD,
+            attention_mask=no_mask,
+            position_ids=positions_RQ,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
 
 
 def _windows(model: Llava) -> list[int | None]:
