@@ -63,7 +63,7 @@ def asked(run: Run, requests) -> list:
         ({"engine": "openai", "url": "http://127.0.0.1:1/v1", "key_variable": "NO_KEY"}, "variable NO_KEY, which is"),
         ({"model": "/no/such/folder"}, "No checkpoint at judge.model '/no/such/folder'"),
         ({"replicas": 3, "max_replicas": 2}, "judge.max_replicas is 2, below judge.replicas 3"),
-        ({"engine": "vllm", "gpus": 1}, r"needs vLLM.*prunella\[judge\].*judge.engine transformers"),
+        ({"engine": "vllm", "gpus": 1}, r"needs vLLM.*\.\[judge\].*judge.engine transformers"),
         ({"engine": "vllm", "gpus": 0}, "needs judge.gpus 1 or more"),
     ],
 )
