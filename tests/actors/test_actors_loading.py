@@ -205,7 +205,7 @@ def test_other_kinds_of_models(tmp_path):
     }
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 1}
     Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names the architectures .*Qwen2VLForConditionalGeneration"):
+    with pytest.raises(ValueError, match=r"names the architectures .*Qwen2VLForConditionalGeneration"):
         load_model(str(tmp_path))
 
 
