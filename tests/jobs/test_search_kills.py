@@ -1,6 +1,7 @@
 """A search while its driver, a trial and a worker are killed: the same table, and no finished stage again."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -42,6 +43,17 @@ def start(folder: Path, images: Path, *more: str) -> subprocess.Popen:
 def rows(folder: Path) -> list[dict]:
     found = json.loads((folder / "search" / "rows.json").read_text())
     return [{key: value for key, value in row.items() if key not in UNEQUAL} for row in found]
+
+
+def same(one, other) -> bool:
+    """Tell whether two values are equal, numbers but for their last digits: the embedder's batches change these."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
 
 
 def log(folder: Path) -> list[dict]:
@@ -97,5 +109,5 @@ def test_a_search_that_is_killed_goes_on_to_the_same_table(tmp_path):
     assert max(Counter(made(stormy)).values()) == 1, "a finished stage was made again"
     assert set(made(stormy)) <= set(made(calm)) and len(set(made(calm)) - set(made(stormy))) <= 3 * 2  # not logged yet
     assert [line for line in log(stormy) if line["event"] == "failed"] == []
-    assert rows(stormy) == rows(calm)
+    assert same(rows(stormy), rows(calm))
     assert "status" in output and "answer for no limit" in output
