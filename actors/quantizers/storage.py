@@ -22,6 +22,7 @@ from actors.surgery import (
 )
 
 SHARD_BYTES = 2**28  # of one file; as much is in memory while it is written
+BLOCK_BYTES = 2**20  # of memory, from which on a block is the system's again as soon as it is freed
 _LAYER = re.compile(r"^.*\blanguage_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
 
 
@@ -49,13 +50,13 @@ def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torc
 
 
 def keep_blocks_apart() -> None:
-    """Let glibc take every block of 1 MiB or more from the system by itself, and give it back when it is freed.
+    """Let glibc take every block of BLOCK_BYTES or more from the system by itself, and give it back when it is freed.
 
     By default it soon takes weights from its heap, where what was freed lies between what is held and stays.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
-        option(-3, 2**20)  # M_MMAP_THRESHOLD
+        option(-3, BLOCK_BYTES)  # M_MMAP_THRESHOLD
 
 
 def fill(layer: nn.Module, tensors: Mapping[str, tuple[str, torch.Tensor]], like: torch.Tensor) -> None:
