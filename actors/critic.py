@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine import LOGITS_AT_ONCE, padded, verify_pass
+from actors.engine import LOGITS_AT_ONCE, Verification, packed
 from actors.loading import language_model, pick_device, pixel_dtype
 from actors.maths.criteria import token_cosines, token_kl, token_nll
-from actors.replica import LlavaReplica
+from actors.replica import LlavaReplica, together
 from actors.rows import PromptPass
 from actors.specs import Conversation, Known, ModelSpec
 
@@ -98,7 +99,7 @@ class LayerCritic:
             found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
             return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
-        order = sorted(range(len(samples)), key=lambda i: len(prompts[i]) + len(replies[i]))
+        order = together(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
         found = dict(replica.batched(order, list(range(len(sets))), run))
         return [
             {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
@@ -162,14 +163,13 @@ def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, 
 
 def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]:
     """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
-    _, source, variant, hidden = verify_pass(model, prompts, replies, base_L, keep_SL)
-    row_of = {(n, v): row for row, (n, v) in enumerate(zip(source, variant, strict=True)) if v >= 0}
-    found = []
-    for n, reply in enumerate(replies):
-        first = len(prompts[n]) - 1
-        rows = [row_of[n, v] for v in range(len(keep_SL))]
-        found.append(hidden[rows, first : first + len(reply)])
-    return found
+    found: dict[int, torch.Tensor] = {}
+    for pack in packed(model, prompts, replies):
+        seen = Verification(model, pack, prompts, base_L, keep_SL)
+        for n in seen.inputs:
+            rows, first = [seen.row(n, v) for v in range(len(keep_SL))], seen.end(n)
+            found[n] = seen.hidden_RQD[rows, first : first + len(replies[n])]
+    return [found[n] for n in range(len(prompts))]
 
 
 def reply_losses(model, replies, states_N, full_N) -> list[list[tuple[float, float]]]:
@@ -202,7 +202,7 @@ def layer_cosines(model, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         keep = torch.ones(len(prompts), len(layers), dtype=torch.bool)
-        PromptPass(model, keep).forward(model, padded(prompts))
+        PromptPass(model, keep).forward(model, pad_sequence(list(prompts), batch_first=True))
     finally:
         for handle in handles:
             handle.remove()

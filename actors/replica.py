@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from actors import footprint
 from actors.decoding import DECODERS, check_greedy
-from actors.engine import Limits, greedy, verified
+from actors.engine import Limits, verified
 from actors.images import open_image
 from actors.loading import (
     check_source,
@@ -88,13 +88,13 @@ class LlavaReplica:
         found: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+            order = together(samples, list(map(len, prompts)))
             own = dict(self.batched(order, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
             drafts = [own[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
                 found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
                 open_variants.remove(v)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(drafts[i]))
+        order = together(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
         check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
         if open_variants:
             found.update(self.batched(order, open_variants, check))
@@ -125,13 +125,10 @@ class LlavaReplica:
             self._rows = max(1, min(self._rows, int(0.6 * free_bytes(device) / per_row)))
 
     def _base_answers(self, prompts, guesses, base_L, limits, part: list[int], _: list[int]) -> _Found:
-        given = [prompts[i] for i in part]
-        if guesses is None:
-            answers = greedy(self.model, given, base_L.repeat(len(part), 1), limits)
-        else:
-            found, _ = verified(self.model, given, [guesses[i] for i in part], base_L, base_L[None], limits)
-            answers = [answer for (answer,) in found]
-        return [((i, -1), answer) for i, answer in zip(part, answers, strict=True)]
+        given = [prompts[i] for i in part], [guesses[i] if guesses else [] for i in part]
+        answers, counts = verified(self.model, *given, base_L, base_L[None], limits)
+        self.counts["layer_tokens_run"] += counts["layer_tokens_run"]
+        return [((i, -1), answer) for i, [answer] in zip(part, answers, strict=True)]
 
     def _checked_answers(self, prompts, drafts, base_L, keep_VL, limits, part: list[int], chosen: list[int]) -> _Found:
         given = [prompts[i] for i in part], [drafts[i] for i in part]
@@ -190,7 +187,7 @@ class LlavaReplica:
             pixels = inputs["pixel_values"].to(pixel_dtype(self.model))
             vision = self.model.config.vision_config
             tokens = (vision.image_size // vision.patch_size) ** 2
-            with threads_for(tokens, vision.hidden_size, vision.intermediate_size):
+            with threads_for(tokens, vision):
                 out = self.model.get_image_features(pixel_values=pixels)
             features = self._features[sample.image] = getattr(out, "pooler_output", out)[0]
             while len(self._features) > IMAGES_KEPT:
@@ -246,6 +243,15 @@ class LlavaReplica:
     def _pixels(self, sample: Sample) -> dict[str, torch.Tensor]:
         inputs = self.inputs(sample)
         return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(self.model))}
+
+
+def together(samples: Sequence[Sample], lengths: Sequence[int]) -> list[int]:
+    """Return the samples' places in the order of their lengths, those about one image next to each other."""
+    longest: dict[str, int] = {}
+    for sample, length in zip(samples, lengths, strict=True):
+        longest[sample.image] = max(length, longest.get(sample.image, 0))
+    keys = [(longest[s.image], s.image, length) for s, length in zip(samples, lengths, strict=True)]
+    return sorted(range(len(samples)), key=keys.__getitem__)
 
 
 def _check_settings(spec: ModelSpec) -> None:

@@ -1,9 +1,9 @@
 """Rows of one batch, each with its own set of decoder layers: masks, key/value cache, and the switch around a layer.
 
-Two kinds of pass. A PromptPass runs many tokens at once, padded on the right, so that a token's slot is its position
-and causality alone hides the padding: no mask is needed. A StepPass goes on from there, one token at a time.
+Two kinds of pass. A PromptPass runs many tokens at once, padded on the right, where causality alone hides the padding:
+a mask is only needed where several inputs share a row. A StepPass goes on from there, one token at a time.
 
-Axes: R rows, N inputs, Q new tokens, S cached tokens, D width, H heads, L layers.
+Axes: R rows, G rows of inputs, Q new tokens, S cached tokens, D width, H heads, L layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,10 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from actors.loading import language_model, layer_devices
+from actors.packing import Layout
 from actors.specs import Llava
 from actors.threads import threads_for
 
@@ -82,11 +84,11 @@ class Pass(Protocol):
 
 
 class PromptPass:
-    """One forward over the prompts (and drafts) of N inputs, in R rows.
+    """One forward over the prompts (and drafts) in G rows of inputs, of which R variants are made.
 
-    Row r belongs to input source_R[r] and joins the batch at layer join_R[r]: below it, it equals the row of
-    its input's own number, which runs there in its place. Rows are sorted by the layer at which they join; the
-    first N rows are the inputs' own. By default every row is an input of its own, there from the start.
+    Row r is a variant of row source_R[r] and joins the batch at layer join_R[r]: below it, it equals that row,
+    which runs there in its place. Rows are sorted by the layer at which they join; the first G rows are the
+    sources. By default every row is its own source, there from the start.
     """
 
     def __init__(
@@ -96,29 +98,28 @@ class PromptPass:
         rows = len(keep_RL)
         self.source_R = torch.tensor(source_R if source_R is not None else range(rows))
         self.join_R = torch.tensor(join_R) if join_R else torch.zeros(rows, dtype=torch.long)
-        self.inputs = len(set(self.source_R.tolist()))
+        self.sources = len(set(self.source_R.tolist()))
         self.layer_rows_run = 0
         self.cache = RowCache(0)
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
-    def forward(self, model: Llava, embeds_NQD: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states [R, Q, D] of inputs that are padded on the right."""
-        count, device = embeds_NQD.shape[1], embeds_NQD.device
-        self.cache = RowCache(count)
-        positions_Q = torch.arange(count, device=device)
-        age_QS = positions_Q[:, None] - positions_Q[None, :]
+    def forward(self, model: Llava, embeds_GQD: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+        """Return the last hidden states [R, Q, D]; layout: by default, a row is one input, padded on the right."""
+        count, device = embeds_GQD.shape[1], embeds_GQD.device
+        self.cache, layout = RowCache(count), layout or Layout.plain(count)
         for window in set(self.windows):
-            short = window is not None and window < count
-            self._masks[window] = ((age_QS >= 0) & (age_QS < window))[None, None] if short else None
+            mask = layout.mask(window)
+            self._masks[window] = None if mask is None else mask.to(device)
         with switched(model, self) as decoder:
-            return _decoded(decoder, embeds_NQD, positions_Q[None], self.cache, len(self.keep_RL))
+            positions = layout.positions_Q[None].to(device)
+            return _decoded(decoder, embeds_GQD, positions, self.cache, len(self.keep_RL))
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """Let rows join; run one layer on the rows that keep it, the others pass through."""
         device = self.devices[index]
         hidden = hidden.to(device)
         count = int((self.join_R <= index).sum())
-        before = self.inputs if index == 0 else len(hidden)
+        before = self.sources if index == 0 else len(hidden)
         if count == before:
             return self._run(index, layer, hidden, args, kwargs)
         joining = hidden[self.source_R[before:count].to(device)]
@@ -150,11 +151,11 @@ class PromptPass:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a prompt pass, and how many tokens of each are kept."""
+    """What goes on from a prompt pass: some inputs' rows, and the slots that hold their tokens, in order."""
 
     prompt: PromptPass
     rows: Sequence[int]
-    kept: Sequence[int]
+    slots: Sequence[Sequence[int]]
 
 
 class StepPass:
@@ -168,17 +169,18 @@ class StepPass:
         """room: most tokens to come; dtype: of the hidden states."""
         first = parts[0].prompt
         self.windows, self.devices, self.dtype = first.windows, first.devices, dtype
-        kept_R = torch.tensor([kept for part in parts for kept in part.kept])
+        kept_R = torch.tensor([len(slots) for part in parts for slots in part.slots])
         self.cache = RowCache(int(kept_R.max()) + room, int(kept_R.max()))
         start = 0
         for part in parts:
-            chosen = torch.tensor(part.rows)
+            chosen, slots_CS = torch.tensor(part.rows), pad_sequence([torch.tensor(s) for s in part.slots], True)
             for layer in sorted(part.prompt.cache.layers):
                 keys, values = part.prompt.cache.layers.pop(layer)
                 keeping, places = part.prompt.owners(layer, chosen)
                 if len(keeping):
-                    places, at = places.to(keys.device), (start + keeping).to(keys.device)
-                    self.cache.place(layer, len(kept_R), at, keys[places], values[places])
+                    at, places, slots = (x.to(keys.device) for x in (start + keeping, places, slots_CS[keeping]))
+                    taken = [both.transpose(1, 2)[places[:, None], slots].transpose(1, 2) for both in (keys, values)]
+                    self.cache.place(layer, len(kept_R), at, *taken)
             start += len(chosen)
         self.keep_RL = torch.cat([part.prompt.keep_RL[list(part.rows)] for part in parts])
         slots_S = torch.arange(self.cache.capacity)
@@ -262,8 +264,7 @@ def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows
     """Run the decoder; rows: how many there are at the end."""
     # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
-    config = decoder.config
-    with threads_for(rows * embeds_RQD.shape[1], config.hidden_size, config.intermediate_size):
+    with threads_for(rows * embeds_RQD.shape[1], decoder.config):
         return decoder(
             inputs_embeds=embeds_RQD,
             attention_mask=no_mask,

@@ -1,6 +1,7 @@
 """What all rooms' tests share: no test uses a cluster of yours, and Ray is loopback only whoever imports it first."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,7 @@ from cluster.connection import connected, protect
 
 os.environ.pop("RAY_ADDRESS", None)
 protect()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 
 
 @pytest.fixture(scope="session")

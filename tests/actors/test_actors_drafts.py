@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
 
-from actors.engine import Limits, _of_like_length, greedy, verified
+from actors.engine import Limits, _continue, verified
 from actors.loading import language_model
 from actors.replica import LlavaReplica
+from actors.rows import Part, PromptPass
 from actors.specs import ModelSpec
-from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, draw_samples, save_tiny, without
+from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, QUESTIONS, draw_samples, save_tiny, without
 
 STOPS = tuple(range(2, 512, 16))
 LIMITS = Limits(12, STOPS)
@@ -33,9 +35,21 @@ def keep(removed_sets) -> torch.Tensor:
     return rows
 
 
+@torch.inference_mode()
 def plain(replica, prompts, keep_VL) -> list[list[list[int]]]:
-    flat = greedy(replica.model, [p for p in prompts for _ in keep_VL], keep_VL.repeat(len(prompts), 1), LIMITS)
-    return [flat[i * len(keep_VL) : (i + 1) * len(keep_VL)] for i in range(len(prompts))]
+    """Answer without drafts, shared layers or shared rows: every prompt and variant is a row of its own."""
+    rows = [(prompt, keep) for prompt in prompts for keep in keep_VL]
+    state = PromptPass(replica.model, torch.stack([keep for _, keep in rows]))
+    hidden = state.forward(replica.model, pad_sequence([prompt for prompt, _ in rows], batch_first=True))
+    ends = [len(prompt) - 1 for prompt, _ in rows]
+    found = [[token] for token in replica.model.lm_head(hidden[range(len(rows)), ends]).argmax(-1).tolist()]
+    part = Part(state, range(len(rows)), [range(end + 1) for end in ends])
+    _continue(replica.model, [part], found, LIMITS)
+    return [found[i : i + len(keep_VL)] for i in range(0, len(rows), len(keep_VL))]
+
+
+def own(replica, prompts, keep_L) -> list[list[int]]:
+    return [answer for [answer] in plain(replica, prompts, keep_L[None])]
 
 
 @torch.inference_mode()
@@ -63,7 +77,7 @@ def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
     picks = random.Random(seed)
     removed = [*removed, picks.sample(range(LAYERS), seed // 2 % (LAYERS - 2))]
     base_L, keep_VL = keep([base])[0], keep(removed)
-    right = greedy(model.model, prompts, base_L.repeat(len(prompts), 1), LIMITS)
+    right = own(model, prompts, base_L)
     noise = [[picks.randrange(512) for _ in range(picks.randrange(30))] for _ in prompts]
     drafts = {
         "right": right,
@@ -85,7 +99,7 @@ def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
     """The base as its own variant accepts every token and decodes nothing."""
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     full = torch.ones(LAYERS, dtype=torch.bool)
-    right = greedy(model.model, prompts, full.repeat(len(prompts), 1), LIMITS)
+    right = own(model, prompts, full)
     answers, counts = verified(model.model, prompts, right, full, full[None], LIMITS)
     assert [variants[0] for variants in answers] == right
     assert counts["rows_verified_whole"] == counts["rows"] == len(prompts)
@@ -107,13 +121,18 @@ def layer_rows(model):
             hook.remove()
 
 
+def apart(replica, lesions) -> list[torch.Tensor]:
+    """Return prompts about images that differ, so that none shares a row."""
+    return [replica._prompt(sample) for sample in draw_samples(lesions, 3, QUESTIONS[:1])]
+
+
 def test_prefix_sharing_runs_as_many_layers_as_the_formula_says(model, lesions):
     """All L single removals: the base runs L layers; the variant without layer b runs the L-1-b layers above it.
 
     Per prompt L + (0 + 1 + ... + L-1) = L (L + 1) / 2 layer rows, where plain decoding of the prompts runs
     L + L (L - 1). Answers of one token end with the pass that verifies.
     """
-    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    prompts = apart(model, lesions)
     full = torch.ones(LAYERS, dtype=torch.bool)
     singles = keep([(layer,) for layer in range(LAYERS)])
     with layer_rows(model.model) as run:
@@ -121,9 +140,21 @@ def test_prefix_sharing_runs_as_many_layers_as_the_formula_says(model, lesions):
     assert sum(run) == counts["layer_rows_run"] == len(prompts) * LAYERS * (LAYERS + 1) // 2
 
 
+def test_questions_about_an_image_share_a_row(model, lesions):
+    """All questions about two images: two rows in every layer; the beginning is read once, and the image is in it."""
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    base_L = keep([(1,)])[0]
+    with layer_rows(model.model) as run:
+        answers, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, base_L[None], Limits(1, ()))
+    assert run == [2] * (LAYERS - 1)
+    saved = (sum(map(len, prompts)) * (LAYERS - 1) - counts["layer_tokens_run"]) / (LAYERS - 1)
+    assert saved >= 2 * (len(QUESTIONS) - 1) * model.model.config.image_seq_length
+    assert [tokens for [tokens] in answers] == [answer[:1] for answer in own(model, prompts, base_L)]
+
+
 def test_a_later_round_shares_with_its_own_base(model, lesions):
     """Base without layer 1: the variant without 1 and 3 shares layers 0 and 2 (1 is off in both)."""
-    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    prompts = apart(model, lesions)
     base_L, keep_VL = keep([(1,)])[0], keep([(1, 3)])
     with layer_rows(model.model) as run:
         _, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, Limits(1, ()))
@@ -144,11 +175,6 @@ def test_replica_drafts_and_base_do_not_change_rows(tmp_path, lesions):
     assert replica.answers(samples, sets, 48, guesses=guesses) == rows
     assert replica.answers(samples, sets, 48, (5,)) == rows
     assert LlavaReplica(ModelSpec(str(DERM_TINY)), max_rows=1).answers(samples, sets, 48, (), drafts) == rows
-
-
-def test_inputs_of_like_length_run_together():
-    """8 and 9 tokens differ by an eighth, 10 and 8 by more; every place comes once."""
-    assert _of_like_length([9, 30, 8, 10, 31]) == [[2, 0], [3], [1, 4]]
 
 
 @pytest.mark.parametrize(

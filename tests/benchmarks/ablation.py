@@ -126,11 +126,8 @@ class Contest:
     def floor_s(self) -> float:
         """Seconds that the engine's own work takes at this machine's measured rates."""
         layer, layers = self.replica.model.model.language_model.layers[0], self.replica.layer_count()
-        prompt = statistics.mean(len(self.replica._prompt(sample)) for sample in self.samples)
-        drafts = self._engine(None)
-        answer = statistics.mean(len(ids) for ids in drafts.values())
-        layer_rows = self.replica.counts["layer_rows_run"] + len(self.samples) * layers
-        return floor_s(layer, (prompt + answer) * layer_rows, answer * layers)
+        answer = statistics.mean(len(row) for row in self._engine(None).values())
+        return floor_s(layer, self.replica.counts["layer_tokens_run"], answer * layers)
 
 
 def run(name: str, contest: Contest, repeats: int) -> dict:

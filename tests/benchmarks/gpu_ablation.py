@@ -132,7 +132,6 @@ class Contest:
         """Seconds that the engine's own work takes at this machine's measured rates (after a run of `engine`)."""
         lengths = [len(prompt) + self.tokens for prompt in self.replica.prompts.values()]
         layers, text = self.replica.layer_count(), self.model.config.text_config
-        layer_rows = self.replica.counts["layer_rows_run"] + len(self.samples) * layers
         drafts = {name: ids for (name, removed), ids in answers.items() if not removed}
         left = [self.tokens] * len(drafts)  # tokens that rows decode: all of a base's, a variant's after the draft
         for (name, removed), ids in answers.items():
@@ -142,7 +141,7 @@ class Contest:
         cached = cached_bytes(text, layers, size) * sum(left) * sum(lengths) / len(lengths)
         readings = (self.tokens + max(left[len(drafts) :], default=0)) * layers
         layer = language_model(self.model).layers[0]
-        return floor_s(layer, layer_rows * sum(lengths) / len(lengths), readings, cached)
+        return floor_s(layer, self.replica.counts["layer_tokens_run"], readings, cached)
 
     @torch.inference_mode()
     def ties(self, mine: _Answers, plain: _Answers) -> list[Mismatch] | None:
