@@ -34,11 +34,10 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     """Return the stage that scores `model`'s layers on calibration questions of the training split."""
     config = run.config.ablate
     settings: dict = {
-        "samples": config.samples,
+        **calibration_settings(run),
         "criterion": config.criterion,
         "candidates": config.candidates,
         "dtype": run.config.model.dtype,
-        "seed": run.config.seed,
     }
     if config.criterion == "answer_similarity":
         settings["embedder"] = run.embedder_identity(config.embedder)
@@ -56,14 +55,32 @@ def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage
     )
 
 
-def calibration_samples(folder: str, count: int, seed: int) -> list[Conversation]:
-    """Draw `count` questions from the training split of a data artifact."""
-    rows = prepare.conversations(folder, "train")
-    picks = np.random.default_rng(seed).permutation(len(rows))[:count]
+def calibration_settings(run: Run) -> dict:
+    """Return the settings that decide which questions `calibration_samples` draws."""
+    return {"samples": run.config.ablate.samples, "per_image": run.config.ablate.per_image, "seed": run.config.seed}
+
+
+def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
+    """Draw ablate.samples questions from the training split."""
+    rows = prepare.conversations(run.make(data), "train")
+    picks = drawn([row["image"] for row in rows], **calibration_settings(run))
     return [
-        Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"])
-        for i in sorted(picks)
+        Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"]) for i in picks
     ]
+
+
+def drawn(images: Sequence[str], samples: int, per_image: int | None, seed: int) -> list[int]:
+    """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
+
+    per_image: draw images, and at most so many questions about each; None: draw questions one by one.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(images)).tolist()
+    if per_image is not None:
+        asked: dict[str, list[int]] = {}  # images in the order in which they are drawn
+        for i in shuffled:
+            asked.setdefault(images[i], []).append(i)
+        shuffled = [i for questions in asked.values() for i in questions[:per_image]]
+    return sorted(shuffled[:samples])
 
 
 @contextmanager
@@ -75,7 +92,7 @@ def measurements(
     criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
     measured: its embedder cannot be loaded.
     """
-    samples = calibration_samples(run.make(data), run.config.ablate.samples, run.config.seed)
+    samples = calibration_samples(run, data)
     critic = {
         "max_new_tokens": run.config.generation.max_new_tokens,
         "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,

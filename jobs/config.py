@@ -99,6 +99,11 @@ class AblateConfig(Section):
     """Scoring layers by removing them (paper, eq. 2-5)."""
 
     samples: Count = Field(64, description="calibration questions from the training split (questions)")
+    per_image: Count | None = Field(
+        None,
+        description="draw images, and at most so many questions about each: they share the reading of the image, the "
+        "intervals widen; unset: draw questions one by one (questions)",
+    )
     unit: Count = Field(4, description="questions of one unit of work (questions)")
     criterion: Criterion = Field("answer_similarity", description="what ranks the layers (paper: answer_similarity)")
     compare: list[Criterion] = Field(

@@ -111,7 +111,7 @@ def search(
         "seed": config.seed,
         "options": run.make(rounded),
     }
-    samples = ablate.calibration_samples(run.make(data), config.ablate.samples, config.seed)
+    samples = ablate.calibration_samples(run, data)
     started = time.time()
     with run.replicas(base, "actors.choices:ChoiceCritic", **critic) as pool:
         measured = ChoiceMeasurements(run, pool, base, data, samples, rounded)

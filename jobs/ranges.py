@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.tables import write_table
-from jobs.ablate import calibration_samples
+from jobs.ablate import calibration_samples, calibration_settings
 from jobs.figures import ranges_figure
 from jobs.run import Run, Source, Stage
 
@@ -13,13 +13,13 @@ SHOWN = 10
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     """Return the stage that records the ranges on the ablation's calibration questions."""
-    settings = {"samples": run.config.ablate.samples, "dtype": run.config.model.dtype, "seed": run.config.seed}
+    settings = {**calibration_settings(run), "dtype": run.config.model.dtype}
     return Stage("ranges", 1, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
 
 
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Record in one replica; write the table and the figure."""
-    samples = calibration_samples(run.make(data), run.config.ablate.samples, run.config.seed)
+    samples = calibration_samples(run, data)
     with run.replicas(model, "actors.ranges:RangeRecorder") as pool:
         rows = pool.call("ranges", samples)
     write_table(folder / RANGES, rows)

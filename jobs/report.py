@@ -135,7 +135,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
         "search": found,
         "method": run.config.prune.search,
         "embedder": run.config.ablate.embedder,
-        "calibration": run.config.ablate.samples,
+        "calibration": scores[0]["samples"],
     }
 
 

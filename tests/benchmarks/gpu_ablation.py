@@ -58,25 +58,30 @@ class Embedded(LlavaReplica):
 
 
 @torch.inference_mode()
-def random_prompts(model, count: int, image_tokens: int) -> dict[str, torch.Tensor]:
-    """Return prompts [tokens, D] of random image features, as large as embeddings, and 24 to 31 random tokens."""
+def random_prompts(model, count: int, image_tokens: int, per_image: int) -> dict[str, torch.Tensor]:
+    """Return prompts [tokens, D] of random image features, as large as embeddings, and 24 to 31 random tokens.
+
+    `per_image` of them have the same image, and the same tokens before it.
+    """
     table = language_model(model).embed_tokens.weight
     prompts = {}
     for number in range(count):
-        torch.manual_seed(number)
-        ids = torch.randint(3, len(table), (24 + number % 8,)).to(table.device)
+        torch.manual_seed(number // per_image)
+        before = torch.randint(3, len(table), (4,)).to(table.device)
         image = (torch.randn(image_tokens, table.shape[1]) * table.float().std().item()).to(table)
-        prompts[f"{number:03d}"] = torch.cat([table[ids[:4]], image, table[ids[4:]]])
+        torch.manual_seed(number)
+        question = torch.randint(3, len(table), (20 + number % 8,)).to(table.device)
+        prompts[f"{number:03d}"] = torch.cat([table[before], image, table[question]])
     return prompts
 
 
 class Contest:
     """One model, its removals, and the ways to answer the same prompts."""
 
-    def __init__(self, model, samples: int, image_tokens: int, tokens: int, max_rows: int):
+    def __init__(self, model, samples: int, image_tokens: int, tokens: int, max_rows: int, per_image: int = 1):
         self.model, self.tokens = model.eval(), tokens
         model.generation_config.update(eos_token_id=None, pad_token_id=0)
-        self.replica = Embedded(model, random_prompts(model, samples, image_tokens), max_rows)
+        self.replica = Embedded(model, random_prompts(model, samples, image_tokens, per_image), max_rows)
         self.samples = [Sample(name, "", "") for name in self.replica.prompts]
         self.sets = [(layer,) for layer in range(2, self.replica.layer_count() - 1)]
 
@@ -232,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32, help="questions (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of an answer (default: %(default)s)")
+    parser.add_argument("--per-image", type=int, default=1, help="questions about an image (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, default=1024, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in float32 on the CPU: tries the code")
     options = parser.parse_args()
@@ -240,7 +246,8 @@ def main() -> None:
         parser.error("no GPU is visible here (--tiny runs anywhere)")
     torch.manual_seed(0)
     model, image_tokens = (tiny_model("clip-llama", 7), 16) if options.tiny else (real_model(llava_7b()), 576)
-    contest = Contest(model, options.samples, image_tokens, options.tokens, options.max_rows)
+    sizes = options.samples, image_tokens, options.tokens, options.max_rows, options.per_image
+    contest = Contest(model, *sizes)
     print(json.dumps(run(contest)))
 
 

@@ -12,7 +12,7 @@ from tests.tiny import tiny_model, without
 
 CODE = """
 import runpy, sys
-sys.argv = ["gpu_ablation", "--tiny", "--samples", "3", "--tokens", "6"]
+sys.argv = ["gpu_ablation", "--tiny", "--samples", "3", "--tokens", "6", "--per-image", "2"]
 runpy.run_module("tests.benchmarks.gpu_ablation", run_name="__main__")
 assert not {"ray", "bitsandbytes"} & set(sys.modules), "must run where neither is installed"
 """

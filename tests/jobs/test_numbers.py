@@ -34,6 +34,19 @@ def test_a_limit_takes_images_of_all_classes():
     assert len(evaluate.chosen_images(rows, None)) == 12
 
 
+@pytest.mark.parametrize(
+    ("samples", "per_image", "questions", "images"),
+    [(6, None, 6, None), (99, None, 20, 4), (6, 3, 6, 2), (7, 3, 7, 3), (99, 3, 12, 4), (3, 1, 3, 3), (6, 9, 6, 2)],
+)
+def test_questions_are_drawn_one_by_one_or_by_image(samples, per_image, questions, images):
+    """Of four images with five questions each; in their order, each once, others with another seed."""
+    given = [image for image in "abcd" for _ in range(5)]
+    picks = ablate.drawn(given, samples, per_image, seed=1)
+    assert picks == sorted(set(picks)) and len(picks) == questions
+    assert images is None or len({given[i] for i in picks}) == images
+    assert samples == 99 or picks != ablate.drawn(given, samples, per_image, seed=2)
+
+
 def test_differences_are_paired_by_question():
     """Two models that differ by 0.1 on every question of very different images: the difference is certain."""
     original = {str(i): answer(str(i), i // 3, (i % 7) / 7) for i in range(60)}
