@@ -99,8 +99,8 @@ class LayerCritic:
             found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
             return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
-        order = together(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
-        found = dict(replica.batched(order, list(range(len(sets))), run))
+        groups = together(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
+        found = dict(replica.batched(groups, list(range(len(sets))), run))
         return [
             {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
             for i, sample in enumerate(samples)
@@ -165,10 +165,10 @@ def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]
     """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
     found: dict[int, torch.Tensor] = {}
     for pack in packed(model, prompts, replies):
-        seen = Verification(model, pack, prompts, base_L, keep_SL)
-        for n in seen.inputs:
-            rows, first = [seen.row(n, v) for v in range(len(keep_SL))], seen.end(n)
-            found[n] = seen.hidden_RQD[rows, first : first + len(replies[n])]
+        check = Verification(model, pack, prompts, base_L, keep_SL)
+        for n in check.inputs:
+            rows, first = [check.row(n, v) for v in range(len(keep_SL))], check.end(n)
+            found[n] = check.hidden_RQD[rows, first : first + len(replies[n])]
     return [found[n] for n in range(len(prompts))]
 
 

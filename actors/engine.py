@@ -71,32 +71,33 @@ def verified(
     parts, open_answers = [], []
     counts = Counter(rows=len(prompts) * len(keep_VL), rows_verified_whole=0, layer_rows_run=0, layer_tokens_run=0)
     for pack in packed(model, prompts, drafts):
-        seen = Verification(model, pack, prompts, base_L, keep_VL)
-        asked = [(n, v) for n in seen.inputs for v in range(len(keep_VL))]
-        count = max(1, *(len(drafts[n]) for n in seen.inputs))
+        check = Verification(model, pack, prompts, base_L, keep_VL)
+        asked = [(n, v) for n in check.inputs for v in range(len(keep_VL))]
+        count = max(1, *(len(drafts[n]) for n in check.inputs))
         rows, slots = [], []
-        for (n, v), found in zip(asked, _best_after(model, seen, asked, count), strict=True):
+        for (n, v), found in zip(asked, _best_after(model, check, asked, count), strict=True):
             answer = answers[n][v] = _accept(drafts[n], found)
             counts["rows_verified_whole"] += answer == drafts[n] and limits.ended(answer)
             if not limits.ended(answer):  # its last token was not fed yet
-                rows.append(seen.row(n, v))
-                slots.append(seen.slots(n, len(prompts[n]) + len(answer) - 1))
+                rows.append(check.row(n, v))
+                slots.append(check.slots(n, len(prompts[n]) + len(answer) - 1))
                 open_answers.append(answer)
-        counts["layer_rows_run"] += seen.state.layer_rows_run
-        counts["layer_tokens_run"] += seen.state.layer_rows_run * pack.embeds_GQD.shape[1]
+        counts["layer_rows_run"] += check.state.layer_rows_run
+        counts["layer_tokens_run"] += check.state.layer_rows_run * pack.embeds_GQD.shape[1]
         if rows:
-            parts.append(Part(seen.state, rows, slots))
+            parts.append(Part(check.state, rows, slots))
     if parts:
-        with threads_for(len(open_answers), language_model(model).config):
+        vocabulary, width = model.lm_head.weight.shape
+        with threads_for(len(open_answers), width, max(vocabulary, language_model(model).config.intermediate_size)):
             _continue(model, parts, open_answers, limits)
     return answers, counts
 
 
 def packed(model: Llava, prompts: Sequence[torch.Tensor], drafts: Sequence[Sequence[int]]) -> list[Pack]:
     """Return the packs of all prompts, each with its draft but for the last token: what follows that is never asked."""
-    embed, device = language_model(model).embed_tokens, prompts[0].device
+    embed = language_model(model).embed_tokens
     fed = [
-        torch.cat([prompt, embed(torch.tensor(draft[:-1], dtype=torch.long, device=device))])
+        torch.cat([prompt, embed(torch.tensor(draft[:-1], dtype=torch.long, device=embed.weight.device))])
         for prompt, draft in zip(prompts, drafts, strict=True)
     ]
     return packs(prompts, fed)
@@ -134,19 +135,19 @@ class Verification:
 
     def end(self, n: int) -> int:
         """Return the slot of the last token of an input's prompt; its draft stands behind it."""
-        return self.slots(n, len(self._prompts[n]))[-1]
+        return self._pack.last(self._place[n][1], len(self._prompts[n]))
 
 
-def _best_after(model: Llava, seen: Verification, asked: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
+def _best_after(model: Llava, check: Verification, asked: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     """Return the best token at each of `count` places from the prompt's end on, for inputs and variants."""
     found: list[list[int]] = []
-    hidden = seen.hidden_RQD
+    hidden = check.hidden_RQD
     places_C = torch.arange(count, device=hidden.device)
     step = min(LOGIT_ROWS, max(1, LOGITS_AT_ONCE // (count * model.lm_head.weight.shape[0])))
     for start in range(0, len(asked), step):
         part = asked[start : start + step]
-        rows = torch.tensor([seen.row(n, v) for n, v in part], device=hidden.device)
-        ends = torch.tensor([seen.end(n) for n, _ in part], device=hidden.device)
+        rows = torch.tensor([check.row(n, v) for n, v in part], device=hidden.device)
+        ends = torch.tensor([check.end(n) for n, _ in part], device=hidden.device)
         places = (ends[:, None] + places_C).clamp(max=hidden.shape[1] - 1)  # beyond a shorter draft: never read
         found += model.lm_head(hidden[rows[:, None], places]).argmax(-1).tolist()
     return found

@@ -17,10 +17,10 @@ MOST_PADDING = 1.125  # tokens of a row, against those of the shortest row besid
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of every row of a pass stand: position, and the part of the row, -1 for its beginning."""
+    """Where the tokens of every row of a pass stand: position, and branch, -1 for the beginning."""
 
     positions_Q: torch.Tensor
-    parts_Q: torch.Tensor
+    branches_Q: torch.Tensor
 
     @classmethod
     def plain(cls, count: int) -> "Layout":
@@ -29,19 +29,21 @@ class Layout:
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Return which tokens see which, [1, 1, Q, Q]; None where it is all that came before."""
-        age_QS = self.positions_Q[:, None] - self.positions_Q[None, :]
         short = window is not None and window < len(self.positions_Q)
-        if not short and (self.parts_Q == self.parts_Q[0]).all():
+        if not short and (self.branches_Q == self.branches_Q[0]).all():
             return None
-        seen_QS = (age_QS >= 0) & ((self.parts_Q[None, :] < 0) | (self.parts_Q[:, None] == self.parts_Q[None, :]))
+        age_QS = self.positions_Q[:, None] - self.positions_Q[None, :]
+        seen_QS = (age_QS >= 0) & (
+            (self.branches_Q[None, :] < 0) | (self.branches_Q[:, None] == self.branches_Q[None, :])
+        )
         return (seen_QS & (age_QS < window) if short else seen_QS)[None, None]
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Inputs in rows of one layout: `shared` common tokens, then part k of every row from slot starts[k] on.
+    """Inputs in rows of one layout: `shared` common tokens, then branch k of every row from slot starts[k] on.
 
-    rows[g][k] is the number of an input; embeds_GQD holds the rows, padded behind each part, where nothing sees it.
+    rows[g][k] is the number of an input; embeds_GQD holds the rows, padded behind each branch, where nothing sees it.
     """
 
     rows: list[list[int]]
@@ -50,10 +52,13 @@ class Pack:
     layout: Layout
     embeds_GQD: torch.Tensor
 
-    def slots(self, part: int, count: int) -> list[int]:
-        """Return the slots of the first `count` tokens of a row's input number `part`."""
-        start = self.starts[part]
-        return [*range(self.shared), *range(start, start + count - self.shared)]
+    def slots(self, branch: int, count: int) -> list[int]:
+        """Return the slots of the first `count` tokens of a row's input number `branch`."""
+        return [*range(self.shared), *range(self.starts[branch], self.last(branch, count) + 1)]
+
+    def last(self, branch: int, count: int) -> int:
+        """Return the last of these slots."""
+        return self.starts[branch] + count - self.shared - 1
 
 
 def packs(prompts: Sequence[torch.Tensor], fed: Sequence[torch.Tensor]) -> list[Pack]:
@@ -79,7 +84,7 @@ def packs(prompts: Sequence[torch.Tensor], fed: Sequence[torch.Tensor]) -> list[
 
 
 def _families(prompts: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Return the inputs in families, of each of which all members equal the first in at least its first half."""
+    """Return the inputs in families whose members begin like the first, for at least half of the longer one."""
     families: list[list[int]] = []
     for n, prompt in enumerate(prompts):
         for family in families:
@@ -104,7 +109,7 @@ def _in_common(prompts: Sequence[torch.Tensor]) -> int:
 
 
 def _pack(rows: list[list[int]], shared: int, fed: Sequence[torch.Tensor]) -> Pack:
-    longest = [max(len(fed[n]) for n in part) - shared for part in zip(*rows, strict=True)]
+    longest = [max(len(fed[n]) for n in branch) - shared for branch in zip(*rows, strict=True)]
     starts = [shared + sum(longest[:k]) for k in range(len(longest))]
     first = fed[rows[0][0]]
     embeds_GQD = first.new_zeros(len(rows), shared + sum(longest), first.shape[-1])
@@ -113,5 +118,5 @@ def _pack(rows: list[list[int]], shared: int, fed: Sequence[torch.Tensor]) -> Pa
         for start, n in zip(starts, row, strict=True):
             embeds_GQD[g, start : start + len(fed[n]) - shared] = fed[n][shared:]
     positions = torch.cat([torch.arange(shared), *(shared + torch.arange(many) for many in longest)])
-    parts = torch.tensor([-1, *range(len(longest))]).repeat_interleave(torch.tensor([shared, *longest]))
-    return Pack(rows, shared, starts, Layout(positions, parts), embeds_GQD)
+    branches = torch.tensor([-1, *range(len(longest))]).repeat_interleave(torch.tensor([shared, *longest]))
+    return Pack(rows, shared, starts, Layout(positions, branches), embeds_GQD)

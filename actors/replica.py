@@ -30,6 +30,7 @@ from actors.surgery import stored_bytes, stored_dtype
 from actors.threads import threads_for
 
 IMAGES_KEPT = 512
+_Groups = list[list[int]]  # samples
 _Found = list[tuple[tuple[int, int], list[int]]]  # ((sample, variant), token ids)
 
 
@@ -88,16 +89,16 @@ class LlavaReplica:
         found: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
-            order = together(samples, list(map(len, prompts)))
-            own = dict(self.batched(order, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
+            groups = together(samples, list(map(len, prompts)))
+            own = dict(self.batched(groups, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
             drafts = [own[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
                 found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
                 open_variants.remove(v)
-        order = together(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
+        groups = together(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
         check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
         if open_variants:
-            found.update(self.batched(order, open_variants, check))
+            found.update(self.batched(groups, open_variants, check))
         return [
             {"sample_id": sample.id, "removed": list(removed), **self._reply(found[s, v])}
             for s, sample in enumerate(samples)
@@ -136,26 +137,32 @@ class LlavaReplica:
         self.counts.update(counts)
         return [((i, v), answers[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
-    def batched(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
-        """Run samples x (base and chosen variants) in batches of at most the planned rows, halved on out of memory."""
-        rows = len(part) * (len(chosen) + 1)
-        if rows > self._rows and (len(part) > 1 or len(chosen) > 1):
-            return self._halves(part, chosen, run)
+    def batched(self, groups: _Groups, chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
+        """Run samples x (base and chosen variants) in batches of at most the planned rows, halved on out of memory.
+
+        groups: samples that share an image, which are parted last: by what they share they cost less than variants do.
+        """
+        samples = [i for group in groups for i in group]
+        rows, single = len(samples) * (len(chosen) + 1), len(samples) <= 1 and len(chosen) <= 1
+        if rows > self._rows and not single:
+            return self._halves(groups, chosen, run)
         try:
-            return run(part, chosen)
+            return run(samples, chosen)
         except RuntimeError as error:
-            if not out_of_memory(error) or (len(part) <= 1 and len(chosen) <= 1):
+            if not out_of_memory(error) or single:
                 raise
         torch.cuda.empty_cache()
         self._rows = self._max_rows = max(1, rows // 2)
-        return self._halves(part, chosen, run)
+        return self._halves(groups, chosen, run)
 
-    def _halves(self, part: list[int], chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
-        if len(part) > 1:
-            half = len(part) // 2
-            return self.batched(part[:half], chosen, run) + self.batched(part[half:], chosen, run)
-        half = len(chosen) // 2
-        return self.batched(part, chosen[:half], run) + self.batched(part, chosen[half:], run)
+    def _halves(self, groups: _Groups, chosen: list[int], run: Callable[[list[int], list[int]], _Found]) -> _Found:
+        if len(groups) == 1 and len(chosen) > 1:
+            half = len(chosen) // 2
+            return self.batched(groups, chosen[:half], run) + self.batched(groups, chosen[half:], run)
+        if len(groups) == 1:
+            groups = [[i] for i in groups[0]]
+        half = len(groups) // 2
+        return self.batched(groups[:half], chosen, run) + self.batched(groups[half:], chosen, run)
 
     def _reply(self, ids: list[int]) -> dict:
         stopped = bool(ids) and ids[-1] in self._stops
@@ -187,7 +194,7 @@ class LlavaReplica:
             pixels = inputs["pixel_values"].to(pixel_dtype(self.model))
             vision = self.model.config.vision_config
             tokens = (vision.image_size // vision.patch_size) ** 2
-            with threads_for(tokens, vision):
+            with threads_for(tokens, vision.hidden_size, vision.intermediate_size):
                 out = self.model.get_image_features(pixel_values=pixels)
             features = self._features[sample.image] = getattr(out, "pooler_output", out)[0]
             while len(self._features) > IMAGES_KEPT:
@@ -245,13 +252,12 @@ class LlavaReplica:
         return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(self.model))}
 
 
-def together(samples: Sequence[Sample], lengths: Sequence[int]) -> list[int]:
-    """Return the samples' places in the order of their lengths, those about one image next to each other."""
-    longest: dict[str, int] = {}
-    for sample, length in zip(samples, lengths, strict=True):
-        longest[sample.image] = max(length, longest.get(sample.image, 0))
-    keys = [(longest[s.image], s.image, length) for s, length in zip(samples, lengths, strict=True)]
-    return sorted(range(len(samples)), key=keys.__getitem__)
+def together(samples: Sequence[Sample], lengths: Sequence[int]) -> list[list[int]]:
+    """Return the samples' places in groups of those about one image; shorter groups first, and samples in them."""
+    groups: dict[str, list[int]] = {}
+    for i in sorted(range(len(samples)), key=lengths.__getitem__):
+        groups.setdefault(samples[i].image, []).append(i)
+    return sorted(groups.values(), key=lambda group: lengths[group[-1]])
 
 
 def _check_settings(spec: ModelSpec) -> None:

@@ -1,7 +1,7 @@
 """Rows of one batch, each with its own set of decoder layers: masks, key/value cache, and the switch around a layer.
 
-Two kinds of pass. A PromptPass runs many tokens at once, padded on the right, where causality alone hides the padding:
-a mask is only needed where several inputs share a row. A StepPass goes on from there, one token at a time.
+Two kinds of pass. A PromptPass runs many tokens at once, padded behind each input, where nothing sees the padding; a
+mask is only needed for windows, and where several inputs share a row. A StepPass goes on from there, token by token.
 
 Axes: R rows, G rows of inputs, Q new tokens, S cached tokens, D width, H heads, L layers.
 """
@@ -264,7 +264,8 @@ def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows
     """Run the decoder; rows: how many there are at the end."""
     # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
-    with threads_for(rows * embeds_RQD.shape[1], decoder.config):
+    config = decoder.config
+    with threads_for(rows * embeds_RQD.shape[1], config.hidden_size, config.intermediate_size):
         return decoder(
             inputs_embeds=embeds_RQD,
             attention_mask=no_mask,

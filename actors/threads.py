@@ -9,10 +9,10 @@ SMALL_FLOP = 5e7  # of one linear: below it, waking another core takes about as 
 
 
 @contextmanager
-def threads_for(tokens: int, config) -> Iterator[None]:
-    """Compute on one thread where a linear over so many tokens, as wide as a layer's config says, is little work."""
+def threads_for(tokens: int, width: int, widest: int) -> Iterator[None]:
+    """Compute on one thread where the largest linear, over so many tokens, is little work for a CPU."""
     before = torch.get_num_threads()
-    if 2 * tokens * config.hidden_size * config.intermediate_size < SMALL_FLOP:
+    if 2 * tokens * width * widest < SMALL_FLOP:
         torch.set_num_threads(1)
     try:
         yield

@@ -57,7 +57,9 @@ def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage
 
 def calibration_settings(run: Run) -> dict:
     """Return the settings that decide which questions `calibration_samples` draws."""
-    return {"samples": run.config.ablate.samples, "per_image": run.config.ablate.per_image, "seed": run.config.seed}
+    config = run.config.ablate
+    by_image = {} if config.per_image is None else {"per_image": config.per_image}
+    return {"samples": config.samples, "seed": run.config.seed, **by_image}
 
 
 def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
@@ -69,17 +71,19 @@ def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
     ]
 
 
-def drawn(images: Sequence[str], samples: int, per_image: int | None, seed: int) -> list[int]:
+def drawn(images: Sequence[str], samples: int, seed: int, per_image: int | None = None) -> list[int]:
     """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
 
     per_image: draw images, and at most so many questions about each; None: draw questions one by one.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(images)).tolist()
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(len(images)).tolist()
     if per_image is not None:
-        asked: dict[str, list[int]] = {}  # images in the order in which they are drawn
+        asked: dict[str, list[int]] = {}
         for i in shuffled:
             asked.setdefault(images[i], []).append(i)
-        shuffled = [i for questions in asked.values() for i in questions[:per_image]]
+        turns = random.permutation(sorted(asked)).tolist()  # any image is as likely as another
+        shuffled = [i for image in turns for i in asked[image][:per_image]]
     return sorted(shuffled[:samples])
 
 

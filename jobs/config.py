@@ -101,10 +101,10 @@ class AblateConfig(Section):
     samples: Count = Field(64, description="calibration questions from the training split (questions)")
     per_image: Count | None = Field(
         None,
-        description="draw images, and at most so many questions about each: they share the reading of the image, the "
-        "intervals widen; unset: draw questions one by one (questions)",
+        description="draw images, and at most so many questions about each: they share the reading of the image, but "
+        "fewer images make wider intervals; unset: draw questions one by one (questions)",
     )
-    unit: Count = Field(4, description="questions of one unit of work (questions)")
+    unit: Count = Field(4, description="most questions of one unit of work, of whole images if they fit (questions)")
     criterion: Criterion = Field("answer_similarity", description="what ranks the layers (paper: answer_similarity)")
     compare: list[Criterion] = Field(
         ["perplexity", "kl", "block_influence", "block_influence_image", "block_influence_text", "magnitude+"],

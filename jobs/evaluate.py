@@ -22,7 +22,7 @@ from jobs.config import EvaluateConfig
 from jobs.image_controls import blank_rows, blank_samples, summary, swapped_rows
 from jobs.metrics import metrics, scored
 from jobs.run import Run, Source, Stage
-from jobs.units import in_units
+from jobs.units import in_units, whole_images
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
@@ -97,7 +97,7 @@ def _answered(
     run: Run, pool: "Pool", samples: list[Sample], label: str, failed: dict[str, str]
 ) -> Iterator[tuple[list[Sample], list[dict]]]:
     """Yield units of samples with their rows as they come; what fails three times goes to `failed` instead."""
-    units = [samples[i : i + UNIT] for i in range(0, len(samples), UNIT)]
+    units = whole_images(samples, UNIT)
     tokens = run.config.generation.max_new_tokens
     for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), label):
         if outcome.error:

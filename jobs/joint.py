@@ -221,7 +221,7 @@ def job(run: Run) -> None:
     content = {
         "budget_bytes": budget,
         "damage": joint.damage,
-        "samples": run.config.ablate.samples,
+        **ablate.calibration_settings(run),
         "additivity": added,
         "candidates": rows,
         "singles": found.singles,

@@ -19,7 +19,7 @@ from cluster.tables import PartTable
 from jobs.config import Criterion
 from jobs.criteria import READINGS, WITHOUT_SAMPLES
 from jobs.run import Run, Source, Stage
-from jobs.units import in_units
+from jobs.units import in_units, whole_images
 
 VERSION = 1
 Removed = tuple[int, ...]
@@ -98,7 +98,7 @@ class Measurements:
         }
         todo = [sample for sample in samples if missing.get(sample.id)]
         unit = self._run.config.ablate.unit
-        units = sorted((todo[i : i + unit] for i in range(0, len(todo), unit)), key=lambda part: -_cost(part, missing))
+        units = sorted(whole_images(todo, unit), key=lambda part: -_cost(part, missing))
 
         def sets_of(part: list[Conversation]) -> list[Removed]:
             return list(dict.fromkeys(removed for sample in part for removed in missing[sample.id]))

@@ -31,7 +31,7 @@ from jobs import (
     report_metrics,
 )
 from jobs.command import main
-from jobs.criteria import READINGS
+from jobs.criteria import READINGS, WITHOUT_SAMPLES
 from jobs.figures import importance_figure, loss_figure, tradeoff_figure
 from jobs.run import Run, Stage
 
@@ -135,7 +135,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
         "search": found,
         "method": run.config.prune.search,
         "embedder": run.config.ablate.embedder,
-        "calibration": scores[0]["samples"],
+        "calibration": None if READINGS[criterion].measure in WITHOUT_SAMPLES else scores[0]["samples"],
     }
 
 

@@ -3,12 +3,29 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from actors.specs import Conversation, Sample
 from jobs.progress import Progress
 
 if TYPE_CHECKING:
     from cluster.pool import Outcome, Pool
 
 T = TypeVar("T")
+S = TypeVar("S", Sample, Conversation)
+
+
+def whole_images(samples: Sequence[S], most: int) -> list[list[S]]:
+    """Put samples into units of at most `most`: those about one image together, as they share its reading."""
+    by_image: dict[str, list[S]] = {}
+    for sample in samples:
+        by_image.setdefault(sample.image, []).append(sample)
+    units: list[list[S]] = []
+    for own in by_image.values():
+        for piece in (own[i : i + most] for i in range(0, len(own), most)):
+            if units and len(units[-1]) + len(piece) <= most:
+                units[-1] += piece
+            else:
+                units.append(piece)
+    return units
 
 
 def in_units(

@@ -195,6 +195,22 @@ def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch):
     assert max(sizes) == 3
 
 
+def test_an_image_is_parted_last(tiny_path, lesions, monkeypatch):
+    """Room for 7 rows: three questions about an image with one variant at a time, not one question with all of them."""
+    samples, replica = draw_samples(lesions), LlavaReplica(ModelSpec(tiny_path), max_rows=7)
+    sizes = []
+
+    def watched(model, prompts, drafts, base_L, keep_VL, limits):
+        sizes.append((len(prompts), len(keep_VL)))
+        return verified(model, prompts, drafts, base_L, keep_VL, limits)
+
+    monkeypatch.setattr(actors.replica, "verified", watched)
+    rows = replica.answers(samples[::-1], REMOVED, 8)
+    assert sizes == [(6, 1), *[(3, 1)] * 10]
+    expected = LlavaReplica(ModelSpec(tiny_path)).answers(samples[::-1], REMOVED, 8)
+    assert rows == expected
+
+
 @pytest.mark.parametrize("layer", [-1, LAYERS])
 def test_layer_out_of_range_is_named(replica, lesions, layer):
     """-1 must not silently mean the last layer."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from actors.threads import threads_for
 
@@ -12,7 +11,7 @@ def test_threads(tokens, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with pytest.raises(KeyError), threads_for(tokens, LlamaConfig(hidden_size=64, intermediate_size=192)):
+        with pytest.raises(KeyError), threads_for(tokens, 64, 192):
             assert torch.get_num_threads() == threads
             raise KeyError
         assert torch.get_num_threads() == 3

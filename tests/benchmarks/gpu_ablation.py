@@ -2,14 +2,15 @@
 
     make bench-gpu        (python -m tests.benchmarks.gpu_ablation --help)
 
-29 single removals (all layers but 0, 1 and the last), prompts of 576 random image features and 24 to 31 random tokens,
-an exact number of new tokens. (a) plain `generate` one question at a time on the model without the layer, a part
-of it timed; (b) the same with all questions in padded batches, a part of the removals timed; (c) the engine without
-drafts; (d) the engine, whose drafts random weights refuse almost at once: its worst case; (forced) the engine on the
-same model with lm_head set to zero, so that every model says the same and every draft is accepted whole: its best
-case. The vision tower is part of the model and is not run. Mismatches of (d) and (a) are tried with the float16
-weights in float32, where memory allows (see tests/ties.py). The floor is the engine's matrix products at the measured
-rate plus the weights, keys and values read while decoding at the measured bandwidth. The last line is one JSON object.
+29 single removals (all layers but 0, 1 and the last), prompts of 576 random image features and 24 to 31 random tokens
+(--per-image 3: three of them about each image), an exact number of new tokens. (a) plain `generate` one question at a
+time on the model without the layer, a part of it timed; (b) the same with all questions in padded batches, a part of
+the removals timed; (c) the engine without drafts; (d) the engine, whose drafts random weights refuse almost at once:
+its worst case; (forced) the engine on the same model with lm_head set to zero, so that every model says the same and
+every draft is accepted whole: its best case. The vision tower is part of the model and is not run. Mismatches of (d)
+and (a) are tried with the float16 weights in float32, where memory allows (see tests/ties.py). The floor is the
+engine's matrix products at the measured rate plus the weights, keys and values read while decoding at the measured
+bandwidth. The last line is one JSON object.
 """
 
 import argparse
@@ -82,7 +83,7 @@ class Contest:
         self.model, self.tokens = model.eval(), tokens
         model.generation_config.update(eos_token_id=None, pad_token_id=0)
         self.replica = Embedded(model, random_prompts(model, samples, image_tokens, per_image), max_rows)
-        self.samples = [Sample(name, "", "") for name in self.replica.prompts]
+        self.samples = [Sample(name, str(i // per_image), "") for i, name in enumerate(self.replica.prompts)]
         self.sets = [(layer,) for layer in range(2, self.replica.layer_count() - 1)]
 
     @torch.inference_mode()
@@ -207,6 +208,7 @@ def run(contest: Contest) -> dict:
     return {
         **device_facts(),
         "samples": samples,
+        "images": len({sample.image for sample in contest.samples}),
         "removals": removals,
         "tokens": contest.tokens,
         "single_answers_timed": len(found["single"]),

@@ -2,8 +2,9 @@
 
 from collections import Counter
 
+from actors.specs import Sample
 from cluster.pool import Outcome
-from jobs.units import in_units
+from jobs.units import in_units, whole_images
 
 
 class Pool:
@@ -40,3 +41,15 @@ def test_a_unit_of_one_is_not_tried_again(capsys):
     ((unit, outcome),) = in_units(pool, "double", [[3]], lambda unit: (unit, 0), "units")
     assert (unit, outcome.attempts, len(pool.calls)) == ([3], 3, 1)
     assert "one by one" not in capsys.readouterr().out
+
+
+def test_units_hold_whole_images():
+    """Images with 3, 2, 1 and 5 questions, at most four a unit: only the last image is parted."""
+    samples = [
+        Sample(f"{image}{i}", image, "?")
+        for image, count in zip("abcd", (3, 2, 1, 5), strict=True)
+        for i in range(count)
+    ]
+    units = [[sample.id for sample in unit] for unit in whole_images(samples, 4)]
+    assert units == [["a0", "a1", "a2"], ["b0", "b1", "c0"], ["d0", "d1", "d2", "d3"], ["d4"]]
+    assert [len(unit) for unit in whole_images(samples, 1)] == [1] * 11 and whole_images([], 4) == []
