@@ -15,7 +15,7 @@ S = TypeVar("S", Sample, Conversation)
 
 def whole_images(samples: Sequence[S], most: int) -> list[list[S]]:
     """Put samples into units of at most `most`: those about one image together, as they share its reading."""
-    by_image: dict[str, list[S]] = {}
+    by_image: dict[str | None, list[S]] = {}
     for sample in samples:
         by_image.setdefault(sample.image, []).append(sample)
     units: list[list[S]] = []

@@ -183,6 +183,7 @@ def test_offloading_is_an_error(tiny_path, monkeypatch, place):
         load_model(tiny_path, device="cpu")
 
 
+@pytest.mark.slow
 def test_hub_ids_are_read_from_the_cache(tmp_path):
     """Offline, with the model in the hub's cache once, in one folder: loading needs no other files."""
     snapshot = tmp_path / "hub" / "models--some--llava" / "snapshots" / ("a" * 40)

@@ -65,6 +65,7 @@ def test_normal_weights_lose_no_more_than_by_rounding_to_nearest(bits):
     assert 0 < error(by_hqq(weight, bits, torch.float16).float(), weight) <= error(rounded(weight, 64, bits), weight)
 
 
+@pytest.mark.slow
 def test_plain_transformers_refuses(tiny_path, tmp_path):
     """Not filled with random weights: an error about the shape of the packed weights."""
     quantize(tiny_path, tmp_path / "b", "hqq")

@@ -18,6 +18,7 @@ assert not {"ray", "bitsandbytes"} & set(sys.modules), "must run where neither i
 """
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_on_a_tiny_shape():
     """In float32 all ways agree; with lm_head zero every draft is accepted; times are scaled to the full work."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)

@@ -63,6 +63,7 @@ def test_what_a_node_holds(node, cpus, gpus, fit):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_every_gpu_has_its_replicas_and_none_is_idle_while_units_wait():
     found = result(start("devices"))
     assert_once(found["whole"], 40)

@@ -30,6 +30,7 @@ def found(capsys, tmp_path: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in printed(capsys, tmp_path, *arguments, "--json").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_command_without_network(tmp_path):
     """As the documentation spells it, on a machine that has neither the model nor the hub: one object, nothing else."""
     result = run("estimate", *SEVEN_B, "--removed", "7", "--quantizer", "awq", "--json", "--run_dir", str(tmp_path))

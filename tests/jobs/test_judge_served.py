@@ -108,6 +108,7 @@ def asks_nothing(folder: Path, monkeypatch, model: str, models: list) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_few_answers_and_a_replica_that_dies(tmp_path, monkeypatch, tiny_judge):
     models, rows = judged(tmp_path, monkeypatch, tiny_judge, variants=2, images=2, kill_after=5)
     assert sum(row["judge_label"] is not None for row in rows) >= 11

@@ -79,6 +79,7 @@ def test_run_dir_below_a_file(tmp_path):
     assert_says(run("prepare", "--run_dir", str(tmp_path / "file" / "run")), "file/run", "--run_dir")
 
 
+@pytest.mark.slow
 def test_report_before_compress(tmp_path, images):
     result = run("report", "--run_dir", str(tmp_path), "--data.root", str(images))
     assert_says(result, "Nothing to report", "jobs.compress")
@@ -142,7 +143,8 @@ def test_messy_images_are_listed_and_skipped(tmp_path, images):
     assert "annotations.csv" not in reasons
 
 
-@pytest.mark.parametrize("job", [pytest.param("ablate", marks=pytest.mark.slow), "recover"])
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["ablate", "recover"])
 def test_a_gpu_that_is_not_there(tmp_path, images, job):
     """A job that needs a GPU says so on a machine without one; it does not wait for ever."""
     result = run(job, "--run_dir", str(tmp_path), "--data.root", str(images), "--replicas.gpus", "1")

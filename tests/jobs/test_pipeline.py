@@ -234,6 +234,7 @@ def test_removing_more_layers_than_may_go(finished):
     assert_says(run("prune", *options(finished[0], **{"prune.layers": "10"})), "prune.layers is 10", "only")
 
 
+@pytest.mark.slow
 def test_an_order_with_a_layer_that_is_not_there(finished):
     result = run("prune", *options(finished[0], **{"prune.order": "[3, 10]"}))
     assert_says(result, "layer 10", "0 to 9")

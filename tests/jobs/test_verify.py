@@ -38,6 +38,7 @@ def test_a_folder_that_prunella_did_not_make(tmp_path, copy, monkeypatch, capsys
     assert {file.name: file.stat().st_mtime_ns for file in copy.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_broken_folder_in_one_sentence(tmp_path, copy):
     """As a user runs it: exit code 1, the tensor's name, no traceback."""
     spoil(copy, UP)
