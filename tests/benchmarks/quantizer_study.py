@@ -3,8 +3,9 @@
     make study-quantizers        (python -m tests.benchmarks.quantizer_study --help)
 
 One row per quantizer and model: verbatim answers and baseline score in percent, each with its paired difference to
-the same model in 16 bits and to round to nearest at the same bits (95 %, the image as the unit). The table is
-Markdown; a star marks a difference whose interval does not hold 0.
+the same model in 16 bits and to round to nearest at the same bits; then AWQ calibrated on text alone against AWQ
+calibrated on images and text. All with 95 % intervals, the image as the unit; a star marks a difference whose interval
+does not hold 0. The table is Markdown.
 """
 
 import argparse
@@ -35,6 +36,13 @@ def answers(run: Run, model: Stage | Source, data: Stage, config: Config) -> dic
     return {row["sample_id"]: row for row in read_table(run.store.root / run.make(made) / evaluate.ANSWERS)}
 
 
+def score(rows: dict, value) -> str:
+    """Return the mean in percent, with its interval."""
+    values = np.array([value(row) for row in rows.values()])
+    low, high = cluster_bootstrap_interval(values, np.array([row["group"] for row in rows.values()]))
+    return f"{100 * values.mean():.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def difference(rows: dict, reference: dict, value) -> str:
     """Return the paired difference in points, with its interval."""
     shared = sorted(set(rows) & set(reference))
@@ -61,7 +69,7 @@ def main() -> None:
     columns = (("verbatim", lambda r: float(r["answer"] == r["reference"])), ("baseline", lambda r: r["baseline"]))
     print("| model | quantizer | bits | verbatim % | to 16 bits | to rtn | baseline % | to 16 bits | to rtn |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    lines = []
+    texts = []
     with Run(config) as run:
         data, base = prepare.stage(run), run.base_model()
         healed = recover.stage(run, prune.stage(run, base), data)
@@ -75,12 +83,15 @@ def main() -> None:
                 label = method if images else f"{method}, calibrated on text alone"
                 cells = [name, label, str(bits)]
                 for _, value in columns:
-                    cells.append(f"{100 * np.mean([value(row) for row in rows.values()]):.1f}")
+                    cells.append(score(rows, value))
                     cells.append("" if method == "none" else difference(rows, found["none", 16, True], value))
                     rounded = found.get(("rtn", bits, True))
                     cells.append(difference(rows, rounded, value) if rounded and method != "rtn" else "")
-                lines.append(f"| {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
+                print(f"| {' | '.join(cells)} |", flush=True)
+            for bits in (4, 3):
+                pair = found["awq", bits, False], found["awq", bits, True]
+                texts.append(f"{name}, {bits} bits: {', '.join(f'{n} {difference(*pair, v)}' for n, v in columns)}")
+    print("\nAWQ calibrated on text alone, against on images and text:\n" + "\n".join(texts))
 
 
 if __name__ == "__main__":
