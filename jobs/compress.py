@@ -73,8 +73,8 @@ def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
     return [judge.stage(run, evaluated) for _, evaluated in planned.values()]
 
 
-def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
-    """Return one row per method, from artifacts that exist."""
+def summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[dict]:
+    """Return one row per method, from artifacts that exist; failure: what ended the judge, whose scores may lack."""
     removed = run.facts(planned["prune"][0])["removed"]
     rows: list[dict] = []
     original: dict[str, dict] = {}
@@ -115,8 +115,10 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[dict]:
                 "evaluation": evaluated.name,
             }
         )
-    found = _compared(run, tables, judgements(run, planned))
-    return [row | columns for row, columns in zip(rows, found, strict=True)]
+    judges = judgements(run, planned)
+    found = _compared(run, tables, [] if run.missing(judges) else judges)
+    told = {"judge_failure": None if failure is None else str(failure)}
+    return [row | told | columns for row, columns in zip(rows, found, strict=True)]
 
 
 def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
@@ -165,7 +167,7 @@ def write_summary(run: Run, rows: list[dict]) -> Path:
 def table(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
     heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
-    judged = rows[0]["is_llm_judge"]
+    judged, failure = (rows[0][key] for key in ("is_llm_judge", "judge_failure"))
     lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads)]
     for row in rows:
         name = (
@@ -180,8 +182,10 @@ def table(rows: list[dict]) -> str:
     first = rows[0]
     lines.append(
         f"{first['images']} test images, {first['answers']} answers; 95 % intervals; {first['device']}, "
-        f"{first['threads']} thread(s)" + ("" if judged else "; LLM judge: not run")
+        f"{first['threads']} thread(s)" + ("" if judged or failure else "; LLM judge: not run")
     )
+    if failure:
+        lines.append(f"LLM judge: FAILED, {'these are its older verdicts' if judged else 'no scores of it'}: {failure}")
     if judged:
         by_method = {row["method"]: row for row in rows}
         lines += [judge.table(by_method, by_method), *remarks(rows)]
@@ -205,15 +209,19 @@ def job(run: Run) -> None:
     for model, evaluated in planned.values():
         run.make(evaluated)
         judge.refresh_card(run, model, evaluated)
+    failure = None
     if run.config.judge.engine != "none":
-        judge.make_all(run, [evaluated for _, evaluated in planned.values()])
+        failure = judge.tried(run, [evaluated for _, evaluated in planned.values()])
         for model, evaluated in planned.values():
             judge.refresh_card(run, model, evaluated)
-    for study in studies(run):
+    for study in studies(run) if failure is None else []:
         run.make(study)
-    rows = summary(run, planned)
+    rows = summary(run, planned, failure)
     path = write_summary(run, rows)
     print(table(rows))
+    if failure is not None:
+        print(f"compress: rows are in {path}; the same command goes on with the judge", flush=True)
+        raise failure
     print(f"compress: rows are in {path}; python -m jobs.report with the same options writes the report", flush=True)
 
 

@@ -28,9 +28,11 @@ from jobs.command import main
 from jobs.estimate import GIB
 from jobs.joint_build import UNIFORM, build, pruning, rows_of
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
+from jobs.judged import flag
 from jobs.measurements import ChoiceMeasurements
 from jobs.report import size
 from jobs.run import Run, Source, Stage
+from jobs.search_budget import judge_lines
 from jobs.search_memory import context_bytes, device_gib, setting, shapes_of
 from jobs.search_rows import MEASURED_FOR, joint_rows, write_log, write_rows
 from jobs.search_stages import ordered
@@ -135,8 +137,8 @@ def additivity(rows: Sequence[dict], damage: str) -> dict:
     return {"choices": len(pairs), "mean_predicted": predicted, "mean_measured": measured, "spearman": rank}
 
 
-def table(rows: Sequence[dict], damage: str) -> str:
-    """Lay the choices that were built out for a terminal."""
+def table(rows: Sequence[dict], damage: str, failure: Exception | None = None) -> str:
+    """Lay the choices that were built out for a terminal; failure: what ended the judge."""
     score = "judge %" if rows[0]["score_kind"] == "judge" else "baseline %"
     lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "to best uniform", ""]]
     lines[0].append("bits by layer (- removed)")
@@ -149,7 +151,7 @@ def table(rows: Sequence[dict], damage: str) -> str:
                 f"{row[damage]:.4f}",
                 size(row["estimate_bytes"]),
                 size(row["weight_bytes"]) if done else "",
-                f"{row[row['score_kind'] + '_pct']:.1f}" if done else "failed",
+                f"{row[row['score_kind'] + '_pct']:.1f}{flag(row)}" if done else "failed",
                 "" if interval is None else f"{row['difference_pct']:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]",
                 "best uniform" if row["best_uniform"] else row["difference_finding"] or "",
                 shown(row["choice"]),
@@ -157,7 +159,11 @@ def table(rows: Sequence[dict], damage: str) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(text + [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"])
+    text += [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"]
+    judged = judge_lines({row["method"]: row for row in rows})
+    if failure is not None:
+        judged.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+    return "\n".join(text + (judged or ["LLM judge: not run"]))
 
 
 def check(run: Run, memory: Memory) -> None:
@@ -209,8 +215,8 @@ def job(run: Run) -> None:
     )
     found = search(run, base, data, memory, budget, uniform, before)
     built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
-    if run.config.judge.engine != "none":
-        judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
+    evaluated = [one.plan.evaluation for one in built if one.failure is None]
+    failure = judge.tried(run, evaluated) if run.config.judge.engine != "none" else None
     for one in built:
         if one.failure is None:
             judge.refresh_card(run, one.plan.model, one.plan.evaluation)
@@ -229,7 +235,7 @@ def job(run: Run) -> None:
     }
     path = run.folder / ROWS
     write_text(path, json.dumps(content, indent=1))
-    print(table(rows, joint.damage))
+    print(table(rows, joint.damage, failure))
     print(
         f"Predicted {joint.damage} of the first round's {added['choices']} choices: {added['mean_predicted']:.4f} on "
         f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}"
@@ -237,6 +243,8 @@ def job(run: Run) -> None:
     print(f"joint: rows are in {path}", flush=True)
     if all(one.failure is not None for one in built):
         raise RuntimeError(f"All {len(built)} choices failed; the first: {built[0].failure}")
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

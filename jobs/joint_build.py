@@ -11,6 +11,7 @@ from jobs.differences import differences
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Search
 from jobs.report import size
 from jobs.run import Run, Source, Stage
+from jobs.search_rows import judged_columns
 from jobs.search_space import Setting
 from jobs.search_stages import Plan
 
@@ -18,7 +19,6 @@ UNIFORM = "uniform"
 _METRICS = ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval")
 _COUNTS = ("images", "answers", "unanswered")
 _PROFILE = ("weight_bytes", "params", "ms_per_token")
-_JUDGE = ("is_llm_judge", "judge_pct", "judge_interval_pct")
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def rows_of(run: Run, built: Sequence[Built], search: Search) -> list[dict]:
             "removed_layers": [layer for layer, bits in enumerate(one.choice) if bits == REMOVED],
             **{key: tried[key] for key in ("round", "predicted", "kl", "answer_similarity")},
             "estimate_bytes": tried["bytes"],
-            **dict.fromkeys((*_METRICS, *_COUNTS, *_PROFILE, *_JUDGE)),
-            "is_llm_judge": False,
+            **dict.fromkeys((*_METRICS, *_COUNTS, *_PROFILE)),
+            **judged_columns(run, one.plan.evaluation),
             "checkpoint": model.path if isinstance(model, Source) else str(run.store.root / model.name),
             "evaluation": one.plan.evaluation.name,
         }
@@ -92,10 +92,8 @@ def rows_of(run: Run, built: Sequence[Built], search: Search) -> list[dict]:
             row |= {key: facts["profile"][key] for key in _PROFILE}
             table = read_table(run.store.root / one.plan.evaluation.name / evaluate.ANSWERS)
             given = {answer["sample_id"]: answer for answer in table}
-            if run.config.judge.engine != "none":
-                made = judge.stage(run, one.plan.evaluation)
-                row |= {key: judge.row(run, made)[key] for key in _JUDGE}
-                judged = judge.labels(run, made)
+            if row["is_llm_judge"]:
+                judged = judge.labels(run, judge.stage(run, one.plan.evaluation))
         rows.append(row)
         answers.append(given)
         labels.append(judged)

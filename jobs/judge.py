@@ -75,6 +75,16 @@ def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
     return stages
 
 
+def tried(run: Run, evaluated: Sequence[Stage]) -> Exception | None:
+    """Judge several evaluations; return what ended it, for the job to raise when it has shown what was computed."""
+    try:
+        make_all(run, evaluated)
+    except (ValueError, RuntimeError, ConnectionError) as error:  # those that are told in a sentence
+        print(f"judge: failed: {error}", flush=True)
+        return error
+    return None
+
+
 def answers(run: Run, evaluated: Stage) -> list[dict]:
     """Return the answers of an evaluation, made if it is not there yet."""
     return read_table(Path(run.make(evaluated)) / evaluate.ANSWERS)
@@ -107,11 +117,11 @@ def table(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | None = 
     heads = ("answers", "scored", "judge %", "bounds", "expected %", "against the first" if compared else "")
     lines = [layout.format(*heads)]
     for name, found in rows.items():
-        low, high = found["judge_bounds_pct"]
+        bounds = "-" if found["judge_bounds_pct"] is None else "[{:.1f}, {:.1f}]".format(*found["judge_bounds_pct"])
         expected = "-" if found["judge_expected_pct"] is None else f"{found['judge_expected_pct']:.1f}"
         scored = f"{found['judge_scored']}/{found['judge_total']}"
         verdict = finding((compared or {}).get(name, {}))
-        lines.append(layout.format(name, scored, percent(found), f"[{low:.1f}, {high:.1f}]", expected, verdict))
+        lines.append(layout.format(name, scored, percent(found), bounds, expected, verdict))
     return "\n".join(line.rstrip() for line in lines)
 
 

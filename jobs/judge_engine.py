@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.judge.cache import JudgeIdentity
-from actors.judge.calls import Failure, Reply, Request
+from actors.judge.calls import Failure, Reply, Request, folded
 from cluster.artifacts import digest
 from jobs.config_judge import JudgeConfig
 from jobs.run import Run, Source
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Ask = Callable[[Request], Awaitable[Reply | Failure]]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_FOLDED = ", the system's text in the user's turn"
 _NONE = (
     "No judge is configured: set judge.engine to transformers, vllm (on GPUs) or openai (any OpenAI-compatible "
     "endpoint, judge.url), and judge.model to its checkpoint or name."
@@ -93,15 +94,15 @@ def judge_identity(run: Run) -> JudgeIdentity:
         theirs = "the endpoint's"
         revision = f"{settings.model} at {_url(settings)}"
         return JudgeIdentity(revision, theirs, theirs, "openai", theirs, "greedy")
-    from actors.judge.local import judge_tokenizer
+    from actors.judge.local import folds_system
 
-    source = _source(run)
-    template = judge_tokenizer(source.path, source.revision, settings.trust_remote_code).chat_template
+    source, tokenizer = _source(run), _tokenizer(run)
+    template = tokenizer.chat_template
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return JudgeIdentity(
         revision=source.name,
         tokenizer=_tokenizer_identity(run, source),
-        chat_template=hashlib.sha256(text.encode()).hexdigest(),
+        chat_template=hashlib.sha256(text.encode()).hexdigest() + _FOLDED * folds_system(tokenizer),
         engine=_versions(settings.engine),
         dtype=settings.dtype,
         sampling="greedy",
@@ -116,6 +117,13 @@ def _url(settings: JudgeConfig) -> str:
 
 def _source(run: Run) -> Source:
     return run.source(run.config.judge.model, "judge.model", run.config.judge.revision)
+
+
+def _tokenizer(run: Run) -> Any:
+    from actors.judge.local import judge_tokenizer
+
+    source = _source(run)
+    return judge_tokenizer(source.path, source.revision, run.config.judge.trust_remote_code)
 
 
 def _tokenizer_identity(run: Run, source: Source) -> str:
@@ -159,11 +167,12 @@ class _Hosted:
 
     @asynccontextmanager
     async def vllm(self) -> AsyncIterator[Ask]:
+        from actors.judge.local import folds_system
         from actors.judge.openai import chat_body, read_completion
         from cluster.serving import application_name, hosted
         from cluster.serving_vllm import chat, handle_application
 
-        model, scale = self._vllm(), self._scale()
+        model, scale, folds = self._vllm(), self._scale(), folds_system(_tokenizer(self.run))
         self._connect()
         application = handle_application(model, scale)
         name = application_name("judge", "cluster.serving_vllm:VLLM", {"model": vars(model), "scale": vars(scale)})
@@ -171,6 +180,7 @@ class _Hosted:
         async def ask(request: Request) -> Reply | Failure:
             body = chat_body(request, model.name, logprobs=True) | {"structured_outputs": {"json": request.schema}}
             del body["response_format"]
+            body["messages"] = folded(body["messages"]) if folds else body["messages"]
             content = await chat(service, body, self.settings.timeout)
             answer = _error_of(content) or read_completion(content)
             # vLLM applies the schema to the logits before it takes their logarithms, whatever logprobs_mode says.

@@ -159,6 +159,17 @@ def percent(row: Mapping) -> str:
     return f"{row['judge_pct']:.1f} [{low:.0f}, {high:.0f}]{flag}"
 
 
+def flag(row: Mapping) -> str:
+    """Return "!" if a row is compared by the score of a judge that failed its controls, else nothing."""
+    return "!" if row["score_kind"] == "judge" and row["judge_flagged"] else ""
+
+
+def by_baseline(rows: Mapping[str, Mapping]) -> list[str]:
+    """Say which judged rows (by name) have no headline, for which all rows are compared by the baseline; none: []."""
+    without = [name for name, row in rows.items() if row["is_llm_judge"] and row["judge_pct"] is None]
+    return [f"no headline for {', '.join(without)}: so all are compared by the baseline"] if without else []
+
+
 def remarks(rows: Sequence[Mapping]) -> list[str]:
     """Return the sentences that have to stand below every table of judged rows."""
     lines = [f"LLM judge: {rows[0]['judge']}, {sentence(rows[0]['judge_agreement'])}"]

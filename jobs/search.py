@@ -26,9 +26,10 @@ from collections.abc import Sequence
 
 from jobs import card, judge
 from jobs.command import main
+from jobs.judged import flag
 from jobs.progress import Progress
 from jobs.run import Run, Stage
-from jobs.search_budget import Entrant, compared, front, judge_remarks, resolve, said, screened_out
+from jobs.search_budget import Entrant, compared, front, judge_lines, resolve, said, screened_out
 from jobs.search_report import write_report
 from jobs.search_rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.search_space import Setting, space
@@ -95,11 +96,10 @@ class Search:
         wanted = self.run.config.replicas
         self._rung("evaluate", work, parallel=_beside(self.run) if wanted.gpus >= 1 else 1)
 
-    def judge(self) -> None:
-        """Let one session of the judge score all that were evaluated, whenever that was."""
+    def judge(self) -> Exception | None:
+        """Let one session of the judge score all that were evaluated, whenever that was; return what ended it."""
         done = [plan.evaluation for plan in self.plans if self.run.store.find(plan.evaluation.name)]
-        if self.run.config.judge.engine != "none" and done:
-            judge.make_all(self.run, done)
+        return judge.tried(self.run, done) if self.run.config.judge.engine != "none" and done else None
 
     @property
     def _screens(self) -> bool:
@@ -188,8 +188,8 @@ def _beside(run: Run) -> int:
     )
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Lay the rows out for a terminal."""
+def table(rows: Sequence[dict], failure: Exception | None = None) -> str:
+    """Lay the rows out for a terminal; failure: what ended the judge."""
     fronts = {cost: {row["setting"] for row in front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
     for row in rows:
@@ -200,7 +200,7 @@ def table(rows: Sequence[dict]) -> str:
             cells[2:5] = ["-", "", f"{row['params'] / 1e6:.3f}"]
             if row["score_pct"] is not None:
                 low, high = row["score_interval_pct"]
-                cells[2:4] = [f"{row['score_pct']:.1f}", f"[{low:.0f}, {high:.0f}]"]
+                cells[2:4] = [f"{row['score_pct']:.1f}", f"[{low:.0f}, {high:.0f}]{flag(row)}"]
             cells[5:7] = [f"{row['memory_gib']:.4g}", marks[0]]
             cells[7:] = [f"{row['ms_per_token']:.2f}", marks[1], f"{row['seconds_alone']:.0f}"]
         lines.append(cells)
@@ -211,12 +211,14 @@ def table(rows: Sequence[dict]) -> str:
         text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
     for row in [row for row in rows if row["status"] == "done"][:1]:
         kind = {"judge": "LLM judge", "baseline": "baseline score"}[row["score_kind"]]
-        kind += "" if any(one["is_llm_judge"] for one in rows) else ", LLM judge: not run"
+        kind += "" if any(one["is_llm_judge"] for one in rows) or failure else ", LLM judge: not run"
         text.append(
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: none has a better score with as little"
         )
-    text += judge_remarks(rows)
+    text += judge_lines({row["setting"]: row for row in rows})
+    if failure is not None:
+        text.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
     if any(row["simulated"] for row in rows):
         text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
     if any(row["unpacked"] for row in rows):
@@ -227,18 +229,20 @@ def table(rows: Sequence[dict]) -> str:
 
 def job(run: Run) -> None:
     """Search, or solve again; print the table and the answer."""
-    config, recorded = run.config.search, read_rows(run)
+    config, recorded, failure = run.config.search, read_rows(run), None
     if (config.resume or config.resolve_only) and not recorded:
         raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
     if not config.resolve_only:
-        own = searched(run)
+        own, failure = searched(run)
         recorded = read_rows(run)  # those of the joint choice are among them
     found = resolve(recorded, config.budget, lambda best, second: compared(run, best, second))
-    print(table(recorded))
+    print(table(recorded, failure))
     print(said(found, config.budget))
-    print(f"search: {write_report(run, recorded, found)}", flush=True)
+    print(f"search: {write_report(run, recorded, found, failure)}", flush=True)
     if not config.resolve_only:
         check_any(own)
+    if failure is not None:
+        raise failure
 
 
 def check_any(rows: Sequence[dict]) -> None:
@@ -248,8 +252,8 @@ def check_any(rows: Sequence[dict]) -> None:
         raise RuntimeError(f"All {len(failed)} settings that were tried failed; the first: {failed[0]['reason']}")
 
 
-def searched(run: Run) -> list[dict]:
-    """Do what is not done yet; write the rows, and return them."""
+def searched(run: Run) -> tuple[list[dict], Exception | None]:
+    """Do what is not done yet; write the rows, and return them, with what ended the judge."""
     started = time.monotonic()
     search = Search(run)
     path = write_rows(run, search.rows())
@@ -261,7 +265,7 @@ def searched(run: Run) -> list[dict]:
     if run.config.search.screen_images is not None:
         search.screen()
     search.evaluate()
-    search.judge()
+    failure = search.judge()
     rows = search.rows()
     write_rows(run, rows)
     for plan in search.plans:
@@ -274,7 +278,7 @@ def searched(run: Run) -> list[dict]:
         "evaluations that the screen saved",
         flush=True,
     )
-    return rows
+    return rows, failure
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from cluster.tables import read_table
 from jobs import judge
 from jobs.config_search import BudgetConfig
 from jobs.differences import differences
-from jobs.judged import remarks
+from jobs.judged import by_baseline, flag, remarks
 from jobs.run import Run
 from jobs.search_rows import answers
 from jobs.search_space import Setting
@@ -144,10 +144,16 @@ def compared(run: Run, best: dict, second: dict) -> dict:
     return differences([{s: row["baseline"] for s, row in table.items()} for table in tables], groups, 1.0)[1]
 
 
-def judge_remarks(rows: Sequence[Mapping]) -> list[str]:
-    """Return what has to be said of the judges that scored the rows: none if none did."""
+def judge_lines(rows: Mapping[str, Mapping]) -> list[str]:
+    """Lay out for a terminal what judges say of rows (by name), with all that has to be said about it; none: []."""
+    judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
+    return [judge.table(judged), *judge_remarks(rows)] if judged else []
+
+
+def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
+    """Return what has to be said of the judges that scored the rows (by name): none if none did."""
     judged: dict[str, list[Mapping]] = {}
-    for row in rows:
+    for row in rows.values():
         if row["is_llm_judge"]:
             judged.setdefault(row["judge_identity"], []).append(row)
     lines = []
@@ -160,7 +166,7 @@ def judge_remarks(rows: Sequence[Mapping]) -> list[str]:
             f"{len(judged)} different judges scored these settings, and their scores do not compare: the baseline's "
             "are used; the search with one judge and all settings lets it score them all"
         )
-    return lines
+    return [*lines, *by_baseline(rows)]
 
 
 def said(found: dict, budget: BudgetConfig) -> str:
@@ -204,7 +210,7 @@ def said(found: dict, budget: BudgetConfig) -> str:
 
 def _named(row: dict) -> str:
     low, high = row["score_interval_pct"]
-    kind = "LLM judge" if row["score_kind"] == "judge" else "baseline, no LLM judge"
+    kind = f"LLM judge{', flagged' * bool(flag(row))}" if row["score_kind"] == "judge" else "baseline, no LLM judge"
     return (
         f"{row['setting']}: {row['score_pct']:.1f} [{low:.1f}, {high:.1f}] ({kind}), {row['memory_gib']:.4g} GiB "
         f"({row['memory_kind']}), {row['ms_per_token']:.4g} ms/token"

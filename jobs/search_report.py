@@ -9,6 +9,7 @@ from cluster.artifacts import write_text
 from jobs import published
 from jobs.config_search import BudgetConfig
 from jobs.figures_search import Mark, front_figure, layers_figure
+from jobs.judged import flag
 from jobs.report import rendered, size, with_interval
 from jobs.run import Run
 from jobs.search_budget import front, judge_remarks, said, timed_apart
@@ -20,10 +21,11 @@ COSTS = {"memory_gib": "memory", "ms_per_token": "time"}
 JOINT = "joint.json"  # of jobs.joint, in run_dir
 
 
-def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
+def write_report(run: Run, rows: Sequence[dict], found: dict, failure: Exception | None = None) -> Path:
     """Write run_dir/search/report.html and its figures as SVG files beside it.
 
-    rows: of the search and of the joint choice; found: what jobs.search_budget.resolve says of the config's budget.
+    rows: of the search and of the joint choice; found: what jobs.search_budget.resolve says of the config's budget;
+    failure: what ended the judge.
     """
     folder = run.folder / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,9 @@ def write_report(run: Run, rows: Sequence[dict], found: dict) -> Path:
         "timed_apart": any(map(timed_apart, rows)),
         "rows": [_shown(number, row, found, rows) for number, row in enumerate(rows, 1)],
         "done": [row for row in rows if row["status"] == "done"],
-        "judged": judge_remarks(rows),
+        "judged": [row for row in rows if row["is_llm_judge"]],
+        "remarks": judge_remarks({row["setting"]: row for row in rows}),
+        "failure": failure,
         "joint": joint,
         "spent": _spent(totals(run, rows)),
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
@@ -95,7 +99,7 @@ def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
         "setting": row["setting"],
         "status": row["status"],
         "marks": ", ".join(marks),
-        "score": with_interval(row["score_pct"], row["score_interval_pct"]) if scored else "not judged" if done else "",
+        "score": _score(row),
         "score_value": row["score_pct"] if scored else None,
         "memory": size(row["memory_gib"] * GIB) if done else f"{size(row['estimate_gib'] * GIB)} (estimate)",
         "memory_value": row["memory_gib"] if done else row["estimate_gib"],
@@ -114,11 +118,22 @@ def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
     }
 
 
+def _score(row: dict) -> str:
+    if row["status"] != "done":
+        return ""
+    if row["score_pct"] is None:
+        return "not judged"
+    return f"{with_interval(row['score_pct'], row['score_interval_pct'])} {flag(row)}".rstrip()
+
+
 def _joint(run: Run) -> dict | None:
     """Return what jobs.joint recorded; None if there is nothing, or older code wrote it."""
     path = run.folder / JOINT
     found = json.loads(path.read_text()) if path.is_file() else None
-    return found if found and all({"score_kind", "reason"} <= row.keys() for row in found["candidates"]) else None
+    if not found or not all({"score_kind", "reason", "judge_identity"} <= row.keys() for row in found["candidates"]):
+        return None
+    judged = [row for row in found["candidates"] if row["is_llm_judge"]]
+    return {**found, "judged": judged, "remarks": judge_remarks({row["method"]: row for row in found["candidates"]})}
 
 
 def _spent(sums: dict) -> dict:

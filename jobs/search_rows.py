@@ -141,7 +141,7 @@ def _scores(run: Run, plan: Plan, estimate_gib: float, done: bool) -> dict:
     values = {
         **facts["metrics"],
         **facts["profile"],
-        **_judged(run, plan),
+        **judged_columns(run, plan.evaluation),
         **_memory(facts["profile"], estimate_gib, _unpacked(plan)),
         "process_peak_gib": facts["profile"]["peak_memory_bytes"] / GIB,
     }
@@ -160,13 +160,11 @@ def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
     return {"memory_gib": round(estimate_gib, 9), "memory_kind": PACKED if unpacked else "estimate"}
 
 
-def _judged(run: Run, plan: Plan) -> dict:
-    unjudged = {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
-    if run.config.judge.engine == "none":
-        return unjudged
-    made = judge.stage(run, plan.evaluation)
-    if run.store.find(made.name) is None:
-        return unjudged
+def judged_columns(run: Run, evaluation: Stage) -> dict:
+    """Return what the judge says of an evaluation, as far as it is judged."""
+    made = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
+    if made is None or run.store.find(made.name) is None:
+        return {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
     return {**judge.row(run, made), "judge_identity": digest(run.facts(made)["identity"]), "judgement": made.name}
 
 

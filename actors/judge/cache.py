@@ -14,8 +14,9 @@ from actors.judge.verdict import Verdict
 class JudgeIdentity:
     """Which judge it is, all of it in words: a change of any makes other verdicts.
 
-    revision: model and commit; tokenizer: its commit or hash; chat_template: its text or hash; engine: name and
-    version; dtype: of the weights; sampling: its settings ("greedy", or temperature, top-p and seed).
+    revision: model and commit; tokenizer: its commit or hash; chat_template: its text or hash, and whether the
+    system's text is folded into the user's turn; engine: name and version; dtype: of the weights; sampling: its
+    settings ("greedy", or temperature, top-p and seed).
     """
 
     revision: str

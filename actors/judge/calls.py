@@ -26,6 +26,14 @@ class Request:
         return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
 
+def folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a chat without a system's message: its text stands before that of the user's which follows it."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
 @dataclass(frozen=True)
 class Reply:
     """What the judge wrote, and the probabilities of the labels 0-4 where it wrote the label (None: not offered).

@@ -15,7 +15,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from actors.judge.calls import Failure, Reply, Request
+from actors.judge.calls import Failure, Reply, Request, folded
 from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix
 from actors.loading import check_complete, check_finite, check_source, placement, quiet
@@ -24,6 +24,7 @@ from actors.surgery import stored_bytes
 
 LINGER_S = 0.005  # for calls that were sent together to arrive together
 LASTING = 3  # different calls that fail one after the other
+_REFUSALS = (ValueError, TypeError, TemplateError)  # of a template, or a schema
 LONGEST_TEXT = 1024  # tokens of an output whose length nobody limited
 
 
@@ -59,6 +60,7 @@ class LocalJudge:
     ):
         quiet()
         self._tokenizer = judge_tokenizer(path, revision, trust_remote_code)
+        self._folds = folds_system(self._tokenizer)
         self._model = _load(path, dtype, gpus, {"revision": revision, "trust_remote_code": trust_remote_code})
         text = self._model.config.get_text_config()
         self._longest = min(max_length, getattr(text, "max_position_embeddings", None) or max_length)
@@ -96,6 +98,7 @@ class LocalJudge:
             raise RuntimeError(self._broken)
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        messages = folded(messages) if self._folds else messages
         made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(made["input_ids"])
 
@@ -116,7 +119,7 @@ class LocalJudge:
             own = self._own_controls(tuple(message["role"] for message in messages))
             schema = "" if call.schema is None else schema_text(call.schema)
             self._grammars.matcher(schema)
-        except (ValueError, TypeError, TemplateError) as error:
+        except _REFUSALS as error:
             return Failure("refused", str(error))
         if self._control_tokens(prompt) != own:
             return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
@@ -199,6 +202,16 @@ def judge_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
     if not tokenizer.chat_template:
         raise ValueError(f"judge.model {path!r} has no chat template: give a model that was trained to chat.")
     return tokenizer
+
+
+def folds_system(tokenizer: Any) -> bool:
+    """Tell whether the chat template refuses a system's message, as Gemma's, or drops it: the user's then holds it."""
+    system, user = "what the system says", "what the user says"
+    try:
+        made = tokenizer.apply_chat_template(Request(system, user, {}, 0).messages, tokenize=False)
+    except _REFUSALS:
+        return True
+    return system not in made
 
 
 def _load(path: str, dtype: str, gpus: int, common: dict) -> Any:

@@ -2,7 +2,7 @@
 
 import cluster.tuning
 from cluster.tables import write_table
-from jobs import evaluate, search
+from jobs import evaluate, joint_build, search
 from jobs.config import Config
 from jobs.options import load_config
 from jobs.run import Run, Source, Stage
@@ -24,6 +24,26 @@ class Stopped(BaseException):
     """What a kill does to the driver."""
 
 
+def plain_answers(label: str, images: int, share: float) -> list[dict]:
+    """One answer to each image, of which a share is right."""
+    return [{"sample_id": f"{i}", "group": f"{i}", "baseline": float(i < share * images)} for i in range(images)]
+
+
+def plan_of_rows(run: Run, method: str, rows: list[dict] | None) -> Plan:
+    """Return the plan of a joint choice that is evaluated with these answers (None: it fails)."""
+
+    def build(own: Run, folder, facts: dict) -> None:
+        if rows is None:
+            raise RuntimeError("The loss is nan at step 3")
+        write_table(folder / evaluate.ANSWERS, rows)
+        facts["metrics"] = dict.fromkeys((*joint_build._METRICS, *joint_build._COUNTS), 1)
+        facts["profile"] = dict.fromkeys(joint_build._PROFILE, 1)
+
+    model = run.base_model()
+    evaluation = Stage("evaluate", 1, {"method": method}, (model,), build)
+    return Plan(Setting(0, "lora", "mixed", 0, method), model, None, evaluation, ())
+
+
 class Factory:
     """Plans settings whose stages are files, and makes them here in place of Ray Tune's trials."""
 
@@ -31,6 +51,7 @@ class Factory:
         self.made: list[str] = []
         self.broken: tuple[str, ...] = ()
         self.stop_after = 10**6
+        self.answers = plain_answers
         monkeypatch.setattr(search, "plans", self.plans)
         monkeypatch.setattr(search, "estimates", self.estimates)
         monkeypatch.setattr(search, "_beside", lambda run: 2)
@@ -46,18 +67,15 @@ class Factory:
         if one.label == "original":
             model = Source("model-1", "here")
         share = 1.0 if one.depth == 0 else GOOD[one.recovery]
-        screen, full = (self.stage("evaluate", [images], (model,), share) for images in (12, 20))
+        screen, full = (self.stage("evaluate", [images], (model,), share, one.label) for images in (12, 20))
         return Plan(one, model, screen, full, ())
 
-    def stage(self, kind: str, settings: list, parents: tuple, share: float = 0.0) -> Stage:
+    def stage(self, kind: str, settings: list, parents: tuple, share: float = 0.0, label: str = "") -> Stage:
         def build(run: Run, folder, facts: dict) -> None:
             facts["removed"] = [1, 2] if settings == [2] else []
             if kind == "evaluate":
                 (images,) = settings
-                rows = [
-                    {"sample_id": f"{i}", "group": f"{i}", "baseline": float(i < share * images)} for i in range(images)
-                ]
-                write_table(folder / evaluate.ANSWERS, rows)
+                write_table(folder / evaluate.ANSWERS, self.answers(label, images, share))
                 facts["metrics"] = dict.fromkeys(("images", "answers"), images) | {"baseline_pct": 100 * share}
                 facts["metrics"] |= {"baseline_interval_pct": [100 * share - 5, 100.0], "unanswered": 0}
                 facts["metrics"] |= dict.fromkeys(("exact_pct", "name_accuracy", "name_accuracy_interval"), None)

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.tables import write_table
-from jobs import evaluate, joint, joint_build, mixed
+from actors.judge.calls import Failure
+from jobs import joint, joint_build, judge, mixed
 from jobs.joint_build import compared
 from jobs.options import load_config
 from jobs.run import Run, Stage
 from jobs.search_rows import read_rows
-from jobs.search_space import Setting
-from jobs.search_stages import Plan
 from tests.jobs.here import run_with
+from tests.jobs.judging import Mock, fair
+from tests.jobs.searching import plan_of_rows
+from tests.jobs.test_judge import DISEASES
 
 
 def test_the_best_uniform_setting_is_what_others_are_compared_with():
@@ -90,36 +91,88 @@ def test_all_uniform_settings_are_built_and_no_joint_choice_is_one_of_them():
     }  # fmt: skip
 
 
+def tried(choices) -> SimpleNamespace:
+    """Return a search in which these choices were measured."""
+    found = {"round": 1, "predicted": 0.5, "kl": 0.5, "answer_similarity": 0.9, "bytes": 2**20}
+    return SimpleNamespace(tried=dict.fromkeys(choices.values(), found))
+
+
+def built_of(run, choices, answers, monkeypatch) -> list[joint_build.Built]:
+    """Build choices that are evaluated with these answers (None: it fails)."""
+
+    def planned(run, base, data, method, choice, budget):
+        return plan_of_rows(run, method, answers[method]), run
+
+    monkeypatch.setattr(joint_build, "planned", planned)
+    return joint_build.build(run, None, None, choices, 2**30)
+
+
 def test_a_choice_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     run = run_with(tmp_path)
     choices = {"joint 1": (4, 8, *[16] * 8), "joint 2": (4, 0, *[16] * 8), "uniform 4 bit": (4,) * 10}
-    plans = {}
-
-    def planned(run, base, data, method, choice, budget):
-        def build(own, folder, facts):
-            if method == "joint 1":
-                raise RuntimeError("The loss is nan at step 3")
-            if method != "joint 2":
-                facts["removed"] = []
-            row = {"sample_id": "0", "baseline": 1.0, "answer": "a", "reference": "a", "group": 0}
-            write_table(folder / evaluate.ANSWERS, [row])
-            facts["metrics"] = dict.fromkeys((*joint_build._METRICS, *joint_build._COUNTS), 1)
-            facts["profile"] = dict.fromkeys(joint_build._PROFILE, 1)
-
-        model = run.base_model()
-        plans[method] = Plan(Setting(0, "lora", "mixed", 0, method), model, None,
-                             Stage("evaluate", 1, {"method": method}, (model,), build), ())  # fmt: skip
-        return plans[method], run
-
-    monkeypatch.setattr(joint_build, "planned", planned)
-    built = joint_build.build(run, None, None, choices, 2**30)
-    tried = {"round": 1, "predicted": 0.5, "kl": 0.5, "answer_similarity": 0.9, "bytes": 2**20}
-    rows = joint_build.rows_of(run, built, SimpleNamespace(tried=dict.fromkeys(choices.values(), tried)))
+    row = {"sample_id": "0", "baseline": 1.0, "answer": "a", "reference": "a", "group": 0}
+    answers = {"joint 1": None, "joint 2": [row], "uniform 4 bit": [row]}
+    built = built_of(run, choices, answers, monkeypatch)
+    rows = joint_build.rows_of(run, built, tried(choices))
     assert [row["status"] for row in rows] == ["failed", "done", "done"]
     assert rows[0]["reason"] == "The loss is nan at step 3" and rows[0]["baseline_pct"] is None
     assert rows[2]["best_uniform"] and rows[1]["difference_pct"] == 0
     text = joint.table(rows, "kl")
-    assert "joint 1 failed: The loss is nan at step 3" in text and "identical" in text
+    assert "joint 1 failed: The loss is nan at step 3" in text and "identical" in text and "judge: not run" in text
+
+
+def spoken(wrong: int, question: str = "What is it?") -> list[dict]:
+    """Sixty answers to twenty images; as many of them say only the last word of the reference, as the first may."""
+    rows = []
+    for number in range(60):
+        disease = DISEASES[number % 4]
+        reference = f"Number {number} is {disease}"
+        answer = reference if number >= wrong else f"Perhaps {disease}"
+        row = {"sample_id": str(number), "group": number // 3, "class": disease, "question": question}
+        rows.append({**row, "reference": reference, "answer": answer, "baseline": 1.0})
+    return rows
+
+
+def test_the_judge_decides_and_all_that_it_must_carry_is_shown(tmp_path, monkeypatch):
+    """One row has missed controls, one an answer UNSCORED; with six of them there is no headline, and it says so."""
+    where = {"unscored": 1}
+
+    def before(question, reference, candidate):
+        too_long = candidate.startswith("At length") and int(candidate.split()[2]) < where["unscored"]
+        return Failure("refused", "too long") if too_long else None
+
+    def label(question, reference, candidate):
+        return 1 if question == "Which one?" and candidate == "" else fair(question, reference, candidate)
+
+    mock = Mock(label, before).install(monkeypatch)
+    run = run_with(tmp_path, judge__engine="transformers")
+    some = [{**row, "answer": f"At length {n} {row['class']}"} if n < 6 else row for n, row in enumerate(spoken(12))]
+    answers = {"joint 1": spoken(6), "joint 2": spoken(30, "Which one?"), "joint 3": None, "uniform 4 bit": some}
+    choices = {name: (4, number, *[16] * 8) for number, name in zip((3, 8, 16, 4), answers, strict=True)}
+    built = built_of(run, choices, answers, monkeypatch)
+    judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
+    rows = joint_build.rows_of(run, built, tried(choices))
+    assert [row["judge_flagged"] for row in rows] == [False, True, None, False]
+    assert [row["score_kind"] for row in rows] == ["judge"] * 4 and rows[3]["best_uniform"]
+    assert rows[0]["judge_pct"] == pytest.approx(95) and rows[0]["difference_pct"] == pytest.approx(100 * 6 * 2 / 236)
+    text = joint.table(rows, "kl")
+    (score, flagged), (_, partly) = (
+        [line for line in text.splitlines() if line.startswith(name)] for name in ("joint 2", "uniform 4 bit")
+    )
+    assert " 75.0!  " in score and re.search(r"60/60 +75\.0 \[\d+, \d+\]! +\[75\.0, 75\.0\]", flagged)
+    assert re.search(r"59/60 +90\.7 \[\d+, \d+\] +\[89\.2, 90\.8\]", partly)
+    for said in ("uncalibrated", "UNSCORED: 1 refused", "! FLAGGED", "empty 8 of 8"):
+        assert said in text
+    assert "no headline" not in text and "not run" not in text
+
+    where["unscored"], run = 6, run_with(tmp_path / "more", judge__engine="transformers")
+    built = built_of(run, choices, answers, monkeypatch)
+    judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
+    rows = joint_build.rows_of(run, built, tried(choices))
+    text = joint.table(rows, "kl")
+    assert [row["score_kind"] for row in rows] == ["baseline"] * 4 and rows[0]["judge_pct"] == pytest.approx(95)
+    assert "no headline for uniform 4 bit: so all are compared by the baseline" in text and "54/60" in text
+    assert mock.sessions == 2
 
 
 def test_another_budget_makes_other_rows_of_the_search(tmp_path):

@@ -1,5 +1,7 @@
 """Judged evaluations, with a judge that needs no model: the stage, its controls, the summary's columns."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -43,13 +45,13 @@ def answer_rows(images: int = 12, right: float = 1.0, seed: int = 0) -> list[dic
     return rows
 
 
-def evaluation(run, name: str, rows: list[dict]) -> Stage:
-    """Return an evaluation that found `rows`."""
+def evaluation(run, name: str, rows: list[dict], **found) -> Stage:
+    """Return an evaluation that found `rows`, and other facts."""
     model = Source(f"model-{name}", "/nowhere")
 
     def build(r, folder, facts):
         write_table(folder / evaluate.ANSWERS, rows)
-        facts |= {"metrics": {}, "profile": {}}
+        facts |= {"metrics": {}, "profile": {}, **found}
 
     made = Stage("evaluate", 0, {}, (model,), build)
     run.make(made)
@@ -218,7 +220,7 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
         "ms_per_token": 1.0,
         "images": 40,
     }
-    columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0}
+    columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0, "judge_failure": None}
     said = compress.table([columns | row | {"method": f"m{n}"} for n, row in enumerate(rows)])
     lines = [line.split() for line in said.splitlines()]
     judged = {line[0]: line for line in lines[lines.index(next(line for line in lines if "judge" in line)) :]}
@@ -234,6 +236,39 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
     low, high = lost["judge_difference_interval_pct"]
     assert low < lost["judge_difference_pct"] < high < 0
     assert lost["name_p_holm"] < 0.05 < rows[3]["name_p_holm"] and rows[0]["name_p_holm"] is None
+
+
+def test_a_judge_out_of_reach_ends_the_job_after_its_table(tmp_path, monkeypatch, capsys, hurried):  # noqa: F811
+    """Summary and table say that the judge failed; once it is back, the same command brings its scores."""
+    mock = Mock(before=lambda *_: Failure("closed", "nobody listens")).install(monkeypatch)
+    run, pruned = run_in(tmp_path), Stage("prune", 0, {}, (), lambda r, folder, facts: facts.update(removed=[3]))
+    run.make(pruned)
+    metrics = dict.fromkeys(("baseline_pct", "exact_pct", "macro_f1_pct", "images", "answers", "unanswered"), 1)
+    metrics |= {"baseline_interval_pct": [0, 2], "macro_f1_interval_pct": [0, 2]}
+    metrics |= dict.fromkeys(("without_stop_pct", "without_stop_interval_pct", "loop_pct", "loop_interval_pct"))
+    metrics |= dict.fromkeys(("name_accuracy", "name_accuracy_interval"))
+    profile = dict.fromkeys(("params", "weight_bytes", "stored_bits", "peak_memory_bytes", "threads"), 1)
+    profile |= dict.fromkeys(("peak_memory_kind", "device"), "CPU") | {"ms_per_token": 1.0, "first_token_ms": 1.0}
+    profile |= {"ms_per_token_p5_p95": [1.0, 1.0]}
+    found = {"metrics": metrics, "profile": profile, "controls": {}}
+    planned = {
+        "original": (Source("model-a", "/nowhere"), evaluation(run, "a", answer_rows(), **found)),
+        "prune": (pruned, evaluation(run, "b", answer_rows(right=0.5), **found)),
+    }
+    monkeypatch.setattr(compress, "plan", lambda _: planned)
+    monkeypatch.setattr(compress, "retention", lambda *_: {})
+    monkeypatch.setattr(compress, "studies", lambda _: [])
+    with pytest.raises(RuntimeError, match=r"does not answer .*nobody listens"):
+        compress.job(run)
+    rows, said = json.loads((tmp_path / compress.SUMMARY).read_text()), capsys.readouterr().out
+    assert [row["method"] for row in rows] == ["original", "prune"] and rows[0]["is_llm_judge"] is False
+    assert all(row["judge_pct"] is None and "nobody listens" in row["judge_failure"] for row in rows)
+    assert "LLM judge: FAILED, no scores of it: The judge" in said and "not run" not in said
+    mock.before = None
+    compress.job(run)
+    rows, said = json.loads((tmp_path / compress.SUMMARY).read_text()), capsys.readouterr().out
+    assert rows[0]["judge_pct"] == 100 > rows[1]["judge_pct"] and rows[0]["judge_failure"] is None
+    assert "FAILED" not in said and "uncalibrated" in said
 
 
 def test_what_is_retained_of_the_judges_labels():

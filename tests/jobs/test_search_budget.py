@@ -131,11 +131,11 @@ def test_a_judge_that_failed_its_controls_and_two_judges_are_told_of():
         "judge_agreement": None,
     }
     one, other = row("one", 70.0, 1.0, 1.0, **verdict), row("other", 60.0, 1.0, 1.0, **verdict)
-    first, *others = judge_remarks([one, other, ROWS[0]])
+    first, *others = judge_remarks({"one": one, "other": other, "third": ROWS[0]})
     assert first.startswith("LLM judge: Qwen, ") and first.endswith("142 of 144 answers scored, of 2 settings")
     assert any("FLAGGED" in line and "swapped 2 of 8" in line for line in others)
-    assert "2 different judges" in judge_remarks([one, {**other, "judge_identity": "b"}])[-1]
-    assert judge_remarks(ROWS) == []
+    assert "2 different judges" in judge_remarks({"one": one, "other": {**other, "judge_identity": "b"}})[-1]
+    assert judge_remarks({row["setting"]: row for row in ROWS}) == []
 
 
 def test_what_is_not_finished_or_not_judged_is_told():

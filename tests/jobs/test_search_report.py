@@ -63,6 +63,7 @@ def path(tmp_path_factory):
     choice = {"method": "joint 1", "choice": [4, 0, 16, 8], "predicted": 0.5, "kl": 0.75, "estimate_bytes": 2**20}
     choice |= {"baseline_pct": 90.0, "baseline_interval_pct": [85.0, 94.0], "best_uniform": False}
     choice |= {"score_kind": "baseline", "status": "done", "reason": None}
+    choice |= {"is_llm_judge": False, "judge_identity": None}
     choice |= {"difference_pct": 1.0, "difference_interval_pct": [-1.0, 3.0], "difference_finding": "unresolved"}
     uniform = {**choice, "method": "uniform 4 bit", "choice": [4, 4, 4, 0], "best_uniform": True, "predicted": None}
     added = {"choices": 9, "mean_predicted": 0.25, "mean_measured": 0.5, "spearman": 0.875}

@@ -58,7 +58,7 @@ def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path,
     monkeypatch.setattr(search, "compared", lambda *_: {"difference_finding": None})
     run = new_run(tmp_path, search__depths="[0]", search__screen_images="null")
     search.job(run)
-    controls = {"by_kind": {}, "unbuilt": []}
+    controls = {"count": 0, "missed": 0, "by_kind": {}, "unbuilt": []}
     verdict = {"is_llm_judge": True, "judge_interval_pct": [60.0, 80.0], "judgement": "judge-1", "judge": "Qwen"}
     verdict |= {
         "judge_identity": "a",
@@ -67,7 +67,7 @@ def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path,
         "judge_unscored": {},
         "judge_flagged": False,
     }
-    verdict |= {"judge_controls": controls, "judge_agreement": None}
+    verdict |= {"judge_controls": controls, "judge_agreement": None, "judge_bounds_pct": [70.0, 70.0]}
     judged = [{**row, **verdict, "judge_pct": 70.0} for row in read_rows(run)]
     write_rows(run, judged)
     assert {row["score_kind"] for row in read_rows(run)} == {"judge"}

@@ -21,6 +21,7 @@ COMMON = {
     **{"baseline_pct": 90.0, "baseline_interval_pct": [80.0, 95.0], "exact_pct": 50.0, "name_accuracy": None},
     **{"difference_pct": 0.0, "difference_interval_pct": [-1.0, 1.0], "name_accuracy_interval": None},
     **{"images": 4, "answers": 8, "unanswered": 0, "device": "CPU", "threads": 1, "is_llm_judge": False},
+    "judge_failure": None,
     "difference_finding": "unresolved",
 }
 
