@@ -3,13 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
 
-from actors.memory import check_fits, claim_devices, free_bytes, weight_bytes
+from actors.memory import check_fits, claim_devices, free_bytes, meta_model, weight_bytes
 from actors.specs import HQQ_CHECKPOINT, Llava
 from actors.surgery import check_llava, weight_files
 
@@ -69,6 +70,9 @@ def load_model(
     devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
     weights = weight_bytes(path, config, itemsize, None if quantization is None else 4, common)
     check_fits(path, weights, config, itemsize, devices)
+    where = placement(devices)
+    if len(devices) > 1 and not stored and quantization is None:
+        _check_layers_fit(meta_model(config, trust_remote_code).to(getattr(torch, dtype)), where["max_memory"], path)
     if stored.get("quant_method") == HQQ_CHECKPOINT:
         import actors.quantizers.hqq  # noqa: F401 (registers what from_pretrained needs)
     if device == "cpu" and quantization is None and stored.get("quant_method") == "awq":
@@ -77,7 +81,7 @@ def load_model(
     model, info = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        **placement(devices),
+        **where,
         attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
@@ -88,7 +92,7 @@ def load_model(
     unpack(model)
     if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
         raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
-    _check_placed(model, path)
+    _check_placed(getattr(model, "hf_device_map", {}), path)
     check_finite(model, path)
     _unify(model, getattr(torch, dtype))
     return model.eval()
@@ -134,8 +138,20 @@ def placement(devices: list[torch.device]) -> dict:
     return {"device_map": "auto", "max_memory": {device.index: free_bytes(device) for device in devices}}
 
 
-def _check_placed(model: Llava, path: str) -> None:
-    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+def _check_layers_fit(meta: Llava, max_memory: dict[int, int], path: str) -> None:
+    """Refuse what from_pretrained would put elsewhere than on the GPUs, before it reads any weight.
+
+    meta: the model without numbers. What a quantizer makes of one is only known once it is loaded.
+    """
+    from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
+
+    kept_whole = meta._no_split_modules
+    balanced = get_balanced_memory(meta, dict(max_memory), kept_whole)
+    _check_placed(infer_auto_device_map(meta, balanced, kept_whole), path)
+
+
+def _check_placed(device_map: Mapping[str, int | str | torch.device], path: str) -> None:
+    places = set(map(str, device_map.values()))
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ValueError(
             f"{path!r} does not fit on the GPUs layer by layer: some would stay on the CPU or the disk. Give more GPUs "

@@ -6,7 +6,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -14,12 +16,14 @@ import yaml
 from cluster.artifacts import MANIFEST, digest, write_text
 from jobs import prepare
 from jobs.agreement import sentence
+from jobs.config import Config
 from jobs.run import Run, Source, Stage
 
 CARD = "README.md"
 RECORD = "prunella.json"  # of a published copy: its history and the sums of its tensors
 TEMPLATES = Path(__file__).parent / "templates"
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
+_ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish"}  # change no checkpoint
 _DONE = {"prune": "pruned", "recover": "fine-tuned", "quantize": "quantized"}
 
 
@@ -32,13 +36,19 @@ def record(folder: Path) -> dict:
 
 
 def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dict) -> None:
-    """Note in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card."""
+    """Note in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card.
+
+    Every step keeps the command, the options and the versions that made it; the steps before came with theirs.
+    """
     history = _history(run, model)
     if step["kind"] == "prune":
         step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
-    facts["history"] = [*history, step]
-    facts["command"] = run.command or command()
-    facts["versions"] = {name: version(name) for name in ("prunella", "transformers", "torch")}
+    made = {
+        "command": run.command or command(),
+        "options": options(run.config),
+        "versions": {name: version(name) for name in ("prunella", "transformers", "torch")},
+    }
+    facts["history"] = [*history, {**step, "made": made}]
     write(folder, facts)
 
 
@@ -47,7 +57,7 @@ def refresh(folder: Path, evaluation: dict, judged: Mapping | None = None) -> No
 
     judged: the columns of jobs.judge.row, if a judge scored the answers.
     """
-    if "command" in (manifest := record(folder)):
+    if "gate" in (manifest := record(folder)):
         write(folder, manifest, evaluation, judged)
 
 
@@ -101,6 +111,32 @@ def command() -> str:
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *words])
 
 
+def options(config: Config) -> dict:
+    """Return the options behind a checkpoint that differ from the defaults, whether a file or the command gave them.
+
+    Like the command they are made public, and of absolute paths have only the last part.
+    """
+    return _public(config.model_dump(mode="json", exclude_defaults=True, exclude=_ELSEWHERE))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return f"/.../{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _made(steps: Sequence[dict]) -> list[dict]:
+    """Return how the steps were made, those together that one command made; numbers count from 1."""
+    found = []
+    for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
+        numbers = [number for number, _ in group]
+        text = yaml.safe_dump(made["options"], sort_keys=False, allow_unicode=True, width=100) if made else None
+        found.append({**(made or {"command": None}), "numbers": numbers, "options": text})
+    return found
+
+
 def _judged(row: Mapping) -> dict:
     """Return what the card says of a judge; of a local one only the folder's name."""
     columns = {"pct": "pct", "interval": "interval_pct", "bounds": "bounds_pct", "scored": "scored", "total": "total"}
@@ -130,6 +166,7 @@ def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Map
         "source": source,
         "steps": steps,
         "quantized": quantized,
+        "made": _made(steps),
         "facts": facts,
         "judged": judged and _judged(judged),
         "metrics": evaluation and evaluation["metrics"],

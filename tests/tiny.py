@@ -2,10 +2,11 @@
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PhiConfig,
+    PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -62,8 +64,13 @@ def processor_for(tower: str) -> LlavaProcessor:
 
 def tiny_config(name: str, layers: int = LAYERS) -> LlavaConfig:
     """Return the config of one of ARCHITECTURES with `layers` decoder layers of width 64."""
-    tokenizer = processor_for(name.split("-")[0]).tokenizer
     kind, extra = _TEXTS[name]
+    return config_of(name.split("-")[0], kind, layers, extra)
+
+
+def config_of(tower: str, kind: type[PreTrainedConfig], layers: int, extra: Mapping[str, Any]) -> LlavaConfig:
+    """Return the config of a tower ("clip" or "siglip") before a decoder: its `kind` of config, and `extra` fields."""
+    tokenizer = processor_for(tower).tokenizer
     text = kind(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -75,7 +82,7 @@ def tiny_config(name: str, layers: int = LAYERS) -> LlavaConfig:
         eos_token_id=tokenizer.eos_token_id,
         **extra,
     )
-    siglip = name.startswith("siglip")
+    siglip = tower == "siglip"
     vision = (SiglipVisionConfig if siglip else CLIPVisionConfig)(
         hidden_size=32,
         intermediate_size=64,
@@ -118,9 +125,13 @@ def llava_7b() -> LlavaConfig:
 
 
 def tiny_model(name: str, layers: int = LAYERS, seed: int = 0) -> LlavaForConditionalGeneration:
+    """Return a random model of one of ARCHITECTURES."""
+    return random_model(tiny_config(name, layers), seed)
+
+
+def random_model(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
     """Return a random model whose weights are large enough for its greedy answers to vary."""
     torch.manual_seed(seed)
-    config = tiny_config(name, layers)
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,13 +8,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
+from actors.derm_tiny.build import SIDE
 from actors.engine import Limits, _continue, verified
 from actors.loading import language_model
 from actors.replica import LlavaReplica
-from actors.rows import Part, PromptPass
+from actors.rows import Part, PromptPass, StepPass
 from actors.specs import ModelSpec
-from tests.tiny import ARCHITECTURES, DERM_TINY, LAYERS, QUESTIONS, draw_samples, save_tiny, without
+from tests.tiny import (
+    ARCHITECTURES,
+    DERM_TINY,
+    LAYERS,
+    QUESTIONS,
+    config_of,
+    draw_samples,
+    random_model,
+    save_tiny,
+    without,
+)
 
 STOPS = tuple(range(2, 512, 16))
 LIMITS = Limits(12, STOPS)
@@ -28,8 +40,8 @@ def model(request, tmp_path_factory):
     return LlavaReplica(ModelSpec(str(folder)))
 
 
-def keep(removed_sets) -> torch.Tensor:
-    rows = torch.ones(len(removed_sets), LAYERS, dtype=torch.bool)
+def keep(removed_sets, layers: int = LAYERS) -> torch.Tensor:
+    rows = torch.ones(len(removed_sets), layers, dtype=torch.bool)
     for row, removed in enumerate(removed_sets):
         rows[row, list(removed)] = False
     return rows
@@ -53,12 +65,13 @@ def own(replica, prompts, keep_L) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def generated(replica, prompt: torch.Tensor, removed) -> list[int]:
+def generated(model, prompt: torch.Tensor, removed, limits: Limits = LIMITS) -> list[int]:
     """Return what plain `generate` says without our engine, on the model with the layers taken out."""
     mask = torch.ones(1, len(prompt), dtype=torch.long)
-    given = {"inputs_embeds": prompt[None], "attention_mask": mask, "eos_token_id": list(STOPS), "pad_token_id": 0}
-    with without(replica.model, removed):
-        return replica.model.generate(**given, max_new_tokens=LIMITS.tokens, do_sample=False)[0].tolist()
+    given = {"inputs_embeds": prompt[None], "attention_mask": mask, "pad_token_id": 0}
+    limited = {"eos_token_id": list(limits.stops), "max_new_tokens": limits.tokens}
+    with without(model, removed):
+        return model.generate(**given, **limited, do_sample=False)[0].tolist()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -91,8 +104,59 @@ def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
     assert answers == plain(model, prompts, keep_VL)
     if seed % 2:
         chosen = picks.randrange(len(prompts))
-        assert answers[chosen][-1] == generated(model, prompts[chosen], removed[-1])
+        assert answers[chosen][-1] == generated(model.model, prompts[chosen], removed[-1])
     assert counts["rows"] == len(prompts) * len(removed)
+
+
+@st.composite
+def architectures(draw):
+    """Draw the config of a LLaVA of 3 to 6 layers: family, heads, ties and windows."""
+    family, layers = (
+        draw(st.sampled_from([LlamaConfig, MistralConfig, Qwen2Config, PhiConfig])),
+        draw(st.integers(3, 6)),
+    )
+    heads = draw(st.sampled_from([1, 2, 4, 8]))
+    extra = {"num_attention_heads": heads, "tie_word_embeddings": draw(st.booleans())}
+    extra["num_key_value_heads"] = draw(st.sampled_from([count for count in (1, 2, 4, 8) if heads % count == 0]))
+    if family is MistralConfig or (family is Qwen2Config and draw(st.booleans())):
+        extra["sliding_window"] = draw(st.integers(2, 24))
+    if family is Qwen2Config and "sliding_window" in extra:
+        extra |= {"use_sliding_window": True, "max_window_layers": draw(st.integers(0, layers - 1))}
+    return config_of("clip", family, layers, extra)
+
+
+@torch.inference_mode()
+def drawn_prompts(model, picks: random.Random) -> list[torch.Tensor]:
+    """Return embedded prompts about one image, and one or two about another: questions of unequal length."""
+    images = model.get_image_features(pixel_values=torch.randn(2, 3, SIDE, SIDE)).pooler_output
+    embed, start = language_model(model).embed_tokens, picks.choices(range(512), k=3)
+    questions = [picks.choices(range(512), k=length) for length in picks.sample(range(1, 14), 4)]
+    about = [0, 0, picks.randrange(2), 1]
+    return [
+        torch.cat([embed(torch.tensor(start)), images[image], embed(torch.tensor(question))])
+        for image, question in zip(about, questions, strict=True)
+    ]
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(config=architectures(), seed=st.integers(0, 99))
+def test_any_architecture(config, seed):
+    """Answers of random models without 0 to L - 3 layers are those of plain `generate` on the pruned model.
+
+    The drafts are the beginnings of a random base's answers; half of them go on wrongly.
+    """
+    model, picks, layers = random_model(config, seed), random.Random(seed), config.text_config.num_hidden_layers
+    prompts = drawn_prompts(model, picks)
+    base, *removed = (tuple(sorted(picks.sample(range(layers), picks.randint(0, layers - 3)))) for _ in range(4))
+    base_L, *keep_VL = keep([base, *removed], layers)
+    own, _ = verified(model, prompts, [[] for _ in prompts], base_L, base_L[None], LIMITS)
+    drafts = [answer[:6] + [7] * (6 * (n % 2)) for n, [answer] in enumerate(own)]
+    answers, _ = verified(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS)
+    chosen = picks.randrange(len(prompts))
+    assert own[chosen][0] == generated(model, prompts[chosen], base)
+    for variant, gone in enumerate(removed):
+        chosen = picks.randrange(len(prompts))
+        assert answers[chosen][variant] == generated(model, prompts[chosen], gone)
 
 
 def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
@@ -161,6 +225,30 @@ def test_a_later_round_shares_with_its_own_base(model, lesions):
     assert sum(run) == counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
     answers, _ = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
     assert answers == plain(model, prompts, keep_VL)
+
+
+def test_rows_that_ended_leave_the_batch(model, lesions, monkeypatch):
+    """Before every step more than three quarters of the batch are open; who stays after others left says the same.
+
+    Without drafts an answer has as many tokens as steps were made and one, so its length tells when its row ended.
+    """
+    sizes, forward = [], StepPass.forward
+
+    def noted(self, decoder, tokens_R, positions_R):
+        sizes.append(len(tokens_R))
+        return forward(self, decoder, tokens_R, positions_R)
+
+    monkeypatch.setattr(StepPass, "forward", noted)
+    prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
+    full, limits = torch.ones(LAYERS, dtype=torch.bool), Limits(12, tuple(range(2, 512, 4)))
+    answers, _ = verified(model.model, prompts, [[] for _ in prompts], full, keep(VARIANTS), limits)
+    pairs = {(n, v): len(tokens) for n, found in enumerate(answers) for v, tokens in enumerate(found)}
+    still = [sum(length > step for length in pairs.values()) for step in range(1, max(pairs.values()))]
+    assert len(sizes) == len(still) and sizes[0] == still[0] > sizes[-1]
+    assert all(count > 0.75 * size for count, size in zip(still, sizes, strict=True)), (still, sizes)
+    by_length = sorted(pairs, key=pairs.__getitem__)
+    for n, v in (by_length[len(pairs) // 2], by_length[-1]):
+        assert answers[n][v] == generated(model.model, prompts[n], VARIANTS[v], limits)
 
 
 def test_replica_drafts_and_base_do_not_change_rows(tmp_path, lesions):

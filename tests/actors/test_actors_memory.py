@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -150,16 +151,50 @@ def test_where_transformers_is_told_to_put_it(tiny_path, gpus, monkeypatch, coun
     assert ("max_memory" in asked) == (count == 2)
 
 
-def test_the_gpus_count_together(tiny_path, gpus, monkeypatch):
+class Dealt(Exception):
+    """Where from_pretrained would put the layers; raised before it reads a weight."""
+
+
+@pytest.fixture
+def dealt(tiny_path, gpus, monkeypatch):
+    """Load on pretended GPUs, each with a share of the weights' bytes free: returns where the layers go, or raises."""
+    deal = transformers.modeling_utils._get_device_map
+
+    def stopped(*arguments):
+        raise Dealt(deal(*arguments))
+
+    def load(share: float, count: int) -> set:
+        free = int(share * stored_bytes(tiny_path))
+        for module in (actors.loading, actors.memory):
+            monkeypatch.setattr(module, "free_bytes", lambda device: free)
+        with pytest.raises(Dealt) as found:
+            load_model(tiny_path, device="cuda", gpus=count)
+        return set(found.value.args[0].values())
+
+    monkeypatch.setattr(transformers.modeling_utils, "_get_device_map", stopped)
+    monkeypatch.setattr(actors.memory, "TEXT_TOKENS", 0)  # keys and values outweigh so small a model
+    return load
+
+
+def test_the_gpus_count_together(dealt):
     """What two GPUs hold together, one does not."""
-    half = needed(tiny_path, 4) // 2 + 1
-    monkeypatch.setattr(actors.memory, "free_bytes", lambda device: half)
-    monkeypatch.setattr(actors.loading, "free_bytes", lambda device: half)
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match=r"free on 1 GPU\(s\)"):
-        load_model(tiny_path, device="cuda", gpus=1)
-    with pytest.raises(ZeroDivisionError):
-        load_model(tiny_path, device="cuda", gpus=2)
+        dealt(0.9, 1)
+    assert dealt(0.9, 2) == {0, 1}
+
+
+@pytest.mark.parametrize("share", [0.54, 0.6, 0.66, 0.9])
+def test_layers_that_do_not_divide_are_refused_before_loading(dealt, monkeypatch, share):
+    """Two GPUs that hold the bytes together: refused, with no weight read, where transformers would leave some over."""
+    with monkeypatch.context() as patch:
+        patch.setattr(actors.loading, "_check_layers_fit", lambda *_: None)
+        left_over = "disk" in dealt(share, 2)
+    assert left_over == (share < 0.63)
+    if left_over:
+        with pytest.raises(ValueError, match=r"layer by layer.*stay on the CPU or the disk.*replicas\.gpus"):
+            dealt(share, 2)
+    else:
+        assert dealt(share, 2) == {0, 1}
 
 
 def test_no_gpus_is_the_cpu(tiny_path, monkeypatch):

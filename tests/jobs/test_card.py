@@ -1,6 +1,7 @@
-"""The model card: the chain back to the source in its numbering, scores, a command that tells nothing private."""
+"""The model card: the chain back to the source in its numbering, scores, commands that tell nothing private."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from cluster.tables import write_table
 from jobs import card, prune
+from jobs.options import load_config
 from jobs.run import Source
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
@@ -165,6 +167,60 @@ def test_the_command_tells_no_private_path(monkeypatch):
     assert "secret" not in said and "x y" not in said
 
 
+def test_every_step_keeps_its_own_command_and_options(tmp_path, monkeypatch):
+    """Pruned twice by two commands: both are in the second card, each with options that make its config again."""
+    model, orders = DERM_TINY, {"one": [4, 1], "two": [2]}
+    for name, order in orders.items():
+        monkeypatch.setattr(sys, "argv", ["x", "--config", f"{tmp_path}/{name}.yaml", "--model.path", str(model)])
+        run = run_here(monkeypatch, tmp_path / "run", model, prune__order=order, prune__layers=len(order))
+        facts, folder = {"gate": {"names": "fine"}}, tmp_path / f"prune-{name}"
+        folder.mkdir()
+        step = {"kind": "prune", "removed": order, "left": 7, "chosen": "hand"}
+        card.finish(run, Source("model-1", str(model)), folder, facts, step)
+        (folder / "manifest.json").write_text(json.dumps(facts))
+        model = folder
+    text = (model / card.CARD).read_text()
+    commands = re.findall(r"^Step (.), with prunella .*?\n```\n\S+ -m \S+ (.*?)\n```", text, re.MULTILINE | re.DOTALL)
+    assert commands == [
+        ("1", "--config /.../one.yaml --model.path /.../checkpoint"),
+        ("2", "--config /.../two.yaml --model.path /.../prune-one"),
+    ]
+    assert str(tmp_path) not in text and str(DERM_TINY.parent) not in text
+    blocks, default = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL), load_config(None, [])
+    for block, parent, order in zip(blocks, ("checkpoint", "prune-one"), orders.values(), strict=True):
+        (tmp_path / "again.yaml").write_text(block)
+        again = load_config(str(tmp_path / "again.yaml"), [])
+        assert again.model.path == f"/.../{parent}"
+        assert again.prune == default.prune.model_copy(update={"layers": len(order), "order": order})
+        assert again.model_copy(update={"model": default.model, "prune": default.prune}) == default
+
+
+def test_options_are_what_differs_from_the_defaults(tmp_path):
+    """A file's and the command's, in lists too; nothing that changes no checkpoint, and no path of this machine."""
+    given = [("data.root", "/home/me/x y/derm"), ("quantize.method", "int8"), ("ablate.embedder", "/srv/e/minilm")]
+    given += [("judge.url", "http://10.0.0.7:8000/v1"), ("run_dir", "/home/me/run"), ("replicas.gpus", "1")]
+    config = load_config("configs/derm-tiny.yaml", given)
+    found = card.options(config)
+    assert found["data"]["root"] == "/.../derm" and found["ablate"]["embedder"] == "/.../minilm"
+    assert not {"judge", "run_dir", "replicas"} & set(found) and "seed" not in found
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(found))
+    again = load_config(str(tmp_path / "again.yaml"), [given[0], given[2]])
+    for section in ("seed", "model", "data", "generation", "ablate", "prune", "recover", "quantize"):
+        assert getattr(again, section) == getattr(config, section), section
+
+
+def test_steps_of_one_command_stand_together(tmp_path):
+    """And a step made by an older version, which kept no command, is not said to be made by its neighbours'."""
+    source = {"kind": "source", "name": "x", "revision": None, "base": None, "licence": None}
+    step = {"kind": "prune", "removed": [1], "left": 3, "chosen": "hand"}
+    made = {"command": "python -m jobs.compress", "options": {"seed": 7}, "versions": {"prunella": "1.2"}}
+    both = [{**step, "made": dict(made)}, {**step, "removed": [0], "made": dict(made)}]
+    card.write(tmp_path, {"history": [source, step, *both], "gate": {"names": "y"}})
+    text = (tmp_path / card.CARD).read_text()
+    assert "Step 1: how was not recorded." in text and "Steps 2, 3, with prunella 1.2:" in text
+    assert text.count("python -m jobs.compress") == text.count("seed: 7") == 1
+
+
 def test_conversations_digest(tmp_path):
     """It depends on the image's bytes, the question, the answer and the order, not on where the image lies."""
 
@@ -199,7 +255,7 @@ def test_the_card_says_what_loaded_it(tmp_path, method, loader):
     source = {"kind": "source", "name": "x", "revision": None, "base": None, "licence": None}
     step = {"kind": "quantize", "method": method, "settings": {}, "bits_per_weight": 4.5, "simulated": False}
     history = [source, {**step, "bits": 4, "calibration": None}]
-    card.write(tmp_path, {"history": history, "gate": {"names": "y"}, "versions": {}, "command": "z"})
+    card.write(tmp_path, {"history": history, "gate": {"names": "y"}})
     text = (tmp_path / card.CARD).read_text()
     assert f"It was loaded by {loader} in a fresh process" in text
     assert ("AutoModelForImageTextToText" in text) == (method == "nf4") == ("plain transformers" in text)

@@ -175,6 +175,50 @@ def test_searches_find_the_best_set_that_one_shot_misses(tmp_path, search):
     assert steps and all(len(sets) == len(losses) for _, sets, losses in steps)
 
 
+def drafts_of(base: tuple[int, ...], part: list[str]) -> list[Known]:
+    return [Known(f"{sample} ()", [1, *base]) for sample in part]
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_a_set_is_measured_with_its_survivors_answers_as_drafts(tmp_path, search):
+    """The base of every set is the survivor of the round before that it extends, and its answers are handed over."""
+    pool, survivors = FakePool(), [[()]]
+    measured = measurements(tmp_path, pool, **{"prune.layers": "3", "prune.search": search})
+    width = 1 if search == "greedy" else 3
+
+    def note(kind, sets, losses):
+        survivors.append([removed for _, removed in sorted(zip(losses.tolist(), sets, strict=True))[:width]])
+
+    beam(measured._run, measured, list(range(6)), width, note)
+    for measure, part, sets, base, known in pool.units:
+        assert measure == "answers" and base in survivors[len(base)]
+        assert all(set(base) < set(removed) and len(removed) == len(base) + 1 for removed in sets if removed)
+        assert known == (drafts_of(base, part) if base else None)
+    assert {len(base) for _, _, _, base, _ in pool.units} == {0, 1, 2}
+    assert len({base for _, _, _, base, _ in pool.units}) == 1 + 2 * width
+
+
+def test_mutants_are_measured_with_the_best_sets_answers_as_drafts(tmp_path):
+    """By KL and by answers, of which the best set's are known but in its first generation."""
+    pool, seen, bests = FakePool(), 0, []
+    measured = measurements(tmp_path, pool, **{"prune.layers": "3", "prune.search": "evolution"})
+
+    def note(kind, sets, losses):
+        nonlocal seen
+        if kind.endswith("KL"):
+            return
+        bests.append(sets[0])
+        for measure, part, _, base, known in pool.units[seen:]:
+            assert base == sets[0], measure
+            assert known == (drafts_of(base, part) if measure == "answers" and len(bests) > 1 else None)
+        seen = len(pool.units)
+
+    evolve(measured._run, measured, list(range(6)), (0, 1, 2), note)
+    assert bests[0] == (0, 1, 2) and len(set(bests)) > 1
+    handed = {base for _, _, _, base, known in pool.units if known}
+    assert handed & set(bests[1:]), "no later generation measured answers"
+
+
 def test_a_beam_finds_what_greedy_cannot(tmp_path, monkeypatch):
     """Layer 0 is the cheapest alone, but the best pair is (4, 5)."""
     table = {frozenset(): 0.0, **{frozenset({layer}): ALONE[layer] for layer in range(6)}}

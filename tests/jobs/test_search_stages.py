@@ -97,4 +97,4 @@ def test_a_stage_is_made_once_and_what_it_prints_is_kept(run, tmp_path):
     assert maker.make(plan.model.name, fields, True, {})["made"] is False
     assert "removed layers [1, 2]" in (tmp_path / "search" / "logs" / f"{plan.model.name}.txt").read_text()
     facts = run.store.manifest(plan.model.name)
-    assert facts["command"] == "python -m jobs.search" and facts["gpu_seconds"] == 0
+    assert facts["history"][-1]["made"]["command"] == "python -m jobs.search" and facts["gpu_seconds"] == 0
