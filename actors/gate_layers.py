@@ -18,7 +18,7 @@ from actors.loading import language_model
 from actors.maths.awq import rounded
 from actors.probe import placed_probe
 from actors.quantizers.calibration import decoder_inputs
-from actors.quantizers.structure import AWQ_LAYERS, scaling_groups
+from actors.quantizers.structure import AWQ_GROUPS, scaling_groups
 from actors.specs import GateError
 
 # Largest relative error of a linear's outputs in a layer that AWQ rounded, by bits. Sound ones show at most .02, .17,
@@ -147,7 +147,7 @@ def _outputs(
 
 def _scaled(layer: nn.Module, config) -> set[str]:
     """Return the linears whose outputs AWQ scales."""
-    known = config.text_config.model_type in AWQ_LAYERS
+    known = config.text_config.model_type in AWQ_GROUPS
     return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if known else set()
 
 
