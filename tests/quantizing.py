@@ -62,11 +62,6 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def methods(name: str) -> list[str]:
-    """The methods that an architecture is tested with; awq does not know Phi."""
-    return [m for m in PACKED if not (m == "awq" and "phi" in name)]
-
-
 class Mortal(Quantizer):
     """Notes each search of a layer in run_dir/notes; dies at the second layer of a share, the first time."""
 

@@ -102,14 +102,15 @@ class _Structure:
 
     @staticmethod
     def get_layers_for_scaling(layer, features: dict, kwargs: dict) -> list[dict]:
-        """List one decoder layer's scaling groups in autoawq's terms."""
+        """List one decoder layer's scaling groups in autoawq's terms, which inspect a single module for each."""
         return [
             {
                 "prev_op": layer.get_submodule(group.before),
                 "layers": [layer.get_submodule(name) for name in group.linears],
                 "inp": features[group.linears[0]],
-                "module2inspect": layer.get_submodule(group.inspected),
-                "kwargs": kwargs if group.inspected == "self_attn" else {},
+                "module2inspect": layer.get_submodule(inspected),
+                "kwargs": kwargs if inspected == "self_attn" else {},
             }
             for group in scaling_groups(layer)
+            for (inspected,) in [group.inspected]
         ]

@@ -6,6 +6,7 @@ through the layers as they were before rounding, as in the authors' code.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -184,14 +185,18 @@ def _run(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[dict[str
 
 
 def _errors(layer: nn.Module, g: ScalingGroup, x: torch.Tensor, kwargs: dict, grid, group: int, bits: int):
-    inspected = layer.get_submodule(g.inspected)
-    names = [f"{name}.weight".removeprefix(f"{g.inspected}.") for name in g.linears]
-    given = kwargs if g.inspected == "self_attn" else {}
+    names = [f"{name}.weight" for name in g.linears]
+
+    def output(inspected: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        stem, given = f"{inspected}.", kwargs if inspected == "self_attn" else {}
+        own = {name.removeprefix(stem): weight for name, weight in weights.items() if name.startswith(stem)}
+        return _first(functional_call(layer.get_submodule(inspected), own, (x,), given))
 
     def run(weights: list[torch.Tensor]) -> torch.Tensor:
-        return _first(functional_call(inspected, dict(zip(names, weights, strict=True)), (x,), given))
+        named = dict(zip(names, weights, strict=True))
+        return reduce(torch.add, (output(inspected, named) for inspected in g.inspected))
 
-    return grid_errors(run, [inspected.get_parameter(name) for name in names], grid, group, bits)
+    return grid_errors(run, [layer.get_parameter(name) for name in names], grid, group, bits)
 
 
 def _first(output) -> torch.Tensor:

@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoModel
 from actors.specs import Llava, ModelSpec, QuantizeSettings
 from actors.surgery import check_llava, local_folder
 
-# Decoder layers with RMS norms, a gated MLP, and names as below: what the scaling groups were written for.
-AWQ_LAYERS = ("llama", "mistral", "qwen2")
 NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs
 CLIP_BLOCK = 64  # autoawq walks outputs in blocks of 64 to clip
 SIMULATED = "simulated_quantization"  # the config.json entry of a checkpoint that holds rounded weights in 16 bits
@@ -24,21 +22,36 @@ class ScalingGroup:
 
     before: str
     linears: tuple[str, ...]
-    inspected: str  # the module whose output tells how good a scale is
+    inspected: tuple[str, ...]  # the modules that take this input, whose summed output tells how good a scale is
+
+
+_QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+_GATED = (
+    ScalingGroup("input_layernorm", _QKV, ("self_attn",)),
+    ScalingGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), ("mlp",)),
+    ScalingGroup("mlp.up_proj", ("mlp.down_proj",), ("mlp.down_proj",)),
+    ScalingGroup("self_attn.v_proj", ("self_attn.o_proj",), ("self_attn.o_proj",)),
+)
+# Attention and MLP read one norm and are added. No scale passes the GELU between fc1 and fc2: fc2 is only clipped.
+_PARALLEL = (
+    ScalingGroup("input_layernorm", (*_QKV, "mlp.fc1"), ("self_attn", "mlp")),
+    ScalingGroup("self_attn.v_proj", ("self_attn.dense",), ("self_attn.dense",)),
+)
+AWQ_GROUPS = {"llama": _GATED, "mistral": _GATED, "qwen2": _GATED, "phi": _PARALLEL}  # by the text model's type
 
 
 def scaling_groups(layer: nn.Module) -> list[ScalingGroup]:
-    """List one decoder layer's groups: input norm -> q, k, v; norm -> gate, up; up -> down; v -> o."""
-    attention, mlp = "self_attn", "mlp"
-    groups = [
-        ScalingGroup("input_layernorm", tuple(f"{attention}.{part}_proj" for part in "qkv"), attention),
-        ScalingGroup("post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), mlp),
-        ScalingGroup(f"{mlp}.up_proj", (f"{mlp}.down_proj",), f"{mlp}.down_proj"),
-    ]
-    v, o = (layer.get_submodule(f"{attention}.{part}_proj") for part in "vo")
-    if v.weight.shape == o.weight.shape:  # with grouped-query attention one row of v feeds several columns of o
-        groups.append(ScalingGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), f"{attention}.o_proj"))
-    return groups
+    """List the scaling groups of one decoder layer of a type in AWQ_GROUPS.
+
+    What comes before has as many outputs as the linears have inputs, but with grouped-query attention: one output of v
+    feeds several inputs of o, and v -> o is left out.
+    """
+
+    def width(name: str, axis: int) -> int:
+        return layer.get_submodule(name).weight.shape[axis]
+
+    groups = AWQ_GROUPS[layer.self_attn.config.model_type]
+    return [group for group in groups if width(group.before, 0) == width(group.linears[0], 1)]
 
 
 def empty_decoder(config) -> Llava:
@@ -70,14 +83,10 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
     check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
         raise ValueError("The checkpoint is quantized already: quantize the original.")
-    kind = config.text_config.model_type
-    if settings.method == "awq" and kind not in AWQ_LAYERS:
-        raise ValueError(
-            f"awq does not know the decoder layers of {kind!r} (only of {', '.join(AWQ_LAYERS)}): "
-            "choose --quantize.method nf4, int8, hqq or rtn."
-        )
     if settings.method in ("nf4", "int8"):
         return
+    if settings.method == "awq":
+        _check_known(config.text_config.model_type, settings.awq_search)
     for name, (outputs, inputs) in linear_shapes(config).items():
         if inputs % settings.group_size:
             raise ValueError(
@@ -90,6 +99,19 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
                 f"autoawq cannot clip {name} of {outputs} outputs, which {CLIP_BLOCK} does not divide: "
                 "set quantize.awq_search to layerwise, or quantize.clip to false."
             )
+
+
+def _check_known(kind: str, search: str) -> None:
+    if kind not in AWQ_GROUPS:
+        raise ValueError(
+            f"awq does not know the decoder layers of {kind!r} (only of {', '.join(AWQ_GROUPS)}): "
+            "choose --quantize.method nf4, int8, hqq or rtn."
+        )
+    if search == "autoawq" and any(len(group.inspected) > 1 for group in AWQ_GROUPS[kind]):
+        raise ValueError(
+            f"autoawq does not know the decoder layers of {kind!r}, whose attention and MLP share an input: "
+            "choose the built-in search, --quantize.awq_search layerwise."
+        )
 
 
 def weight_bits(config, stored: int) -> int:

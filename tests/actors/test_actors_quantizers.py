@@ -13,7 +13,7 @@ from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from actors.surgery import iterate_tensors, published_name, stored_bytes, stored_dtype
 from actors.trainer import language_linears, nf4_config
-from tests.quantizing import PACKED, check_modules, error, image_logits, methods, model_logits, quantize
+from tests.quantizing import PACKED, check_modules, error, image_logits, model_logits, quantize
 from tests.tiny import ARCHITECTURES, LAYERS, draw_conversations, draw_samples, rename_tensors, save_tiny
 
 LINEARS = {"clip-phi": 6, "siglip-phi": 6}  # q, k, v, dense, fc1, fc2; elsewhere q, k, v, o, gate, up, down
@@ -23,12 +23,12 @@ CPU_AWQ = AwqConfig(bits=4, group_size=64, zero_point=True, backend="torch_awq")
 
 
 def quantized_pairs() -> list:
-    """Every architecture by every method that knows it; three architectures by default, the rest are slow."""
+    """Every architecture by every method; three architectures by default, the rest are slow."""
     default = ("clip-llama", "clip-qwen2-mixed", "clip-phi")
     return [
         pytest.param(name, method, marks=[] if name in default else [pytest.mark.slow])
         for name in ARCHITECTURES
-        for method in methods(name)
+        for method in PACKED
     ]
 
 
