@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-gpu bench-gpu-quantized bench-judge clean
+.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-quantizers  seconds and memory of every quantizer"
 	@echo "make study-quantizers  what every quantizer costs on derm-tiny, at 4 and 3 bits"
 	@echo "make bench-half  how exact the engine is in half precision"
+	@echo "make bench-estimate  estimated memory against measured peaks"
 	@echo "make bench-judge  the judge's loop against an engine of known speed"
 	@echo "make clean      remove .venv and runs, with all results"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
@@ -53,6 +54,9 @@ bench-replicas: $(INSTALLED)
 
 bench-half: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.half_precision
+
+bench-estimate: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.estimate
 
 bench-judge: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.judge_loop

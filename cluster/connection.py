@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from cluster import lost
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK_ONLY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -47,7 +49,8 @@ def connected(cpus: int | None = None) -> Iterator[None]:
 
     With RAY_ADDRESS set (as in every submitted job) that cluster is used and left running. Otherwise a
     private Ray with `cpus` cores (default: all) starts on loopback, in its own temporary folder, and is
-    stopped when the block ends, however it ends. ConnectionError names an address that does not answer.
+    stopped when the block ends, however it ends. ConnectionError names an address that does not answer. When a
+    cluster is lost meanwhile, the process ends with a sentence.
     """
     address = _address()
     private = is_private()
@@ -57,7 +60,7 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    folder = None
+    folder = watched = None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if not private:
@@ -73,9 +76,14 @@ def connected(cpus: int | None = None) -> Iterator[None]:
                 _temp_dir=str(folder),
                 **quiet,
             )
+        watched = lost.watch(address)
         yield
     finally:
-        ray.shutdown()
+        if watched:
+            watched.look()
+        ray.shutdown()  # without a head it would wait for it
+        if watched:
+            watched.stop()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -24,9 +24,10 @@ RAY = Path(sys.executable).with_name("ray")
 
 @dataclass(frozen=True)
 class Head:
-    """Where a private head listens, and the environment that may talk to it."""
+    """Where a private head listens (jobs: address, RAY_ADDRESS: gcs), and the environment that may talk to it."""
 
     address: str
+    gcs: str
     environment: dict[str, str]
 
 
@@ -62,7 +63,7 @@ def private_head(cpus: int | None = None) -> Iterator[Head]:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-    head = Head(f"http://127.0.0.1:{dashboard}", environment)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
     try:
         _wait_until_ready(process, head, log)
         yield head

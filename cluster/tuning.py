@@ -10,6 +10,7 @@ needs it, while the others go on.
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -248,4 +249,5 @@ def _loggers(names: Sequence[str], folder: Path) -> list:
 def _quiet() -> None:
     """Leave Ctrl-C and the choice of loggers to the job; a setting that failed has no numbers to report."""
     switches = ("DISABLE_AUTO_CALLBACK_LOGGERS", "DISABLE_SIGINT_HANDLER", "DISABLE_STRICT_METRIC_CHECKING")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of trials that died: they are told as rows
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", **{f"TUNE_{switch}": "1" for switch in switches}}

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from pydantic_core import PydanticUndefined
 
+from cluster import lost
 from jobs.config import Config
 from jobs.options import fields, load_config
 from jobs.run import Run
@@ -86,6 +87,8 @@ def explain(error: Exception) -> str | None:
         return f"{error.strerror}: {error.filename or 'the run folder'}. {_REMEDIES[error.errno]}"
     if "No space left on device" in str(error):  # libraries that write checkpoints wrap it in their own errors
         return f"No space left on device: the run folder. {_FULL}"
+    if sentence := lost.reason():
+        return sentence
     if isinstance(error, ValueError | ConnectionError):
         return str(error)
     if isinstance(error, RuntimeError):

@@ -1,6 +1,6 @@
 """What the tests of lost and joining nodes, GPUs and killed drivers run in a process of its own.
 
-    python -m tests.cluster.scenarios devices | nodes | asked_for | digests FOLDER
+    python -m tests.cluster.scenarios devices | nodes | asked_for | trials | digests FOLDER
 
 The last line of the output is one JSON value.
 """
@@ -107,6 +107,23 @@ def asked_for() -> dict:
         return {"rows": mapping.rows, "nodes": [cluster.head_node.node_id, second.node_id]}
 
 
+def trials() -> dict:
+    """Let three trials make stages with and without the one GPU, which meet those of the others while they are made."""
+    from cluster.tuning import Maker, Task, run_trials
+
+    chains = {
+        ("a",): [Task("a-gpu", (1, ("b-cpu", "c-cpu", "b-gpu.asked"))), Task("a-cpu", (0, ("b-gpu.began",)))],
+        ("b",): [Task("b-cpu", (0, ("a-gpu.began",))), Task("b-gpu", (1, ("a-cpu.began",)))],
+        ("c",): [Task("c-cpu", (0, ("a-gpu.began",)))],
+    }
+    with simulated(num_cpus=2, num_gpus=1), tempfile.TemporaryDirectory() as folder:
+        maker, root = Maker(f"{TOYS}:Borrows", {"folder": folder}, parallel=3), Path(folder)
+        ends = run_trials(chains, maker, root / "tune", root / "log.jsonl", lambda event: None)
+        rows = {task.name: json.loads((root / task.name).read_text()) for c in chains.values() for task in c
+                if (root / task.name).exists()}  # fmt: skip
+    return {"errors": {key: end["error"] for (key,), end in ends.items()}, "rows": rows}
+
+
 def digests(folder: str) -> int:
     """Write the digests that are not in `folder` yet, and log every one that was written."""
     table = PartTable(Path(folder) / "units")
@@ -130,5 +147,5 @@ def _row(outcome: Outcome) -> dict:
 
 
 if __name__ == "__main__":
-    scenarios: dict[str, Callable] = {f.__name__: f for f in (devices, nodes, asked_for, digests)}
+    scenarios: dict[str, Callable] = {f.__name__: f for f in (devices, nodes, asked_for, trials, digests)}
     print(json.dumps(scenarios[sys.argv[1]](*sys.argv[2:])))

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +28,8 @@ def start(*scenario: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def result(process: subprocess.Popen):
-    output, errors = process.communicate(timeout=120)
+def result(process: subprocess.Popen, timeout_s: float = 120):
+    output, errors = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
 
@@ -100,6 +101,27 @@ def test_actors_that_were_asked_for_start_when_there_is_room():
     assert_once(found["rows"], 40)
     first, second = (by("node", found["rows"])[node] for node in found["nodes"])
     assert len({row["process"] for row in first}) == 1 and len({row["process"] for row in second}) == 2
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_a_gpu_belongs_to_the_stage_that_needs_it_and_not_to_its_trial():
+    process = start("trials")
+    try:
+        found = result(process, timeout_s=200)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # its Ray is to end, too
+        process.communicate(timeout=60)
+        pytest.fail("the trials wait for each other")
+    assert found["errors"] == dict.fromkeys("abc")
+    rows = found["rows"]
+    assert {name: row["devices"] for name, row in rows.items()} == {
+        "a-gpu": "0", "b-gpu": "0", "a-cpu": "", "b-cpu": "", "c-cpu": ""
+    }  # fmt: skip
+    assert rows["a-gpu"]["ended"] < rows["b-gpu"]["began"]
+    for gpu, others in (("a-gpu", ("b-cpu", "c-cpu")), ("b-gpu", ("a-cpu",))):
+        for other in others:
+            assert rows[other]["began"] < rows[gpu]["ended"] and rows[gpu]["began"] < rows[other]["ended"]
 
 
 class Victims:

@@ -72,6 +72,23 @@ def test_a_logger_that_is_missing_is_told_of_before_anything_starts(tmp_path, mo
         run_trials(chains(), maker, tmp_path / "grid", tmp_path / "log.jsonl", print, ["mlflow"])
 
 
+@pytest.mark.slow
+def test_mlflow_has_a_run_of_every_trial(private_ray, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is not installed: its logger was not tried")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tasks = {key: chain for key, chain in chains(0.0).items() if key[1] == "x" and key[0] != "c"}
+    maker = Maker(TOYS, {"folder": str(tmp_path)}, parallel=2)
+    for start in (1, 2):  # a search that goes on writes into the same store
+        run_trials(tasks, maker, tmp_path / "grid", tmp_path / "log.jsonl", lambda event: None, ["mlflow"])
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/grid/mlflow.db")
+        (experiment,) = [one for one in client.search_experiments() if one.name == "grid"]
+        found = {tuple(run.data.params.values()): [] for run in client.search_runs([experiment.experiment_id])}
+        for run in client.search_runs([experiment.experiment_id]):
+            found[tuple(run.data.params.values())].append((run.info.status, run.data.metrics["failed"]))
+            assert run.data.metrics.get("number") == (1.0 if run.data.metrics["failed"] == 0 else None)
+        assert found == {("a", "x"): start * [("FINISHED", 0.0)], ("b", "x"): start * [("FINISHED", 1.0)]}
+
+
 GRID = [(depth, way, bits) for depth in "0123456789" for way in ("none", "lora") for bits in "2348"]
 
 

@@ -1,18 +1,30 @@
 """Plain classes for the pool's tests: each can do one thing that goes wrong on real machines."""
 
 import hashlib
+import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import ray
+from cluster.pool import Pool, Resources
+
+import ray  # isort: skip  (cluster.pool protects it first)
 
 
 def die() -> None:
     """End this process as the kernel's out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    """Wait for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        time.sleep(0.01)
 
 
 class Squares:
@@ -34,12 +46,16 @@ class Meets:
 
     def meet(self, _: int, folder: str, count: int) -> int:
         (Path(folder) / str(os.getpid())).touch()
-        deadline = time.monotonic() + 30
-        while len(list(Path(folder).iterdir())) < count:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"fewer than {count} came")
-            time.sleep(0.01)
+        until(lambda: len(list(Path(folder).iterdir())) >= count, f"fewer than {count} came")
         return os.getpid()
+
+    def stage(self, name: str, folder: str, meets: tuple[str, ...]) -> None:
+        """Note the begin in NAME.began, wait until all files of `meets` exist, and note what `unit` returns in NAME."""
+        began = Path(folder) / f"{name}.began"
+        began.touch()
+        until(lambda: all((Path(folder) / one).exists() for one in meets), f"{name} waits for {meets}")
+        row = {**self.unit(0.2), "began": began.stat().st_mtime, "ended": time.time()}
+        (Path(folder) / name).write_text(json.dumps(row))
 
     def unit(self, seconds: float) -> dict:
         """Take some time; return where and when (seconds of this machine's clock)."""
@@ -153,3 +169,17 @@ class Stages:
             raise RuntimeError(end)
         path.touch()
         return {"made": True, "pid": os.getpid(), "number": number}
+
+
+class Borrows:
+    """Makes stages as jobs do: in a worker of its own that holds what the stage needs, and nothing else does."""
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+
+    def make(self, name: str, gpus: float, meets: tuple[str, ...]) -> dict:
+        """Ask for a core and so many GPUs; note that in NAME.asked."""
+        (self._folder / f"{name}.asked").touch()
+        with Pool("tests.cluster.toys:Meets", {}, Resources(1, gpus)) as pool:
+            pool.call("stage", name, str(self._folder), meets)
+        return {"made": True, "pid": os.getpid()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.head import Head, private_head
 from jobs.search_rows import MEASURED
 from tests.jobs.test_mistakes import ROOT
 from tests.jobs.test_pipeline import SMALL
@@ -27,16 +28,19 @@ WORK = {
     "search.screen_images": "4",
     "replicas.count": "auto",  # as many stages at a time as there are cores
 }
+FEW = ("--search.depths", "[0]", "--search.recoveries", "[none]")
 TRIAL, WORKER = "ray::Implicit", "ray::_Host.call"  # how the processes of trials and of stages are called
 UNEQUAL = ("command", "process_peak_gib", *MEASURED)
 
 
-def start(folder: Path, images: Path, *more: str) -> subprocess.Popen:
+def start(folder: Path, images: Path, *more: str, head: Head | None = None) -> subprocess.Popen:
     """Start a search in `folder`; both searches draw their images to one place, which names the artifacts."""
     chosen = {"run_dir": str(folder), "data.root": str(images), **WORK}
     words = [word for key, value in chosen.items() for word in (f"--{key}", value)]
     command = [sys.executable, "-m", "jobs.search", "--config", "configs/derm-tiny-search.yaml", *words, *more]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    if head:
+        environment |= {**head.environment, "RAY_ADDRESS": head.gcs}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -111,3 +115,32 @@ def test_a_search_that_is_killed_goes_on_to_the_same_table(tmp_path):
     assert [line for line in log(stormy) if line["event"] == "failed"] == []
     assert same(rows(stormy), rows(calm))
     assert "status" in output and "answer for no limit" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_whose_head_is_killed_says_so_and_goes_on(tmp_path):
+    folder, images = tmp_path / "run", tmp_path / "images"
+    seen: list[str] = []
+    for part in ("gcs_server", "raylet"):
+        with private_head(2) as head:
+            driver = start(folder, images, *FEW, head=head)
+            while driver.poll() is None and len(made(folder)) == len(seen):
+                time.sleep(0.1)
+            seen = made(folder)
+            (victim,) = [p for p in psutil.Process().children(recursive=True) if p.name() == part]
+            began = time.monotonic()
+            victim.kill()
+            output = driver.communicate(timeout=90)[0].decode()
+        assert time.monotonic() - began < 60  # before Ray itself gives up
+        assert driver.returncode == 1, output
+        assert "Traceback" not in output
+        assert output.splitlines()[-1].startswith("search: The Ray cluster was lost: "), output
+        assert "the same command continues" in output.splitlines()[-1]
+    with private_head(2) as head:
+        driver = start(folder, images, *FEW, head=head)
+        output = driver.communicate()[0].decode()
+    assert driver.returncode == 0 and "answer for no limit" in output, output
+    assert max(Counter(made(folder)).values()) == 1, "a finished stage was made again"
+    assert [row["status"] for row in rows(folder)] == ["done", "done"]
+    assert [line for line in log(folder) if line["event"] == "failed"] == []
