@@ -23,7 +23,8 @@ CARD = "README.md"
 RECORD = "prunella.json"  # of a published copy: its history and the sums of its tensors
 TEMPLATES = Path(__file__).parent / "templates"
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
-_ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish"}  # change no checkpoint
+# Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are the maker's own.
+_ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish", "data"}
 _DONE = {"prune": "pruned", "recover": "fine-tuned", "quantize": "quantized"}
 
 
