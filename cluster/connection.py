@@ -81,7 +81,9 @@ def connected(cpus: int | None = None) -> Iterator[None]:
     finally:
         if watched:
             watched.look()
-        ray.shutdown()  # without a head it would wait for it
+            if watched.missing is None:  # a private Ray ends with the block: that is no loss
+                watched.stop()
+        ray.shutdown()  # would wait for a head that is lost
         if watched:
             watched.stop()
         if folder:

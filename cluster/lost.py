@@ -34,7 +34,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Look until it is told to stop."""
         while not self._over.wait(LOOK_EVERY_S):
-            if self.look():
+            if self.look() and not self._over.is_set():
                 sys.stdout.flush()
                 print(f"{Path(sys.argv[0]).stem}: {reason()}", file=sys.stderr, flush=True)
                 os._exit(1)
