@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from actors.gate_files import LAYER, tensors_of
+from actors.gate_scales import Rounding, check_scales
 from actors.loading import language_model
 from actors.maths.rounding import dequantize, unpack
 from actors.quantizers.mixed import PARTS, group_bits, unpacked
 from actors.quantizers.structure import SIMULATED, linear_shapes, weight_bits
-from actors.specs import PACKED_CHECKPOINT, GateError
+from actors.specs import HQQ_CHECKPOINT, NF4_BLOCK, PACKED_CHECKPOINT, GateError
 from actors.surgery import published_name
 
 KERNEL = 2e-2  # largest relative error of a linear's output in float16, for a kernel that reads the stored numbers
@@ -73,10 +74,12 @@ def _check_bits(model, config) -> str:
 def check_linears(folder: Path, config, model, parent: Path | None) -> str | None:
     """Refuse a rounded linear that computes with another weight than it should; None: nothing to compare with.
 
-    The weight is what the packed numbers say, unpacked here, in the layouts of AWQ and compressed-tensors, and
-    `parent`'s, within the error of rounding, in the others. AWQ rescales weights: see actors.gate_layers.
+    The weight is what the packed numbers say, unpacked here, in the layouts of AWQ and compressed-tensors. In the
+    others it is `parent`'s, within the error of rounding, and with scales that are right (actors.gate_scales). AWQ
+    rescales weights: see actors.gate_layers.
     """
     simulated = getattr(config, SIMULATED, None) or {}
+    method = None
     if quant_method(config) == "awq":
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
     elif quant_method(config) == PACKED_CHECKPOINT:
@@ -86,18 +89,29 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
             _decoder_weights(parent, tuple(linear_shapes(config))),
             ROUNDED_LINEAR[weight_bits(config, 16)],
         )
-        what = "the weight before rounding"
+        what, method = "the weight before rounding", _rounded_by(config)
     else:
         return None
-    worst = 0.0
+    dtype, worst, slope = model.lm_head.weight.dtype, 0.0, 0.0
     for number, stem, weight in weights:
         module = language_model(model).layers[number].get_submodule(stem)
-        error = _output_error(module, weight, model.lm_head.weight.dtype)
+        name = f"language_model.model.layers.{number}.{stem}"
+        if method:
+            slope = max(slope, check_scales(name, module, weight, method, dtype))
+        error = _output_error(module, weight, dtype)
         if not error <= allowed:
-            name = f"language_model.model.layers.{number}.{stem}"
             raise GateError(f"{name!r} does not compute with {what}: it is off by {error:.2g} (allowed: {allowed:g}).")
         worst = max(worst, error)
-    return f"{worst:.2g} from {what}, linear by linear (allowed: {allowed:g})"
+    scales = f"; their slopes are at most {slope:.2g} from 1" if method else ""
+    return f"{worst:.2g} from {what}, linear by linear (allowed: {allowed:g}){scales}"
+
+
+def _rounded_by(config) -> Rounding:
+    """Return how the linears were rounded, of a checkpoint whose weights AWQ has not scaled."""
+    bits = weight_bits(config, 16)
+    if quant_method(config) == "bitsandbytes":
+        return Rounding("int8", bits, None) if bits == 8 else Rounding("nf4", bits, NF4_BLOCK)
+    return Rounding("hqq" if quant_method(config) == HQQ_CHECKPOINT else "rtn", bits, stated_group(config))
 
 
 def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from actors.derm_tiny.draw import write_tree
@@ -12,6 +13,7 @@ from actors.loading import language_model, load_model, load_processor
 from actors.quantizers.awq import scaled_tensors, search_layer
 from actors.quantizers.calibration import calibration_inputs, decoder_inputs
 from actors.quantizers.storage import read_layers
+from actors.quantizers.structure import ScalingGroup, scaling_groups
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
 from actors.surgery import iterate_tensors, stored_bytes, stored_dtype
@@ -53,50 +55,65 @@ def test_awq_beats_rtn_on_outliers(derm_rounded, search):
     assert 0.005 < awq < 0.5 * rtn
 
 
-def found_alphas(root: Path, search: str, means: list[dict[str, torch.Tensor]]) -> list[float]:
-    """Recover alpha of every norm's scale from the checkpoint: log(norm before / norm after) = alpha log mean + c."""
-    before, after = (dict(iterate_tensors(folder)) for folder in (DERM_TINY, root / search))
-    alphas = []
-    for number, layer in enumerate(means):
-        for norm, mean in layer.items():
-            name = next(n for n in before if "language_model" in n and f"layers.{number}.{norm}.weight" in n)
-            y, x = (before[name].float() / after[name].float()).log(), mean.log()
-            x, y = x - x.mean(), y - y.mean()
-            alphas.append(float((x * y).sum() / (x * x).sum()))
-            assert (y - alphas[-1] * x).abs().max() < 2e-2
+@torch.inference_mode()
+def found_alphas(layer, own, means: dict[ScalingGroup, torch.Tensor]) -> dict[str, float]:
+    """Recover alpha of every scale of a scaled and rounded layer, by what it was divided out of.
+
+    Of log scale = alpha log mean |X| + c, by least squares. The scale is the ratio of what precedes the linears before
+    and after: of a norm's weights, or of a linear's rows, each by least squares, for they are rounded.
+    """
+    scales: dict[str, torch.Tensor] = {}
+    alphas = {}
+    for group, mean in means.items():
+        before, after = (each.get_submodule(group.before) for each in (layer, own))
+        if isinstance(before, nn.Linear):
+            feeds = next(other.before for other in means if group.before in other.linears)
+            weight = after(torch.eye(before.in_features)).T / scales[feeds]
+            scale = before.weight.square().sum(1) / (before.weight * weight).sum(1)
+        else:
+            scale = before.weight / after.weight
+        scales[group.before] = scale
+        x, y = (values.log() - values.log().mean() for values in (mean, scale))
+        alphas[group.before] = float((x * y).sum() / (x * x).sum())
+        assert (y - alphas[group.before] * x).abs().max() < (0.15 if isinstance(before, nn.Linear) else 2e-2)
     return alphas
 
 
 @torch.inference_mode()
 def test_both_searches_agree(derm_rounded, lesions):
-    """The same scales within a step of the grid, most of them equal; the layers' output errors within 2 % on average.
+    """The same scales within a step of the grid, most of them equal; each layer's output error within 2 %, but one's.
 
     What remains is the clipping: with limits symmetric about zero the zero point is 7.5, and which way it is rounded
-    depends on the scale's float16 digits, which our search sees and autoawq's does not. Ours must not be worse.
+    depends on the scale's float16 digits, which our search sees and autoawq's does not. Without clipping the errors are
+    equal in the nine layers whose scales are. With it layer 2's is .955 of autoawq's, at the same scales; the others'
+    are .982 to .994. Ours must not be worse.
     """
     root, _ = derm_rounded
     model = load_model(str(DERM_TINY))
     rounded = [language_model(load_model(str(root / search))).layers for search in SEARCHES]
     rows = calibration_inputs(model, load_processor(str(DERM_TINY)), draw_conversations(lesions, 16))
     hidden, kwargs = decoder_inputs(model, rows, 10)
-    means: list[dict[str, torch.Tensor]] = []
-    errors: list[list[float]] = []
+    alphas: list[list[dict[str, float]]] = []
+    ratios = []
     for number, layer in enumerate(language_model(model).layers):
-        inputs: dict[str, torch.Tensor] = {}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            layer.get_submodule(norm).register_forward_hook(
-                lambda _, __, output, norm=norm, inputs=inputs: inputs.update({norm: output.abs().mean((0, 1))})
+        means: dict[ScalingGroup, torch.Tensor] = {}
+        for group in scaling_groups(layer):
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(
+                lambda _, given, group=group, means=means: means.update({group: given[0].abs().mean((0, 1))})
             )
         output = layer(hidden, **kwargs[number])
-        errors.append([float((own[number](hidden, **kwargs[number]) - output).norm()) for own in rounded])
+        ours, theirs = (own[number] for own in rounded)
+        own, other = (float((each(hidden, **kwargs[number]) - output).norm()) for each in (ours, theirs))
+        ratios.append(own / other)
         hidden = output
-        means.append(inputs)
-    ours, theirs = (found_alphas(root, search, means) for search in SEARCHES)
-    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    assert len(differences) == 20 and max(differences) < 0.05 + 0.005
-    assert sum(difference < 0.005 for difference in differences) >= 16 and max(ours) > 0.5
-    ratios = [own / other for own, other in errors]
-    assert sum(ratios) / 10 == pytest.approx(1, abs=0.02) and max(ratios) < 1.02
+        means = {group: means[group] for group in scaling_groups(layer)}
+        alphas.append([found_alphas(layer, each, means) for each in (ours, theirs)])
+    pairs = [(ours[before], theirs[before]) for ours, theirs in alphas for before in ours]
+    differences = [abs(one - other) for one, other in pairs]
+    assert len(differences) == 40 and max(differences) < 0.05 + 0.005
+    assert sum(difference < 0.006 for difference in differences) >= 36 and max(one for one, _ in pairs) > 0.5
+    assert ratios.pop(2) == pytest.approx(0.96, abs=0.02)
+    assert len(ratios) == 9 and all(0.98 < ratio < 1.02 for ratio in ratios), ratios
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -57,11 +57,11 @@ from tests.benchmarks.quantizers import write_model
 from tests.quantizing import settings
 from tests.tiny import DERM_TINY, draw_conversations
 
-model, lesions, out = sys.argv[1:]
+method, model, lesions, out = sys.argv[1:]
 storage.SHARD_BYTES = 2**20
 storage.BLOCK_BYTES = 2**18  # as small as this model's weights are beside a 7B model's
 awq.ROWS = maths.ROWS = 128  # of 1408 outputs, as 1024 are of a 7B model's 11008
-given = settings("awq"), draw_conversations(Path(lesions), 4)
+given = settings(method), draw_conversations(Path(lesions), 4)
 Quantizer().quantize(ModelSpec(str(DERM_TINY)), *given, out + "-first")
 assert restart_peak("cpu")
 before = taken("cpu")["resident"]
@@ -70,23 +70,31 @@ print(peak("cpu")["resident"] - before)
 """
 
 
-@pytest.mark.slow
-def test_peak_is_a_few_layers_whatever_the_depth(tmp_path, lesions):
-    """Four layers or twelve, searched as always: the resident set grows by less than 3.5 layers in float32.
+# In layers in float32, by method: how much the resident set may grow, and how much more with eight more layers.
+# Measured: rtn 1.58, nf4 1.14, int8 1.11, none more with more layers. rtn that reads all layers first takes 3.5 with
+# four of them and 7.5 with twelve.
+PEAKS = {"awq": (3.5, 0.5), "rtn": (2.5, 0.5), "nf4": (2.0, 0.5), "int8": (2.0, 0.5)}
 
-    By the layer, 25 bytes for each number of its largest weight while that is packed (1.4 layers), and two copies of a
-    shard.
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PEAKS)
+def test_peak_is_a_few_layers_whatever_the_depth(method, tmp_path, lesions):
+    """Four layers or twelve: the resident set grows by less than PEAKS says.
+
+    awq's by the layer, 25 bytes for each number of its largest weight while that is packed (1.4 layers, as rtn's), and
+    two copies of a shard.
     """
     peaks = []
     for layers in (4, 12):
         model = tmp_path / f"model-{layers}"
         write_model(model, 512, layers)
-        command = [sys.executable, "-c", MEASURED, str(model), str(lesions), str(tmp_path / f"out-{layers}")]
+        command = [sys.executable, "-c", MEASURED, method, str(model), str(lesions), str(tmp_path / f"out-{layers}")]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks.append(int(done.stdout.splitlines()[-1]))
     layer = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
-    assert layer < min(peaks) and max(peaks) < 3.5 * layer, [peak / layer for peak in peaks]
-    assert peaks[1] - peaks[0] < 0.5 * layer, [peak / layer for peak in peaks]
+    found = [peak / layer for peak in peaks]
+    most, more = PEAKS[method]
+    assert min(found) > 0.5 and max(found) < most and found[1] - found[0] < more, found
 
 
 def test_release_gives_back_what_lies_below_memory_in_use():

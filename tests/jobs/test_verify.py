@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import command, prune, quantize, verify
+from jobs import command, prune, quantize, recover, verify
 from jobs.run import Run
 from tests.jobs.here import Worker, run_here
 from tests.jobs.test_mistakes import assert_says, run
@@ -90,18 +90,57 @@ class ForgetfulSurgeon(Worker):
         return done
 
 
-def test_what_the_gate_refuses_is_not_published(tmp_path, monkeypatch, capsys):
+class SpoiledQuantizer(Worker):
+    """Rounds, and leaves a scale that is no number."""
+
+    def call(self, method, spec, settings, calibration, out):
+        facts = super().call(method, spec, settings, calibration, out)
+        spoil(Path(out), UP.replace("weight", "scales"))
+        return facts
+
+
+class IdleTrainer(Worker):
+    """Does not train, and leaves a weight that is no number."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def stream(self, method, conversations, settings, out):
+        assert conversations
+        shutil.copytree(DERM_TINY, out, dirs_exist_ok=True)
+        spoil(Path(out), UP)
+        yield {"step": 1, "loss": 1.0}
+
+
+CONFIG = DERM_TINY.parents[2] / "configs" / "derm-tiny.yaml"
+DRAWN = ["--config", str(CONFIG), "--data.draw_per_class", "3"]
+BROKEN = {
+    "prune": ("actors.surgery:Surgeon", ForgetfulSurgeon, ["--prune.layers", "2", "--prune.order", "[2, 5]"]),
+    "quantize": (quantize.QUANTIZER, SpoiledQuantizer, ["--quantize.method", "rtn", *DRAWN]),
+    "recover": ("actors.trainer:LoraTrainer", IdleTrainer, DRAWN),
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (prune, "says 10 decoder layers, the files hold 8"),
+        (quantize, f"'{UP.replace('weight', 'scales')}' holds NaN"),
+        (recover, f"'{UP}' holds NaN"),
+    ],
+)
+def test_what_the_gate_refuses_is_not_published(job, words, tmp_path, monkeypatch, capsys):
     """The job ends with the gate's sentence and exit code 1, and leaves no artifact."""
-    run_here(monkeypatch, tmp_path)
-    workers = {"actors.surgery:Surgeon": ForgetfulSurgeon}
-    monkeypatch.setattr(Run, "worker", lambda self, target, **kwargs: workers.get(target, Worker)(target, **kwargs))
-    arguments = ["--run_dir", str(tmp_path), "--prune.layers", "2", "--prune.order", "[2, 5]"]
-    monkeypatch.setattr(sys, "argv", ["prune", *arguments])
+    kind = job.__name__.removeprefix("jobs.")
+    broken, worker, options = BROKEN[kind]
+    workers = {broken: worker}
+    monkeypatch.setattr(Run, "worker", lambda self, target, *_, **kwargs: workers.get(target, Worker)(target, **kwargs))
+    monkeypatch.setattr(sys, "argv", [kind, "--run_dir", str(tmp_path), *options])
     with pytest.raises(SystemExit) as stop:
-        command.main("doc", prune.job)
+        command.main("doc", job.job)
     assert stop.value.code == 1
-    assert "says 10 decoder layers, the files hold 8" in capsys.readouterr().err
-    assert not list((tmp_path / "artifacts").glob("prune-*"))
+    assert words in capsys.readouterr().err
+    assert not list((tmp_path / "artifacts").glob(f"{kind}-*"))
 
 
 def test_help(monkeypatch, capsys):

@@ -1,0 +1,31 @@
+"""What is systematic in the error of rounded weights: whether they are as large as before, block by block.
+
+Sound rounding moves weights both ways; a wrong scale makes all that share it larger or smaller, by less than rounding
+itself where the bits are few. So the size of the error does not tell, its direction does. Both w' (rounded) and w have
+errors when seen from the other, and the two regressions, w' on w and w on w', bracket the slope (Frisch 1934):
+
+    low = w'.w / w.w  <=  high = w'.w' / w'.w
+
+Rounding to nearest has low = 1 where the values are spread evenly, high = 1 where each level is the mean of what is
+rounded to it (about so in NF4); next to a large value the others are rounded to 0, which lowers `low` alone. A scale f
+times too large multiplies both by f.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FLOOR = 1e-3  # of the weights' root mean square: below it in size a block has no slope
+
+
+def slopes(own: Float[Tensor, "blocks n"], before: Float[Tensor, "blocks n"]) -> Float[Tensor, "blocks"]:
+    """Return each block's slope of `own` on `before`: the one nearest to 1 of those the two regressions bracket.
+
+    As if every block held one more value, FLOOR of the whole's size, that was rounded to itself: blocks of zeros give
+    1. Where own and before point away from each other the slope is that of own on before, which is negative.
+    """
+    floor = before.square().mean() * before.shape[1] * FLOOR**2
+    product = (own * before).sum(1) + floor
+    low = product / (before.square().sum(1) + floor)
+    high = torch.where(product > 0, (own.square().sum(1) + floor) / product, low)
+    return torch.ones_like(low).clamp(min=low, max=torch.maximum(low, high))
