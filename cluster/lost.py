@@ -1,5 +1,6 @@
 """A cluster that is lost under a job: one sentence and an end, where Ray would hang for a minute and say nothing."""
 
+import errno
 import os
 import socket
 import sys
@@ -11,9 +12,11 @@ LOOK_EVERY_S = 0.5
 # Ray ends a process that has not reached its head for so long. A head that comes back in time is not lost.
 _RAY_WAITS_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 (Ray's name)
 HEAD_LOST_AFTER_S = 0.5 * _RAY_WAITS_S
-# A process belongs to the raylet of its machine, and to no other that is started later. When Ray notices, after some
-# ten seconds, it ends the process; the raylet's port refuses connections at once.
-RAYLET_LOST_AFTER_S = 0.0
+# A process belongs to the raylet of its machine, and to no other that is started later. Its port refuses connections at
+# once when it is gone; Ray notices after some ten seconds, and ends the process. One connection that times out, on a
+# machine that is busy, is no loss.
+RAYLET_LOST_AFTER_S = 6.0
+CONNECT_S = 5.0
 _watches: list["Watch"] = []  # the last one
 
 
@@ -90,7 +93,7 @@ def _head(address: str) -> tuple[str, str, int, float]:
 
 def _answers(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError:
-        return False
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)  # it is this process that lacks something
     return True

@@ -63,7 +63,7 @@ def test_the_weight_is_read_off_the_outputs(rounded):
     [
         (slice(None), 1.2, r"Its weights are 1\.2 times as large"),
         (slice(None), 0.8, r"Its weights are 0\.8\d? times as large"),
-        (slice(3, 4), 1.2, r"In 1 of \d+ blocks of \d+ weights .*: 1\.2 times in the first, of output 3"),
+        (slice(3, 4), 1.6, r"In 1 of \d+ blocks of \d+ weights .*: 1\.6 times in the first, of output 3"),
     ],
 )
 def test_scales_that_are_wrong(rounded, wrong, factor, words, tmp_path):
