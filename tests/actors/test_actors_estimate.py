@@ -13,7 +13,7 @@ from actors.memory import count_parameters, meta_model
 from actors.quantizers.storage import read_layers
 from actors.surgery import prune_checkpoint, pruned_config, stored_bytes
 from tests.actors.test_actors_table1 import ORDER, TABLE_1
-from tests.quantizing import methods, quantize
+from tests.quantizing import PACKED, quantize
 from tests.tiny import LAYERS, draw_conversations, llava_7b, save_tiny, tiny_config
 
 GIB = 2**30
@@ -39,7 +39,7 @@ def test_weights_are_the_stored_bytes(name, lesions, tmp_path):
     prune_checkpoint(source, str(tmp_path / "pruned"), [1, 3])
     config = AutoConfig.from_pretrained(source)
     assert estimate(config, setting(LAYERS, (1, 3)))["weight_bytes"] == stored_bytes(str(tmp_path / "pruned"))
-    for method in methods(name) if name != "clip-llama-tied" else ["rtn", "nf4"]:
+    for method in PACKED if name != "clip-llama-tied" else ["rtn", "nf4"]:
         if method == "hqq":
             pytest.importorskip("hqq")
         out = tmp_path / method
