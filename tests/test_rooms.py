@@ -56,6 +56,7 @@ def test_jobs_start_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_nothing_connects_at_import():
     """Every module imports with the network refused."""
     code = (

@@ -63,6 +63,7 @@ def listening() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_call_is_answered_though_a_replica_is_killed_and_the_application_goes_with_its_block():
     async def calls():
         async with echo(TWO) as service:

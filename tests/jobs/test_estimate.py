@@ -111,6 +111,7 @@ def test_mistakes(arguments, words, capsys, tmp_path):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_sentence(tmp_path):
     assert_says(run("estimate", *SEVEN_B, "--removed", "40", "--run_dir", str(tmp_path)), "40 layers", "has 32")
 

@@ -230,6 +230,7 @@ def test_candidate_layer_out_of_range(finished):
     assert_says(result, "layer 42", "0 to 9")
 
 
+@pytest.mark.slow
 def test_removing_more_layers_than_may_go(finished):
     assert_says(run("prune", *options(finished[0], **{"prune.layers": "10"})), "prune.layers is 10", "only")
 
