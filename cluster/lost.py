@@ -44,13 +44,15 @@ class Watch(threading.Thread):
 
     def look(self) -> bool:
         """Note who does not answer now; tell whether somebody has not for too long."""
-        self.missing, too_long = None, False
+        missing, too_long = None, False
         for number, (who, host, port, seconds) in enumerate(self._places):
             if _answers(host, port):
                 self._seen[number] = time.monotonic()
             else:
-                self.missing = self.missing or who
+                missing = missing or who
                 too_long = too_long or time.monotonic() - self._seen[number] >= seconds
+        if not self._over.is_set():  # what ends after the work is no loss
+            self.missing = missing
         return too_long
 
     def stop(self) -> None:

@@ -16,5 +16,9 @@ def test_a_head_may_come_back_and_a_raylet_may_not(monkeypatch):
         assert lost.reason() is None and explain(KeyError("ours")) is None
     assert [head.look(), raylet.look()] == [False, True]
     assert head.missing == "its head"
+    over = Watch([("its head", "127.0.0.1", port, 0.0)])
+    over.stop()
+    assert over.look() and over.missing is None, "a cluster that ends after the work was called lost"
+    monkeypatch.setattr(lost, "_watches", [raylet])
     said = "The Ray cluster was lost: its head does not answer."
     assert str(lost.reason()).startswith(said) and str(explain(KeyError("Ray's"))).startswith(said)
