@@ -160,9 +160,7 @@ def table(rows: Sequence[dict], damage: str, failure: Exception | None = None) -
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     text += [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"]
-    judged = judge_lines({row["method"]: row for row in rows})
-    if failure is not None:
-        judged.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+    judged = judge_lines({row["method"]: row for row in rows}, failure)
     return "\n".join(text + (judged or ["LLM judge: not run"]))
 
 

@@ -102,7 +102,7 @@ def judge_identity(run: Run) -> JudgeIdentity:
     return JudgeIdentity(
         revision=source.name,
         tokenizer=_tokenizer_identity(run, source),
-        chat_template=hashlib.sha256(text.encode()).hexdigest() + _FOLDED * folds_system(tokenizer),
+        chat_template=hashlib.sha256(text.encode()).hexdigest() + (_FOLDED if folds_system(tokenizer) else ""),
         engine=_versions(settings.engine),
         dtype=settings.dtype,
         sampling="greedy",

@@ -216,9 +216,7 @@ def table(rows: Sequence[dict], failure: Exception | None = None) -> str:
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: none has a better score with as little"
         )
-    text += judge_lines({row["setting"]: row for row in rows})
-    if failure is not None:
-        text.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+    text += judge_lines({row["setting"]: row for row in rows}, failure)
     if any(row["simulated"] for row in rows):
         text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
     if any(row["unpacked"] for row in rows):

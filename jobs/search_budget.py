@@ -144,10 +144,16 @@ def compared(run: Run, best: dict, second: dict) -> dict:
     return differences([{s: row["baseline"] for s, row in table.items()} for table in tables], groups, 1.0)[1]
 
 
-def judge_lines(rows: Mapping[str, Mapping]) -> list[str]:
-    """Lay out for a terminal what judges say of rows (by name), with all that has to be said about it; none: []."""
+def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[str]:
+    """Lay out for a terminal what judges say of rows (by name), with all that has to be said about it; none: [].
+
+    failure: what ended the judge.
+    """
     judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
-    return [judge.table(judged), *judge_remarks(rows)] if judged else []
+    lines = [judge.table(judged), *judge_remarks(rows)] if judged else []
+    if failure is not None:
+        lines.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+    return lines
 
 
 def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
