@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
+.PHONY: help demo test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff, import rules, types"
 	@echo "make bench-ablation  the ablation engine against plain generate"
+	@echo "make bench-sharing  a row for all questions about an image against a row for each"
 	@echo "make bench-replicas  64 simulated replicas; two real ones against one"
 	@echo "make bench-quantizers  seconds and memory of every quantizer"
 	@echo "make study-quantizers  what every quantizer costs on derm-tiny, at 4 and 3 bits"
@@ -48,6 +49,9 @@ lint: $(INSTALLED)
 
 bench-ablation: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.ablation
+
+bench-sharing: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.sharing
 
 bench-replicas: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.replicas
