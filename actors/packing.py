@@ -25,7 +25,7 @@ class Layout:
     @classmethod
     def plain(cls, count: int) -> "Layout":
         """Return the layout of a single input."""
-        return cls(torch.arange(count), torch.zeros(count))
+        return cls(torch.arange(count), torch.zeros(count, dtype=torch.long))
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Return which tokens see which, [1, 1, Q, Q]; None where it is all that came before."""

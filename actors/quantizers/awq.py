@@ -6,7 +6,6 @@ through the layers as they were before rounding, as in the authors' code.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -194,7 +193,7 @@ def _errors(layer: nn.Module, g: ScalingGroup, x: torch.Tensor, kwargs: dict, gr
 
     def run(weights: list[torch.Tensor]) -> torch.Tensor:
         named = dict(zip(names, weights, strict=True))
-        return reduce(torch.add, (output(inspected, named) for inspected in g.inspected))
+        return sum(output(inspected, named) for inspected in g.inspected)
 
     return grid_errors(run, [layer.get_parameter(name) for name in names], grid, group, bits)
 
