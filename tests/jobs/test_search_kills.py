@@ -128,7 +128,8 @@ def test_a_search_whose_head_is_killed_says_so_and_goes_on(tmp_path):
             while driver.poll() is None and len(made(folder)) == len(seen):
                 time.sleep(0.1)
             seen = made(folder)
-            (victim,) = [p for p in psutil.Process().children(recursive=True) if p.name() == part]
+            below = [p for p in psutil.Process().children(recursive=True) if p.name() == part]
+            (victim,) = [p for p in below if any(head.environment["RAY_TMPDIR"] in word for word in p.cmdline())]
             began = time.monotonic()
             victim.kill()
             output = driver.communicate(timeout=90)[0].decode()
