@@ -43,7 +43,10 @@ def main(
     name = (spec.name if spec else job.__module__).split(".")[-1]
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help()))
+        try:
+            print(USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help()), flush=True)
+        except BrokenPipeError:  # a reader that has seen enough (`--help | head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     with one_sentence(name), Run(parse(arguments, shorthands)) as run:
         if records(run.config):

@@ -1,5 +1,7 @@
 """The configuration: files, overrides, help, and what is said of a mistake."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 from jobs import command
 from jobs.options import fields, load_config, valid_keys
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_there_are_configs():
@@ -111,6 +114,15 @@ def test_help_describes_the_lists_too(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "  data.classes[].match YAML" in shown and "  data.questions[].answer STR" in shown
     assert "--data.classes[]" not in shown
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_is_no_error():
+    code = "import sys; sys.argv[1:] = ['--help']; from jobs import command; command.main('Doc.', command.main)"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_search_over_sets_needs_a_criterion_that_is_measured_on_sets():
