@@ -43,8 +43,9 @@ def main(
     name = (spec.name if spec else job.__module__).split(".")[-1]
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
+        text = USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help())
         try:
-            print(USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help()), flush=True)
+            print(text, flush=True)
         except BrokenPipeError:  # a reader that has seen enough (`--help | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
