@@ -29,7 +29,9 @@ class JointConfig(Section):
     )
     changes: Count = Field(4, description="layers in which a later round's choices differ from the best one (layers)")
     proposed: Count = Field(8, description="choices of least predicted damage that a round measures (choices)")
-    candidates: Count = Field(3, description="choices that are built, recovered and evaluated (choices)")
+    candidates: Count = Field(
+        3, description="choices that are built, recovered and evaluated, and uniform settings at each bits (choices)"
+    )
 
     @field_validator("options")
     @classmethod

@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from jobs.figures import BLUE, GREY, RED, plt, svg
 
 _MARKERS = {"none": "o", "int8": "D", "awq": "s", "nf4": "^", "hqq": "v", "rtn": "P", "mixed": "*"}
+_NEAR = 1.5  # a budget of more than so many times the largest cost would leave the settings no room in the figure
 _SHADES = {0: "#ffffff", 3: "#bee3f8", 4: "#90cdf4", 8: "#63b3ed", 16: BLUE}
 
 
@@ -34,8 +35,8 @@ def front_figure(
 ) -> str:
     """Score against a cost, the front in blue with the numbers of the table; beside it the paper's points.
 
-    limit: the budget, a dashed line; published: (cost in `unit`, score %) of the paper. They have an axis of their own,
-    for another model, other images and another judge made them.
+    limit: the budget, a dashed line, or an arrow to where it lies far off; published: (cost in `unit`, score %) of the
+    paper. They have an axis of their own, for another model, other images and another judge made them.
     """
     figure, (own, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
     for mark in sorted(marks, key=lambda mark: mark.on_front):
@@ -52,9 +53,14 @@ def front_figure(
     first = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
     own.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
     if limit is not None:
-        own.axvline(limit, color=RED, ls="--", lw=1.2)
-        own.annotate(f"budget {limit:.4g}", (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90,
-                     ha="right", va="bottom", fontsize=8, color=RED)  # fmt: skip
+        costs = [mark.cost for mark in marks] or [limit]
+        near = limit <= _NEAR * max(costs)
+        if near:
+            own.axvline(limit, color=RED, ls="--", lw=1.2)
+        left = 2 * limit > min(costs) + max(costs)  # of the line is the text
+        own.annotate(f"budget {limit:.4g}" + ("" if near else " →"), (limit if near else 1, 1), color=RED, fontsize=8,
+                     xycoords=("data" if near else "axes fraction", "axes fraction"), ha="right" if left else "left",
+                     xytext=(-4 if left else 4, 0), textcoords="offset points", va="top")  # fmt: skip
     for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
         own.plot([], [], _MARKERS[quantizer], color=GREY, label="16 bit" if quantizer == "none" else quantizer)
     own.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
@@ -68,24 +74,32 @@ def front_figure(
     own.set_yticks([tick for tick in own.get_yticks() if lowest - 10 <= tick <= 100])
     theirs.set_ylim(-3, 103)
     own.margins(x=0.08)
-    _number(own, first)
+    _number(own, first, marks)
     for axes in (own, theirs):
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
 
 
-def _number(axes, marks: Sequence[Mark]) -> None:
-    """Write the marks' numbers above them, from left to right, each as low as the numbers before it leave room."""
+def _number(axes, front: Sequence[Mark], marks: Sequence[Mark]) -> None:
+    """Write the front's numbers above it, each as low as the numbers before it and all marks leave room."""
     axes.figure.draw_without_rendering()  # limits are settled only then
-    ends: list[float] = []  # where the last number of each line ends (pixels)
-    for mark in marks:
-        x = axes.transData.transform((mark.cost, 0))[0]
-        line = next((line for line, end in enumerate(ends) if x > end), len(ends))
-        ends[line : line + 1] = [x + 9 * len(str(mark.number)) + 4]
-        place = (0, 8 + 10 * line)
+    points = 72 / axes.figure.dpi  # of a pixel
+
+    def place(cost: float, score: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((cost, score))
+        return points * x, points * y
+
+    taken = [(x, y - 5, 8.0) for x, y in (place(mark.cost, mark.score) for mark in marks)]  # middle, foot, width
+    for mark in front:
+        middle, top = place(mark.cost, mark.high)
+        foot, width = top + 6, 6.0 * len(str(mark.number))
+        while any(abs(middle - x) < (width + w) / 2 + 2 and abs(foot - y) < 10 for x, y, w in taken):
+            foot += 1
+        taken.append((middle, foot, width))
         axes.annotate(
-            str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=place, ha="center", fontsize=9
-        )
+            str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=(0, foot - top), ha="center",
+            fontsize=9,
+        )  # fmt: skip
 
 
 def layers_figure(choices: Sequence[tuple[str, Sequence[int]]]) -> str:

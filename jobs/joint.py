@@ -6,9 +6,9 @@
 Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
 measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
 rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
-allows: as few layers removed (at most half) as it takes at each of the bits in joint.options, by the same rounding and
-with the same recovery. What fails is a row with its reason. All rows go to run_dir/joint.json; those of what was built
-to the table of jobs.search, too, whose answer and report know them.
+allows: as many of them at each of the bits in joint.options, those that remove the fewest layers (up to half of all, or
+what search.depths says), by the same rounding and with the same recovery. What fails is a row with its reason. All rows
+go to run_dir/joint.json; those of what was built to the table of jobs.search, too, whose answer and report know them.
 
 The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
 in the prompt, model.dtype for what is not rounded; on GPUs their contexts. Several GPUs are counted together, where
@@ -90,14 +90,14 @@ def budget_of(run: Run, memory: Memory, sets: Sequence[Sequence[int]]) -> int:
     return memory.total(uniform_choice(sets[run.config.prune.layers], 4, layers))
 
 
-def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int) -> list[Choice]:
-    """Return, for each number of bits, the uniform choice with the fewest layers removed that is within the budget."""
+def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int, count: int) -> list[Choice]:
+    """Return, for each number of bits, the `count` uniform choices with the fewest layers removed within the budget."""
     layers, found = len(memory.shapes.layers), []
     for bits in memory.options:
         if bits == REMOVED:
             continue
         fitting = (uniform_choice(removed, bits, layers) for removed in sets)
-        found += [choice for choice in fitting if memory.total(choice) <= budget][:1]
+        found += [choice for choice in fitting if memory.total(choice) <= budget][:count]
     return found
 
 
@@ -191,7 +191,7 @@ def named_choices(found: Search, uniform: Sequence[Choice], candidates: int) -> 
     for number, choice in enumerate([one for one in found.best if one not in uniform][:candidates], 1):
         bits = set(choice) - {REMOVED}
         named[f"joint {number}" + (f", all {bits.pop()} bit" if len(bits) == 1 else "")] = choice
-    return named | {f"{UNIFORM} {max(choice)} bit": choice for choice in uniform}
+    return named | {f"{UNIFORM} {max(choice)} bit, {choice.count(REMOVED)} out": choice for choice in uniform}
 
 
 def job(run: Run) -> None:
@@ -200,13 +200,11 @@ def job(run: Run) -> None:
     check(run, memory)
     base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
     layers = len(memory.shapes.layers)
-    most = max(
-        layers // 2, run.config.prune.layers
-    )  # beyond half of the layers nothing competes, and searches are long
+    most = max(layers // 2, run.config.prune.layers, *run.config.search.depths)
     sets, before = removal_order(run, base, data, most) if REMOVED in memory.options else ([[]], [])
     budget = budget_of(run, memory, sets)
     check_budget(memory, budget)
-    uniform = uniform_choices(memory, sets, budget)
+    uniform = uniform_choices(memory, sets, budget, joint.candidates)
     print(
         f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(shown, uniform)) or 'none'}",
         flush=True,

@@ -52,7 +52,8 @@ class Search:
         self.sizes = estimates(run, self.plans)
         limit = run.config.search.budget.memory_gib
         within = [limit is None or size <= limit for size in self.sizes]
-        self.open = [plan for plan, fits in zip(self.plans, within, strict=True) if fits]
+        self.within = [plan for plan, fits in zip(self.plans, within, strict=True) if fits]
+        self.open = self.within
         self.sampled = len(self.open) > run.config.search.max_trials
         if self.sampled and run.config.search.screen_images is None:
             raise ValueError(
@@ -73,9 +74,19 @@ class Search:
         work = {plan.setting.key: (plan, plan.first) for plan in self.open}
         self._rung("screen" if self._screens else "build", work, parallel=_beside(self.run), sampled=self.sampled)
 
+    def narrow(self) -> None:
+        """Screen and evaluate; again where a setting failed that others had lost to, for it is no rival any more."""
+        failed = None
+        while failed != len(self.failures):
+            failed = len(self.failures)
+            if self._screens:
+                self.screen()
+            self.evaluate()
+
     def screen(self) -> None:
         """Compare the cheap evaluations, and note who loses."""
-        seen = [plan for plan in self.open if plan.screen and self.run.store.find(plan.screen.name)]
+        left = [plan for plan in self.within if plan.setting.key not in self.failures]
+        seen = [plan for plan in left if plan.screen and self.run.store.find(plan.screen.name)]
         size = {plan.setting.key: size for plan, size in zip(self.plans, self.sizes, strict=True)}
         tables = {plan.setting.key: answers(self.run, plan.screen.name) for plan in seen if plan.screen}
         groups = {sample: row["group"] for table in tables.values() for sample, row in table.items()}
@@ -260,9 +271,7 @@ def searched(run: Run) -> tuple[list[dict], Exception | None]:
         flush=True,
     )
     search.build()
-    if run.config.search.screen_images is not None:
-        search.screen()
-    search.evaluate()
+    search.narrow()
     failure = search.judge()
     rows = search.rows()
     write_rows(run, rows)

@@ -39,6 +39,15 @@ LOW_CONTRAST = """() => {
   return low;
 }"""
 
+# Texts of a figure that lie on each other.
+OVERLAPPING = """() => [...document.querySelectorAll("svg")].flatMap((figure) => {
+  const texts = [...figure.querySelectorAll("text")].map((one) => [one.textContent, one.getBoundingClientRect()]);
+  return texts.flatMap(([a, one], n) => texts.slice(n + 1)
+    .filter(([, other]) => Math.min(one.right, other.right) - Math.max(one.left, other.left) > 1
+      && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 1)
+    .map(([b]) => `${a} on ${b}`));
+})"""
+
 
 @contextmanager
 def page_of(browser, path: Path) -> Iterator:
@@ -65,9 +74,10 @@ def check_width(tab, width: int, tables: int) -> None:
 
 
 def check_readable(tab) -> None:
-    """Contrast, order of headings, and texts for what is no text."""
+    """Contrast, figures whose texts are apart, order of headings, and texts for what is no text."""
     tab.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     assert tab.evaluate(LOW_CONTRAST) == []
+    assert tab.evaluate(OVERLAPPING) == []
     levels = tab.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     assert tab.evaluate("[...document.querySelectorAll('select, input')].every((one) => one.labels.length === 1)")

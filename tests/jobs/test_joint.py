@@ -87,7 +87,8 @@ def test_all_uniform_settings_are_built_and_no_joint_choice_is_one_of_them():
     best = [(4, 0, 4), (4, 0, 8), (0, 4, 4), (4, 8, 0), (8, 0, 0)]
     named = joint.named_choices(SimpleNamespace(best=best), uniform, 2)
     assert named == {
-        "joint 1": (4, 0, 8), "joint 2, all 4 bit": (0, 4, 4), "uniform 4 bit": (4, 0, 4), "uniform 8 bit": (8, 0, 0)
+        "joint 1": (4, 0, 8), "joint 2, all 4 bit": (0, 4, 4), "uniform 4 bit, 1 out": (4, 0, 4),
+        "uniform 8 bit, 2 out": (8, 0, 0),
     }  # fmt: skip
 
 

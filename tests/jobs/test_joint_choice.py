@@ -158,9 +158,11 @@ def test_uniform_choices_and_the_budget(memory, tmp_path):
     run = run_with(tmp_path, prune__layers=2)
     budget = joint.budget_of(run, memory, sets)
     assert budget == memory.total((4, 4, 4, 0, 4, 0, 4, 4, 4, 4))
-    found = joint.uniform_choices(memory, sets, budget)
-    assert (4, 4, 4, 0, 4, 0, 4, 4, 4, 4) in found
-    assert all(memory.total(choice) <= budget for choice in found)
+    fours = [(4, 4, 4, 0, 4, 0, 4, 4, 4, 4), (4, 4, 4, 0, 4, 0, 4, 0, 4, 4)]  # as few layers out as it takes, and fewer
+    for count in (1, 2, 9):
+        found = joint.uniform_choices(memory, sets, budget, count)
+        assert [choice for choice in found if max(choice) == 4] == fours[:count]
+        assert all(memory.total(choice) <= budget for choice in found)
     assert joint.budget_of(run_with(tmp_path, joint__budget_gib=0.5), memory, sets) == 2**29
     with pytest.raises(ValueError, match=r"prune.layers 4 at 4 bits, but only 3 layers"):
         joint.budget_of(run_with(tmp_path, prune__layers=4), memory, sets)

@@ -65,6 +65,16 @@ def test_a_failed_stage_is_a_row_with_its_reason_and_the_others_go_on(factory, t
     assert "lora failed: The loss is nan at step 3" in capsys.readouterr().out
 
 
+def test_who_lost_to_a_setting_that_fails_later_goes_on(factory, tmp_path):
+    factory.broken = ("2 out, lora", "lora")
+    search.job(new_run(tmp_path))
+    rows = read_rows(new_run(tmp_path))
+    assert names(rows, "failed") == ["lora", "2 out, lora"]
+    assert names(rows, "screened out") == ["2 out, awq 4 bit"]  # its rival is well
+    assert "2 out" in names(rows, "done")
+    assert len(set(factory.made)) == len(factory.made)
+
+
 def test_a_stopped_search_goes_on_to_the_same_table_and_makes_nothing_twice(factory, tmp_path):
     search.job(new_run(tmp_path / "calm"))
     calm, factory.made = len(factory.made), []

@@ -97,6 +97,16 @@ def test_a_figure_has_a_cross_for_each_published_point():
     assert "budget" not in figure
 
 
+def test_a_budget_far_off_leaves_the_settings_their_room():
+    def texts(limit: float) -> list[str | None]:
+        marks = [Mark(number, cost, 90.0, 85.0, 95.0, "none", True) for number, cost in enumerate((3.0, 3.1, 9.0))]
+        figure = ET.fromstring(front_figure(marks, "memory", "score", limit, [], "GB"))
+        return [element.text for element in figure.iter() if element.tag.endswith("text")]
+
+    assert {"budget 9.5", "4", "8"} <= {*texts(9.5)}
+    assert {"budget 4000 →", "4", "8"} <= {*texts(4000.0)}  # the same scale
+
+
 def test_every_number_of_bits_is_in_its_cell():
     texts = [e.text for e in ET.fromstring(layers_figure([("a", [0, 3, 4, 8, 16])])).iter() if e.tag.endswith("text")]
     assert texts.count("3") == 2 and texts.count("8") == texts.count("16") == texts.count("–") == 1
