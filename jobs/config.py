@@ -164,7 +164,7 @@ class QuantizeConfig(Section):
     calibration_samples: Count = Field(
         32, description="training conversations drawn; AWQ uses the longer half, cut to one length (conversations)"
     )
-    calibration_images: bool = Field(True, description="AWQ: calibrate on images and text; off: on text alone (worse)")
+    calibration_images: bool = Field(True, description="AWQ: calibrate on images and text; off: on text alone")
     clip: bool = Field(True, description="AWQ: search clipping of the weights, too")
     awq_search: Literal["autoawq", "layerwise"] = Field(
         "autoawq",

@@ -93,7 +93,8 @@ def judge_identity(run: Run) -> JudgeIdentity:
     if settings.engine == "openai":
         theirs = "the endpoint's"
         revision = f"{settings.model} at {_url(settings)}"
-        return JudgeIdentity(revision, theirs, theirs, "openai", theirs, "greedy")
+        sampling = "greedy" if settings.logprobs else "greedy, without probabilities"
+        return JudgeIdentity(revision, theirs, theirs, "openai", theirs, sampling)
     from actors.judge.local import folds_system
 
     source, tokenizer = _source(run), _tokenizer(run)
@@ -146,6 +147,12 @@ def _version(package: str) -> str:
         return "elsewhere"  # a driver without GPU need not have vLLM
 
 
+def _vllm_name(label: str, model: "VLLM", scale: "Scale") -> str:
+    from cluster.serving import application_name
+
+    return application_name(label, "cluster.serving_vllm:VLLM", {"model": vars(model), "scale": vars(scale)})
+
+
 @dataclass(frozen=True)
 class _Hosted:
     """The judge on Ray Serve, asked through a handle or over HTTP."""
@@ -169,13 +176,13 @@ class _Hosted:
     async def vllm(self) -> AsyncIterator[Ask]:
         from actors.judge.local import folds_system
         from actors.judge.openai import chat_body, read_completion
-        from cluster.serving import application_name, hosted
+        from cluster.serving import hosted
         from cluster.serving_vllm import chat, handle_application
 
         model, scale, folds = self._vllm(), self._scale(), folds_system(_tokenizer(self.run))
         self._connect()
         application = handle_application(model, scale)
-        name = application_name("judge", "cluster.serving_vllm:VLLM", {"model": vars(model), "scale": vars(scale)})
+        name = _vllm_name("judge", model, scale)
 
         async def ask(request: Request) -> Reply | Failure:
             body = chat_body(request, model.name, logprobs=True) | {"structured_outputs": {"json": request.schema}}
@@ -199,7 +206,8 @@ class _Hosted:
 
             model = self._vllm()
             self._connect()
-            async with hosted("judge-endpoint", http_application(model, scale), scale, port=port):
+            name = _vllm_name("judge-endpoint", model, scale)
+            async with hosted(name, http_application(model, scale), scale, port=port):
                 yield
         else:
             kwargs = {"name": self.settings.model, **self._kwargs()}

@@ -2,7 +2,7 @@
 
     python -m jobs.profile --config configs/derm-tiny.yaml
     python -m jobs.profile --config configs/llava-1.5-7b-dermnet.yaml --evaluate.decode static \\
-        --profile.models '[llava-hf/llava-1.5-7b-hf, RUN_DIR/artifacts/quantize-...]' --profile.cap_gib 6
+        --profile.models '[llava-hf/llava-1.5-7b-hf, RUN_DIR/artifacts/quantize-...]' --cap-gib 6
 
 The checkpoints take turns: each round of each is a fresh process that has the device to itself. Processes that stayed
 alive would share one GPU's memory, so that none could be measured alone. The rows go to run_dir/profile.json.
@@ -128,16 +128,15 @@ def job(run: Run) -> None:
     models = sources(run)
     asked = samples(run)
     rows = compare(run, models, asked[0])
+    write_text(run.folder / ROWS, json.dumps(rows, indent=1))
+    print(table(rows), flush=True)
     if cap is not None:
         for row, model in zip(rows, models, strict=True):
             row["cap"] = capped(run, model, asked, cap)
-    write_text(run.folder / ROWS, json.dumps(rows, indent=1))
-    print(table(rows))
-    for row in rows:
-        if cap is not None:
-            print(verdict(row))
+            write_text(run.folder / ROWS, json.dumps(rows, indent=1))
+            print(verdict(row), flush=True)
     print(f"profile: rows are in {run.folder / ROWS}", flush=True)
 
 
 if __name__ == "__main__":
-    main(__doc__, job)
+    main(__doc__, job, {"cap-gib": "profile.cap_gib"})

@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.tune.search import Searcher
 
+from cluster.pool import ATTEMPTS
 from cluster.suggesting import Suggestions
 from cluster.tuning import Maker, Sampled, Task, run_trials
 
@@ -62,6 +63,17 @@ def test_shared_stages_are_made_once_and_failures_are_results(private_ray, tmp_p
     assert watcher.killed == 1
     assert Counter(e["key"] for e in watcher.events if e["event"] == "trial") == Counter(dict.fromkeys(chains(), 1))
     assert list((tmp_path / "search" / "grid").glob("start-1/*/events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_each_time_is_given_up_and_the_others_go_on(private_ray, tmp_path):
+    tasks = {(end,): [Task(end, (0.1, end, 1.0))] for end in ("killed", "dies")}  # as by the kernel, out of memory
+    maker = Maker(TOYS, {"folder": str(tmp_path)}, parallel=1)
+    ends = run_trials(tasks, maker, tmp_path / "grid", tmp_path / "log.jsonl", lambda event: None)
+    assert "died" in ends["killed",]["error"] and ends["dies",]["error"] is None
+    assert Counter((tmp_path / "tries").read_text().split()) == {"killed": ATTEMPTS, "dies": 2}
+    failed = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "failed" in line]
+    assert [(line["name"], line["tries"]) for line in failed] == [("killed", ATTEMPTS)]
 
 
 def test_a_logger_that_is_missing_is_told_of_before_anything_starts(tmp_path, monkeypatch):

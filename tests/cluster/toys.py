@@ -155,14 +155,14 @@ class Stages:
         self._folder = Path(folder)
 
     def make(self, name: str, seconds: float, end: str, number: float) -> dict:
-        """Wait, and end well, in an error (`end`: its words), or once by SIGKILL (`end`: "dies")."""
+        """Wait, and end well, in an error (`end`: its words), or by SIGKILL: once ("dies") or each time ("killed")."""
         path = self._folder / name
         if path.exists():
             return {"made": False, "pid": os.getpid(), "number": number}
         with open(self._folder / "tries", "a") as file:
             file.write(f"{name}\n")
         time.sleep(seconds)
-        if end == "dies" and not (self._folder / f"{name}.died").exists():
+        if end == "killed" or (end == "dies" and not (self._folder / f"{name}.died").exists()):
             (self._folder / f"{name}.died").touch()
             die()
         if end not in ("", "dies"):

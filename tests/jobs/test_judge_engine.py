@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import sys
@@ -101,6 +102,8 @@ def test_the_identity_changes_with_what_decides_a_verdict_and_with_nothing_else(
     assert judge_identity(run_of(model=str(tmp_path / "other"))).chat_template != first.chat_template
     remote = judge_identity(run_of(engine="openai", url="http://127.0.0.1:1/v1", model="any"))
     assert remote.revision == "any at http://127.0.0.1:1/v1"
+    bare = judge_identity(run_of(engine="openai", url="http://127.0.0.1:1/v1", model="any", logprobs=False))
+    assert bare.revision == remote.revision and bare != remote  # its verdicts lack what another run may get
 
 
 @pytest.mark.parametrize(
@@ -281,7 +284,8 @@ def test_vllms_endpoint_is_its_own(run_of, monkeypatch):
             return url
 
     assert asyncio.run(start()) == "http://127.0.0.1:8123/v1"
-    ((_, application, _, _, port),) = fake.hosted
+    ((name, application, _, _, port),) = fake.hosted
+    assert re.fullmatch("judge-endpoint-[0-9a-f]+", name)
     kind, settings = application
     assert kind == "http" and settings["llm_configs"] == fake.configs and port == 8123
     bound = []  # so is the port that Serve opens in the replica in front of it

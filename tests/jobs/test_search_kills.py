@@ -69,6 +69,11 @@ def made(folder: Path) -> list[str]:
     return [line["name"] for line in log(folder) if line["event"] == "made"]
 
 
+def finished(folder: Path) -> dict[str, int]:
+    """Return when each artifact was finished (ns); one that is made again is younger."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in (folder / "artifacts").glob("*/manifest.json")}
+
+
 def kill_one(driver: subprocess.Popen, title: str, draw: random.Random) -> bool:
     """Kill a process below the driver whose title begins so, if there is one."""
     try:
@@ -92,7 +97,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_table(tmp_path):
     kinds = Counter(name.partition("-")[0] for name in made(calm))
     assert (kinds["prune"], kinds["recover"], kinds["quantize"]) == (1, 2, 4)
 
-    draw, seen, hits = random.Random(3), [], Counter()
+    draw, seen, hits, kept = random.Random(3), [], Counter(), {}
     for moment in sorted(draw.sample(range(2, count - 1), 3)):
         driver, left = start(stormy, images), [TRIAL, WORKER]
         while driver.poll() is None and len(made(stormy)) < moment:
@@ -104,13 +109,14 @@ def test_a_search_that_is_killed_goes_on_to_the_same_table(tmp_path):
         assert driver.poll() is None, driver.communicate()[0].decode()
         driver.kill()
         driver.communicate()
-        seen = made(stormy)
+        seen, kept = made(stormy), finished(stormy) | kept
         assert len(seen) >= moment
     assert hits[TRIAL] >= 1 and hits[WORKER] >= 1
     driver = start(stormy, images, "--resume")
     output = driver.communicate()[0].decode()
     assert driver.returncode == 0, output
     assert max(Counter(made(stormy)).values()) == 1, "a finished stage was made again"
+    assert kept and kept.items() <= finished(stormy).items(), "nor was one that is not in the log"
     assert set(made(stormy)) <= set(made(calm)) and len(set(made(calm)) - set(made(stormy))) <= 3 * 2  # not logged yet
     assert [line for line in log(stormy) if line["event"] == "failed"] == []
     assert same(rows(stormy), rows(calm))
