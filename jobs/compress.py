@@ -18,7 +18,7 @@ from jobs import ablate, evaluate, judge, prepare, prune, quantize, ranges, reco
 from jobs.command import main
 from jobs.differences import differences, name_tests
 from jobs.judged import NOT_JUDGED, remarks
-from jobs.metrics import retained, retention
+from jobs.metrics import judge_given_name, retained, retention
 from jobs.run import Run, Source, Stage
 from jobs.verdicts import check_judge
 
@@ -142,7 +142,13 @@ def _compared(run: Run, tables: list[dict[str, dict]], judges: list[Stage]) -> l
     named = name_tests([{s: r["verdict"] == "right" for s, r in rows.items() if r["verdict"]} for rows in tables])
     labels = [judge.labels(run, one) for one in judges] or [{} for _ in tables]
     judged = differences(labels, groups, TOP_LABEL, "judge_difference")
-    kept = [{"judge_retention": _judge_retention(labels[0], one, groups)} for one in labels]
+    kept = [
+        {
+            "judge_retention": _judge_retention(labels[0], one, groups),
+            "judge_given_name": judge_given_name(list(rows.values()), one),
+        }
+        for one, rows in zip(labels, tables, strict=True)
+    ]
     columns = [judge.row(run, one) for one in judges] or [NOT_JUDGED for _ in tables]
     return [
         {**column, **one, "name_p_holm": p, **other, **share}

@@ -4,11 +4,12 @@ The unit of every interval is the image: answers about one image, or about near-
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from actors.baseline import ClassName, baseline_score, name_given, name_verdict
+from actors.judge.verdict import TOP_LABEL
 from actors.maths.confusion import confusion, macro_f1, macro_f1_draws
 from actors.maths.paired import paired_interval, ratio_interval
 from actors.maths.repetition import loop_length
@@ -105,13 +106,18 @@ def _names(rows: list[dict], classes: Sequence[str]) -> dict:
     }
 
 
-def given_name(rows: list[dict]) -> dict:
-    """Return the scores of the other questions, apart for images whose disease was named rightly and for the others."""
+def by_name(rows: list[dict]) -> dict[str, list[dict]]:
+    """Return the answers to other questions, apart for images whose disease was named rightly and for the others."""
     verdicts = {row["image"]: row["verdict"] for row in rows if row["verdict"] is not None}
     parts: dict[str, list[dict]] = {"right": [], "not_right": []}
     for row in rows:
         if row["verdict"] is None and row["image"] in verdicts:
             parts["right" if verdicts[row["image"]] == "right" else "not_right"].append(row)
+    return parts
+
+
+def given_name(rows: list[dict]) -> dict:
+    """Return the scores of the parts that `by_name` makes."""
     return {
         part: {
             "images": len({row["image"] for row in own}),
@@ -119,8 +125,20 @@ def given_name(rows: list[dict]) -> dict:
             **mean("baseline", own),
             **share("exact", [GOOD["exact"](row) for row in own], own),
         }
-        for part, own in parts.items()
+        for part, own in by_name(rows).items()
     }
+
+
+def judge_given_name(rows: list[dict], labels: Mapping[str, int | None]) -> dict | None:
+    """Return the judge's scores of these parts; labels: by sample_id, from 0 to 4; None without any."""
+    if not labels:
+        return None
+    found = {}
+    for part, own in by_name(rows).items():
+        known = {row["sample_id"]: label for row in own if (label := labels.get(row["sample_id"])) is not None}
+        scored = [{**row, "judge": known[row["sample_id"]] / TOP_LABEL} for row in own if row["sample_id"] in known]
+        found[part] = {"images": len({row["image"] for row in scored}), **mean("judge", scored)}
+    return found
 
 
 def retention(original: list[dict], rows: list[dict], classes: Sequence[str]) -> dict[str, dict]:
@@ -191,4 +209,4 @@ def _numbered(rows: Sequence[dict], classes: Sequence[str]) -> tuple[np.ndarray,
 
 
 def _groups(rows: Sequence[dict]) -> np.ndarray:
-    return np.array([row["group"] for row in rows])
+    return np.unique([row["group"] for row in rows], return_inverse=True)[1]

@@ -11,7 +11,7 @@ from jobs import image_controls, report_answers, report_judge, report_metrics
 from jobs.config import ClassConfig, EvaluateConfig
 from jobs.differences import differences, name_tests
 from jobs.judged import NOT_JUDGED, summary_columns
-from jobs.metrics import metrics, retention, scored
+from jobs.metrics import judge_given_name, metrics, retention, scored
 from jobs.report import rendered, shown
 
 CLASSES = ["melanoma", "psoriasis"]
@@ -109,6 +109,7 @@ def summary(by_method: dict[str, list[dict]], labels: dict[str, list[int | None]
                     "name_p_holm": name_tests(named)[n],
                     **apart[n],
                     "judge_retention": RETAINED if n else None,
+                    "judge_given_name": judge_given_name(rows, judged[n]),
                 },
             }
         )

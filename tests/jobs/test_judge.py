@@ -160,7 +160,7 @@ def test_a_judge_that_fails_its_controls_flags_the_run(tmp_path, monkeypatch):
     assert row["judge_flagged"] is True and percent(row).endswith("!")
     said = "\n".join(remarks([row]))
     assert "FLAGGED" in said and "other_class 8 of 8" in said and "reference" not in said and "uncalibrated" in said
-    told = report_judge.told([{"method": "original", **row, "judge_retention": None}])
+    told = report_judge.told([{"method": "original", **row, "judge_retention": None, "judge_given_name": None}])
     page = rendered("report.html.j2", {**content(tmp_path), "judge": told})
     assert "This judged run is flagged" in page and "original: other_class 8 of 8, empty 8 of 8" in page
 

@@ -4,7 +4,7 @@ import pytest
 
 from jobs import image_controls
 from jobs.config import ClassConfig
-from jobs.metrics import metrics, retention, scored
+from jobs.metrics import judge_given_name, metrics, retention, scored
 
 CLASSES = ["melanoma", "psoriasis"]
 KINDS = [ClassConfig(name=name) for name in CLASSES]
@@ -57,6 +57,19 @@ def test_the_other_questions_given_the_name():
         **{"images": 0, "answers": 0, "baseline_pct": None, "baseline_interval_pct": None},
         **{"exact_pct": None, "exact_interval_pct": None},
     }
+
+
+def test_the_judges_score_of_the_other_questions_given_the_name():
+    told = {row["sample_id"]: n % 5 for n, row in enumerate(ROWS)}
+    rightly = {row["image"] for row in ROWS if row["verdict"] == "right"}
+    found = judge_given_name(ROWS, told)
+    for part, named in (("right", True), ("not_right", False)):
+        others = [row for row in ROWS if row["verdict"] is None and (row["image"] in rightly) == named]
+        own = [told[row["sample_id"]] for row in others]
+        assert found[part]["judge_pct"] == pytest.approx(100 * sum(own) / len(own) / 4) and found[part]["images"] == 2
+    unscored = judge_given_name(ROWS, dict.fromkeys(told))
+    assert unscored["right"] == {"images": 0, "judge_pct": None, "judge_interval_pct": None}
+    assert judge_given_name(ROWS, {}) is None
 
 
 def test_loops_and_answers_that_never_end():
