@@ -19,7 +19,7 @@ from actors.gate_linears import check_linears, check_modules, may_be_scaled, qua
 from actors.gate_parent import Parent
 from actors.gate_vllm import check_vllm
 from actors.loading import cpu_awq, load_processor, pick_device, quiet
-from actors.probe import PROBE, placed_probe, probe_logits
+from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
@@ -81,8 +81,9 @@ class Gate:
             found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
             said.append(close)
         if (folder / PROBE).is_file():
-            kept = np.load(folder / PROBE, allow_pickle=False)
-            allowed = max(SAME[spec.dtype], SAME["float16"])
+            kept, computed = kept_probe(folder)
+            types = {"float16", spec.dtype, _stored(folder), computed}  # kernels of some formats compute in float16
+            allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
             said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
         found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
@@ -90,7 +91,7 @@ class Gate:
         _free()
         found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():
-            np.save(folder / PROBE, logits, allow_pickle=False)
+            write_probe(folder, logits, spec.dtype)
         return found
 
 

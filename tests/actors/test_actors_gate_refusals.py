@@ -5,14 +5,13 @@ import shutil
 from functools import wraps
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from actors import gate
-from actors.probe import PROBE
+from actors.probe import PROBE, kept_probe, write_probe
 from actors.specs import GateError
 from actors.surgery import prune_checkpoint, publish_names, write_tensors
 from tests.gating import UP, change, change_config, check, refused, swap
@@ -44,7 +43,8 @@ def test_a_pruned_checkpoint_passes(made):
     assert found["kept"] == f"{len(load_file(pruned / 'model.safetensors'))} tensors are those of the model before"
     assert found["tensors"].endswith("finite tensors, 3 decoder layers")
     assert float(found["logits"].split()[0]) < 1e-5
-    assert np.load(pruned / PROBE).shape == (len(gate.load_processor(source).tokenizer),)
+    logits, dtype = kept_probe(pruned)
+    assert dtype == "float32" and logits.shape == (len(gate.load_processor(source).tokenizer),)
     again = check(pruned, sums=found["sums"])
     assert set(again) == CHECKS
     assert again["logits"] == "0 from what it gave when it was made (allowed: 0.02)"
@@ -287,7 +287,7 @@ def test_logits_that_are_no_numbers(copy, monkeypatch):
 
 
 def test_kept_probe_differs(copy):
-    np.save(copy / PROBE, np.load(copy / PROBE) * 1.05)
+    write_probe(copy, kept_probe(copy)[0] * 1.05, "float32")
     refused("differ from what it gave when it was made by 0.048", copy)
 
 
