@@ -93,7 +93,7 @@ def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
         draw_conversations(lesions, 4), settings, str(tmp_path / "c")
     )
     assert len(list(steps)) == 2
-    found = check(tmp_path / "c")
+    found = check(tmp_path / "c", tmp_path / "b", trained=True)
     assert float(found["logits"].split()[0]) < 1e-5
     rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
 
