@@ -19,7 +19,7 @@ from actors.gate_linears import check_linears, check_modules, may_be_scaled, qua
 from actors.gate_parent import Parent
 from actors.gate_vllm import check_vllm
 from actors.loading import cpu_awq, load_processor, pick_device, quiet
-from actors.probe import PROBE, placed_probe, probe_logits
+from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
@@ -48,12 +48,14 @@ class Gate:
         removed: Sequence[int] | None = None,
         sums: Mapping[str, str] | None = None,
         keep_probe: bool = False,
+        trained: bool = False,
     ) -> dict:
         """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
 
         removed: the checkpoint is `parent` without these layers, whose logits it must give. parent without removed: it
-        is `parent` with rounded weights. sums: SHA-256 of every tensor as first published. keep_probe: write what the
-        probe gave into the folder, for later checks. GateError: a check failed.
+        is `parent` with rounded weights, or, if `trained`, with other weights in the decoder's linears and nothing else
+        changed. sums: SHA-256 of every tensor as first published. keep_probe: write what the probe gave into the
+        folder, for later checks. GateError: a check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
@@ -68,21 +70,23 @@ class Gate:
         before = Parent(parent, removed or ()) if parent else None
         if before:
             _check_count(config, before)
-            found["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, removed))
+            may_differ = _may_differ(config, removed, trained)
+            found["kept"] = check_kept(folder, before.folder, before.renumbered, may_differ)
         model = load_plainly(spec, config)
         found["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
-        rounded_from = before.folder if before and removed is None else None
+        rounded_from = before.folder if before and removed is None and not trained else None
         found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         said, off = [], None
-        if before:
+        if before and not trained:
             found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
             said.append(close)
         if (folder / PROBE).is_file():
-            kept = np.load(folder / PROBE, allow_pickle=False)
-            allowed = max(SAME[spec.dtype], SAME["float16"])
+            kept, computed = kept_probe(folder)
+            types = {"float16", spec.dtype, _stored(folder), computed}  # kernels of some formats compute in float16
+            allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
             said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
         found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
@@ -90,7 +94,7 @@ class Gate:
         _free()
         found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():
-            np.save(folder / PROBE, logits, allow_pickle=False)
+            write_probe(folder, logits, spec.dtype)
         return found
 
 
@@ -130,18 +134,18 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _may_differ(config, removed: Sequence[int] | None) -> Callable[[str], bool]:
+def _may_differ(config, removed: Sequence[int] | None, trained: bool) -> Callable[[str], bool]:
     """Return what tells by its name whether a tensor may differ from the model before: none if that was pruned alone.
 
-    Rounding changes the decoder's linears; AWQ their norms and biases, too.
+    Training and rounding change the decoder's linears; AWQ their norms and biases, too.
     """
     if removed is not None:
         return lambda name: False
-    if may_be_scaled(config):
+    if may_be_scaled(config) and not trained:
         return lambda name: bool(LAYER.search(name))
     linears = "|".join(map(re.escape, linear_shapes(config)))
-    rounded = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")
-    return lambda name: bool(rounded.search(name))
+    changed = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")
+    return lambda name: bool(changed.search(name))
 
 
 def load_plainly(spec: ModelSpec, config):

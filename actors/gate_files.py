@@ -82,17 +82,17 @@ def check_names(folder: Path) -> str:
     return "as published by llava-hf"
 
 
-def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], rounded: Callable[[str], bool]) -> str:
+def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], changed: Callable[[str], bool]) -> str:
     """Refuse a tensor that is not, in its own type, that of the checkpoint `before` which it stands for.
 
-    renumbered: {number before: number now} of the decoder layers that were kept. rounded: tells by its published name
+    renumbered: {number before: number now} of the decoder layers that were kept. changed: tells by its published name
     whether a tensor may differ. GateError names the first one that does, and what it holds.
     """
     places = tensor_places(before)
     numbers = {now: old for old, now in renumbered.items()}
     same = 0
     for name, tensor in tensors_of(folder):
-        if rounded(name):
+        if changed(name):
             continue
         match = LAYER.search(name)
         old = f"{name[: match.start(1)]}{numbers[int(match[1])]}{name[match.end(1) :]}" if match else name

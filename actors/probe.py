@@ -1,5 +1,7 @@
 """The probe: one drawn image and one question, whose next-token logits [V] tell whether two models are the same."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -29,3 +31,14 @@ def placed_probe(model, processor) -> dict[str, torch.Tensor]:
     device = language_model(model).embed_tokens.weight.device
     inputs = {key: value.to(device) for key, value in probe_inputs(processor).items()}
     return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(model))}
+
+
+def write_probe(folder: Path, logits: np.ndarray, dtype: str) -> None:
+    """Write a checkpoint's logits [V] into its folder, with the type that they were computed in."""
+    np.save(folder / PROBE, logits.astype([(dtype, np.float32)]), allow_pickle=False)
+
+
+def kept_probe(folder: Path) -> tuple[np.ndarray, str | None]:
+    """Return the logits [V] that a folder keeps, and the type that they were computed in; None: it does not say."""
+    kept = np.load(folder / PROBE, allow_pickle=False)
+    return (kept[kept.dtype.names[0]], kept.dtype.names[0]) if kept.dtype.names else (kept, None)

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -13,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from actors.conversations import collate
 from actors.loading import language_model, load_model, load_processor, quiet
-from actors.probe import PROBE, probe_logits
+from actors.probe import probe_logits, write_probe
 from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSpec
 from actors.surgery import copy_companions, local_folder, publish_names, stored_dtype
 
@@ -112,7 +111,7 @@ class LoraTrainer:
         copy_companions(source, out)
         merged.to(stored).save_pretrained(out)
         publish_names(out)
-        np.save(out / PROBE, probe_logits(merged, processor), allow_pickle=False)
+        write_probe(out, probe_logits(merged, processor), str(stored).removeprefix("torch."))
         shutil.rmtree(adapter)
 
 

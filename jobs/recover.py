@@ -54,7 +54,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     write_table(folder / LOSSES, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
-    facts["gate"] = verify.passed(run, folder)
+    facts["gate"] = verify.passed(run, folder, model, trained=True)
     step = {
         "kind": "recover",
         "settings": run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),

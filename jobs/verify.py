@@ -16,12 +16,15 @@ from jobs.command import main
 from jobs.run import Run, Source, Stage
 
 
-def passed(run: Run, folder: Path, parent: Stage | Source | None = None, removed: list[int] | None = None) -> dict:
+def passed(
+    run: Run, folder: Path, parent: Stage | Source, removed: list[int] | None = None, trained: bool = False
+) -> dict:
     """Return what the gate found out about a new checkpoint, to be noted in its manifest; RuntimeError: it is refused.
 
-    removed: `parent` without these layers must give the same logits. parent alone: it was rounded.
+    removed: `parent` without these layers must give the same logits. trained: only the decoder's linears may differ
+    from `parent`. Neither: it was rounded.
     """
-    return _checked(run, folder, run.model_spec(parent) if parent else None, removed, None, True)
+    return _checked(run, folder, run.model_spec(parent), removed, None, True, trained)
 
 
 def verified(run: Run, folder: Path) -> dict:

@@ -15,7 +15,8 @@ import actors.replica
 from actors.decoding import DECODERS, NEUTRAL, Plain, Static, check_greedy
 from actors.replica import LlavaReplica
 from actors.specs import ModelSpec
-from tests.tiny import draw_samples, save_tiny, tiny_model
+from tests.quantizing import PACKED, quantize
+from tests.tiny import draw_conversations, draw_samples, save_tiny, tiny_model
 
 
 def eager(monkeypatch) -> None:
@@ -140,6 +141,25 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_path, lesions):
     prompt = replica._pixels(sample)
     assert static(prompt, 24, lambda: None) == plain(prompt, 24, lambda: None)
     assert replica.profile(sample, 1, 2, 8, "static")["decode"] == "static"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["static", "compiled"])
+@pytest.mark.parametrize("method", PACKED)
+def test_rounded_models_give_the_same_tokens(tiny_path, lesions, tmp_path, monkeypatch, method, compiled):
+    """As plain generate of the same checkpoint, and not those of the model before rounding."""
+    if method == "hqq":
+        pytest.importorskip("hqq")
+    if not compiled:
+        eager(monkeypatch)
+    quantize(tiny_path, tmp_path / "q", method, draw_conversations(lesions, 4))
+    replica = LlavaReplica(ModelSpec(str(tmp_path / "q")))
+    static, plain = Static(replica.model), Plain(replica.model)
+    prompts = [replica._pixels(sample) for sample in draw_samples(lesions)[:2]]
+    answers = [plain(prompt, 24, lambda: None) for prompt in prompts]
+    assert [static(prompt, 24, lambda: None) for prompt in prompts] == answers
+    before = Plain(LlavaReplica(ModelSpec(tiny_path)).model)
+    assert answers != [before(prompt, 24, lambda: None) for prompt in prompts]
 
 
 def test_a_step_that_cannot_be_compiled_is_an_error(tiny_path, probe, monkeypatch):

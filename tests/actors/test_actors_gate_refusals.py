@@ -5,16 +5,16 @@ import shutil
 from functools import wraps
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from actors import gate
-from actors.probe import PROBE
-from actors.specs import GateError
+from actors.probe import PROBE, kept_probe, write_probe
+from actors.specs import GateError, LoraSettings, ModelSpec
 from actors.surgery import prune_checkpoint, publish_names, write_tensors
+from actors.trainer import LoraTrainer
 from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import quantize
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
@@ -44,7 +44,8 @@ def test_a_pruned_checkpoint_passes(made):
     assert found["kept"] == f"{len(load_file(pruned / 'model.safetensors'))} tensors are those of the model before"
     assert found["tensors"].endswith("finite tensors, 3 decoder layers")
     assert float(found["logits"].split()[0]) < 1e-5
-    assert np.load(pruned / PROBE).shape == (len(gate.load_processor(source).tokenizer),)
+    logits, dtype = kept_probe(pruned)
+    assert dtype == "float32" and logits.shape == (len(gate.load_processor(source).tokenizer),)
     again = check(pruned, sums=found["sums"])
     assert set(again) == CHECKS
     assert again["logits"] == "0 from what it gave when it was made (allowed: 0.02)"
@@ -153,6 +154,49 @@ def test_swapped_tensors_against_the_model_before_rounding(made, copy, method, t
     quantize(str(copy), tmp_path / "q", method)
     refused(f"'{UP}' does not compute with the weight before rounding", tmp_path / "q", made[1])
     check(tmp_path / "q", copy)
+
+
+@pytest.fixture(scope="module")
+def recovered(made, lesions, tmp_path_factory):
+    """The pruned model, fine-tuned."""
+    out = tmp_path_factory.mktemp("recovered")
+    settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
+    list(LoraTrainer(ModelSpec(str(made[1]))).train(draw_conversations(lesions, 4), settings, str(out)))
+    return out
+
+
+def test_a_recovered_checkpoint_passes(made, recovered):
+    """All but its decoder's linears is the model before; they were trained, so as a pruned model it is refused."""
+    found = check(recovered, made[1], trained=True)
+    assert set(found) == CHECKS | {"kept"} and found["logits"].startswith("0 from what it gave when it was made")
+    assert (
+        found["kept"]
+        == f"{len(load_file(recovered / 'model.safetensors')) - 3 * 7} tensors are those of the model before"
+    )
+    refused(r"layers\.0\.\S+_proj\.weight' is not .* of the model before", recovered, made[1], [])
+    refused("says 3 decoder layers, but 5 of the model before were to be kept", recovered, made[0], trained=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight",
+        "multi_modal_projector.linear_2.bias",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.1.input_layernorm.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+    ],
+)
+def test_a_recovered_checkpoint_of_which_more_was_changed(made, recovered, tmp_path, name):
+    """By less than its answers show: the tensor is named."""
+
+    def nudge(tensors):
+        tensors[name].view(-1)[0] += 1e-6
+
+    change(shutil.copytree(recovered, tmp_path / "copy"), nudge)
+    check(tmp_path / "copy")
+    refused(f"'{name}' is not '{name}' of the model before", tmp_path / "copy", made[1], trained=True)
 
 
 def test_new_and_missing_tensors_against_sums(made, copy):
@@ -287,7 +331,7 @@ def test_logits_that_are_no_numbers(copy, monkeypatch):
 
 
 def test_kept_probe_differs(copy):
-    np.save(copy / PROBE, np.load(copy / PROBE) * 1.05)
+    write_probe(copy, kept_probe(copy)[0] * 1.05, "float32")
     refused("differ from what it gave when it was made by 0.048", copy)
 
 

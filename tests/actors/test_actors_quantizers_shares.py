@@ -71,9 +71,9 @@ print(peak("cpu")["resident"] - before)
 
 
 # In layers in float32, by method: how much the resident set may grow, and how much more with eight more layers.
-# Measured: rtn 1.58, nf4 1.14, int8 1.11, none more with more layers. rtn that reads all layers first takes 3.5 with
-# four of them and 7.5 with twelve.
-PEAKS = {"awq": (3.5, 0.5), "rtn": (2.5, 0.5), "nf4": (2.0, 0.5), "int8": (2.0, 0.5)}
+# Measured: rtn 1.58, nf4 1.14, int8 1.11, hqq 2.18, none more with more layers. rtn that reads all layers first takes
+# 3.5 with four of them and 7.5 with twelve.
+PEAKS = {"awq": (3.5, 0.5), "rtn": (2.5, 0.5), "nf4": (2.0, 0.5), "int8": (2.0, 0.5), "hqq": (3.0, 0.5)}
 
 
 @pytest.mark.slow
@@ -84,6 +84,8 @@ def test_peak_is_a_few_layers_whatever_the_depth(method, tmp_path, lesions):
     awq's by the layer, 25 bytes for each number of its largest weight while that is packed (1.4 layers, as rtn's), and
     two copies of a shard.
     """
+    if method == "hqq":
+        pytest.importorskip("hqq")
     peaks = []
     for layers in (4, 12):
         model = tmp_path / f"model-{layers}"

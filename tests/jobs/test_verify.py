@@ -27,6 +27,7 @@ def spoil(folder, name: str, value: float = torch.nan) -> None:
 
 
 UP = "language_model.model.layers.4.mlp.up_proj.weight"
+TOWER = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
 
 
 def test_a_folder_that_prunella_did_not_make(tmp_path, copy, monkeypatch, capsys):
@@ -100,7 +101,7 @@ class SpoiledQuantizer(Worker):
 
 
 class IdleTrainer(Worker):
-    """Does not train, and leaves a weight that is no number."""
+    """Does not train, and changes the vision tower."""
 
     def __init__(self, *_, **__):
         pass
@@ -108,7 +109,7 @@ class IdleTrainer(Worker):
     def stream(self, method, conversations, settings, out):
         assert conversations
         shutil.copytree(DERM_TINY, out, dirs_exist_ok=True)
-        spoil(Path(out), UP)
+        spoil(Path(out), TOWER, 0.5)
         yield {"step": 1, "loss": 1.0}
 
 
@@ -126,7 +127,7 @@ BROKEN = {
     [
         (prune, "says 10 decoder layers, the files hold 8"),
         (quantize, f"'{UP.replace('weight', 'scales')}' holds NaN"),
-        (recover, f"'{UP}' holds NaN"),
+        (recover, f"'{TOWER}' is not '{TOWER}' of the model before"),
     ],
 )
 def test_what_the_gate_refuses_is_not_published(job, words, tmp_path, monkeypatch, capsys):
