@@ -48,12 +48,12 @@ class LlavaReplica:
         self._spec = spec
         device = pick_device() if spec.gpus else "cpu"
         self._memory = {"baseline_bytes": footprint.taken(device)}
-        self.model = load_model(**vars(spec))
+        self.model = load_model(**spec.loading)
         check_greedy(self.model.generation_config, spec.path)
         self.processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         self._memory["load_peak_bytes"] = footprint.peak(device)
         self.device = language_model(self.model).embed_tokens.weight.device
-        self._max_rows = max_rows
+        self._max_rows, self._sharers = max_rows, spec.sharers
         self.counts: Counter[str] = Counter()
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         stop = self.model.generation_config.eos_token_id
@@ -117,13 +117,16 @@ class LlavaReplica:
         return keep_VL
 
     def plan(self, tokens: int) -> None:
-        """Plan how many rows of `tokens` tokens every device's free memory holds: keys, values, activations, mask."""
+        """Plan how many rows of `tokens` tokens every device's free memory holds: keys, values, activations, mask.
+
+        Of a machine's memory this replica plans with its share; a GPU's is capped already (`claim_devices`).
+        """
         text = self.model.config.text_config
         size = self.model.lm_head.weight.element_size()
         self._rows = self._max_rows
         for device, layers in Counter(layer_devices(self.model)).items():
             per_row = tokens * (cached_bytes(text, layers, size) + 8 * size * text.hidden_size + tokens)
-            self._rows = max(1, min(self._rows, int(0.6 * free_bytes(device) / per_row)))
+            self._rows = max(1, min(self._rows, int(0.6 * free_bytes(device) / self._sharers / per_row)))
 
     def _base_answers(self, prompts, guesses, base_L, limits, part: list[int], _: list[int]) -> _Found:
         given = [prompts[i] for i in part], [guesses[i] if guesses else [] for i in part]

@@ -20,13 +20,22 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which checkpoint to load, and how: see `actors.loading.load_model`."""
+    """Which checkpoint to load, and how: see `actors.loading.load_model`.
+
+    sharers: how many processes plan their batches with the main memory of one machine, where the model is on a CPU.
+    """
 
     path: str
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
     gpus: float = 1
+    sharers: int = 1
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_model`."""
+        return {name: value for name, value in vars(self).items() if name != "sharers"}
 
 
 @dataclass(frozen=True)

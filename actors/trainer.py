@@ -88,7 +88,7 @@ class LoraTrainer:
     def _adapted(self, settings: LoraSettings) -> Llava:
         dtype = training_dtype(self._spec.dtype, settings.method)
         quantization = nf4_config(getattr(torch, dtype), double_quant=True) if settings.method == "qlora" else None
-        model = load_model(**{**vars(self._spec), "dtype": dtype}, quantization=quantization)
+        model = load_model(**{**self._spec.loading, "dtype": dtype}, quantization=quantization)
         if quantization is not None:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=torch.cuda.is_available())
         config = LoraConfig(
@@ -106,7 +106,7 @@ class LoraTrainer:
         model.save_pretrained(str(adapter))
         source = local_folder(self._spec.path, self._spec.revision)
         stored = stored_dtype(self._spec.path, self._spec.revision)
-        base = load_model(**{**vars(self._spec), "dtype": str(stored).removeprefix("torch.")}, device="cpu")
+        base = load_model(**{**self._spec.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
         copy_companions(source, out)
         merged.to(stored).save_pretrained(out)

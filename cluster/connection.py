@@ -150,9 +150,18 @@ def capacity() -> tuple[float, float]:
 
 def room(cpus: float, gpus: float) -> int:
     """Return how many actors of `cpus` cores and `gpus` GPUs the nodes hold now, were they all free."""
+    return sum(_rooms(cpus, gpus))
+
+
+def room_on_one(cpus: float, gpus: float) -> int:
+    """Return how many such actors the node holds that holds most of them."""
+    return max(_rooms(cpus, gpus), default=0)
+
+
+def _rooms(cpus: float, gpus: float) -> list[int]:
     import ray
 
-    return sum(_room_on(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])
+    return [_room_on(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"]]
 
 
 def _room_on(node: dict[str, float], cpus: float, gpus: float) -> int:

@@ -89,7 +89,8 @@ class Pool:
 
     Actors start when there is work for them. An exception in the class's constructor is raised to the caller;
     actors that die (out of memory, killed, lost with their node) are replaced. The pool gives up when as many as it
-    ever had at a time, and `respawns` more, died in a row: without one item finished in between.
+    ever had at a time, and `respawns` more, died in a row: without one item finished in between. Deaths at an item's
+    second and third try are in no row: a few items that kill their worker are tried again one after another.
     """
 
     def __init__(self, target: str, kwargs: dict, resources: Resources, respawns: int = 16):
@@ -219,7 +220,7 @@ class Pool:
             ray.kill(actor)  # perhaps it was only out of reach
             self._gave_back(actor)
             actor, reason = None, f"its worker died ({one_line(error)})"
-            self._deaths += 1
+            self._deaths += work is None or work.attempt == 1
             if self._deaths >= self._most + self._respawns:
                 raise RuntimeError(
                     f"Workers of {self._target} keep dying; the last one said: {one_line(error)}. "

@@ -168,7 +168,7 @@ def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> l
     draws = cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N)
     low, high = percentile_interval(draws)
     first, last = rank_intervals(draws)
-    lost = np.where(np.isnan(means), np.inf, means)
+    lost = losses.ranked_K
     order = sorted(range(len(candidates)), key=lambda k: (lost[k], candidates[k]))
     differs = apart(draws)
     rows = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.maths.knapsack import best_choices
 from jobs.config import Criterion
-from jobs.measurements import ChoiceMeasurements
+from jobs.measurements import ChoiceMeasurements, check_ranked
 
 Choice = tuple[int, ...]
 REMOVED, WHOLE = 0, 16
@@ -92,7 +92,7 @@ class Search:
 
     def losses(self, choices: Sequence[Choice], criterion: Criterion, label: str) -> list[float]:
         """Return the measured damage of choices."""
-        return self._measured.losses(criterion, list(choices), label=label).means_K.tolist()
+        return self._measured.losses(criterion, list(choices), label=label).ranked_K.tolist()
 
     def fits(self, choice: Choice) -> bool:
         """Tell whether a choice is within the budget."""
@@ -139,6 +139,7 @@ class Search:
         if number > 1:
             choices += [changed for changed in changes.values() if self.fits(changed) and changed not in choices]
         values = self.losses(choices, damage, f"{label}, {damage} of choices")
+        check_ranked(damage, values)
         for choice, value in zip(choices, values, strict=True):
             row = {"round": number, "choice": list(choice), "predicted": predicted.get(choice)}
             row |= dict.fromkeys(BOTH) | {damage: value, "bytes": self._memory.total(choice)}

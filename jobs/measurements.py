@@ -38,6 +38,21 @@ class Losses:
         """Weighted mean of every column."""
         return (self.values_NK * self.weights_NK).sum(0) / self.weights_NK.sum(0)
 
+    @property
+    def ranked_K(self) -> np.ndarray:
+        """The means to rank by: what is no number is the largest."""
+        return np.where(np.isnan(self.means_K), np.inf, self.means_K)
+
+
+def check_ranked(criterion: Criterion, losses: Sequence[float] | np.ndarray) -> None:
+    """RuntimeError: none of these losses is a finite number, so that none of them is the least."""
+    if not np.isfinite(losses).any():
+        raise RuntimeError(
+            f"The {criterion} of all {len(losses)} candidates of a search is NaN or infinite, so none can be chosen: "
+            "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by something "
+            "else (ablate.criterion; for jobs.joint, joint.damage)."
+        )
+
 
 class Measurements:
     """Measures through a pool of actors.critic:LayerCritic what is not in the tables yet.

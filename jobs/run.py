@@ -156,13 +156,13 @@ class Run:
         base, trusted = self.base_model(), self.config.model.trust_remote_code
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trusted)
 
-    def model_spec(self, stage: "Stage | Source", gpus: float = 1):
-        """Return how a worker with `gpus` GPUs loads the checkpoint of a stage."""
+    def model_spec(self, stage: "Stage | Source", gpus: float = 1, sharers: int = 1):
+        """Return how a worker with `gpus` GPUs loads the checkpoint of a stage; sharers: of its machine's memory."""
         from actors.specs import ModelSpec
 
         model = self.config.model
         revision = stage.revision if isinstance(stage, Source) else None
-        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code, gpus)
+        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code, gpus, sharers)
 
     def replicas(self, stage: "Stage | Source", target: str = "actors.replica:LlavaReplica", **kwargs) -> "Pool":
         """Return a pool of workers that hold the model of a stage, spread over what the cluster has."""
@@ -178,9 +178,20 @@ class Run:
             print(
                 f"replicas: {wanted.count} wanted, room for {fit} now; the others start when there is room", flush=True
             )
-        kwargs |= {"spec": self.model_spec(stage, wanted.gpus), "max_rows": wanted.max_rows}
+        spec = self.model_spec(stage, wanted.gpus, 1 if wanted.gpus else self._sharers())
+        kwargs |= {"spec": spec, "max_rows": wanted.max_rows}
         self._pools.append(Pool(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count)))
         return self._pools[-1]
+
+    def _sharers(self) -> int:
+        """Return how many replicas without a GPU one machine may hold: those of runs beside this one count, too."""
+        from cluster.connection import room_on_one
+
+        wanted = self.config.replicas
+        fit = room_on_one(wanted.cpus, 0)
+        if wanted.count == "auto" or (self.home is not None and fit):
+            return fit
+        return min(wanted.count, fit or wanted.count)
 
     def worker(self, target: str, count: int = 1, **kwargs) -> "Pool":
         """Return workers with one GPU each; without GPUs one has all cores of one node, several have replicas.cpus."""

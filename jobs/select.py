@@ -15,7 +15,7 @@ from actors.maths.statistics import cluster_bootstrap_means, percentile_interval
 from cluster.tables import write_table
 from jobs.ablate import measurements
 from jobs.criteria import READINGS
-from jobs.measurements import Measurements, Removed
+from jobs.measurements import Measurements, Removed, check_ranked
 from jobs.run import Run, Source, Stage
 
 STEPS = "steps.parquet"
@@ -101,8 +101,9 @@ def beam(run: Run, measured: Measurements, order: list[int], width: int, note: C
             own = [tuple(sorted((*parent, layer))) for layer in order if layer not in parent]
             measured.losses(criterion, own, base=parent, label=label)
             children.update(dict.fromkeys(own))
-        losses = measured.losses(criterion, list(children), label=label).means_K
+        losses = measured.losses(criterion, list(children), label=label).ranked_K
         note(label, list(children), losses)
+        check_ranked(criterion, losses)
         sets = [removed for _, removed in sorted(zip(losses.tolist(), children, strict=True))[:width]]
     return sets[0]
 
@@ -118,11 +119,12 @@ def evolve(run: Run, measured: Measurements, order: list[int], start: Removed, n
         if not children:  # there is no other set
             break
         if criterion == "answer_similarity":
-            cheap = measured.losses("kl", children, base=best, label=f"{label}, KL").means_K
+            cheap = measured.losses("kl", children, base=best, label=f"{label}, KL").ranked_K
             note(f"{label}, KL", children, cheap)
             children = [children[i] for i in np.argsort(cheap, kind="stable")[: prune.survivors]]
-        losses = measured.losses(criterion, [best, *children], base=best, label=label).means_K
+        losses = measured.losses(criterion, [best, *children], base=best, label=label).ranked_K
         note(label, [best, *children], losses)
+        check_ranked(criterion, losses)
         best = [best, *children][int(np.argmin(losses))]  # the first of equals: the old one stays
     return best
 

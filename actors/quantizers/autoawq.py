@@ -46,7 +46,7 @@ def quantize_autoawq(
     if not calibration:
         raise ValueError("AWQ needs calibration conversations from the training split, and there are none.")
     try:
-        model = load_model(**vars(spec))
+        model = load_model(**spec.loading)
     except TooLittleMemory as error:
         raise TooLittleMemory(f"{error} {LAYERWISE}") from None
     processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)

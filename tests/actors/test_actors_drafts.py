@@ -2,19 +2,20 @@
 
 import random
 from contextlib import contextmanager
+from itertools import cycle
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from actors.derm_tiny.build import SIDE
-from actors.engine import Limits, _continue, verified
+from actors.engine import Limits, verified
 from actors.loading import language_model
 from actors.replica import LlavaReplica
-from actors.rows import Part, PromptPass, StepPass
+from actors.rows import StepPass
 from actors.specs import ModelSpec
 from tests.tiny import (
     ARCHITECTURES,
@@ -48,69 +49,58 @@ def keep(removed_sets, layers: int = LAYERS) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def plain(replica, prompts, keep_VL) -> list[list[list[int]]]:
-    """Answer without drafts, shared layers or shared rows: every prompt and variant is a row of its own."""
-    rows = [(prompt, keep) for prompt in prompts for keep in keep_VL]
-    state = PromptPass(replica.model, torch.stack([keep for _, keep in rows]))
-    hidden = state.forward(replica.model, pad_sequence([prompt for prompt, _ in rows], batch_first=True))
-    ends = [len(prompt) - 1 for prompt, _ in rows]
-    found = [[token] for token in replica.model.lm_head(hidden[range(len(rows)), ends]).argmax(-1).tolist()]
-    part = Part(state, range(len(rows)), [range(end + 1) for end in ends])
-    _continue(replica.model, [part], found, LIMITS)
-    return [found[i : i + len(keep_VL)] for i in range(0, len(rows), len(keep_VL))]
-
-
-def own(replica, prompts, keep_L) -> list[list[int]]:
-    return [answer for [answer] in plain(replica, prompts, keep_L[None])]
-
-
-@torch.inference_mode()
-def generated(model, prompt: torch.Tensor, removed, limits: Limits = LIMITS) -> list[int]:
-    """Return what plain `generate` says without our engine, on the model with the layers taken out."""
-    mask = torch.ones(1, len(prompt), dtype=torch.long)
-    given = {"inputs_embeds": prompt[None], "attention_mask": mask, "pad_token_id": 0}
+def generated(model, prompts, removed, limits: Limits = LIMITS) -> list[list[int]]:
+    """Return what plain `generate` says, in a padded batch and without our engine, on the model without the layers."""
+    longest = max(map(len, prompts))
+    embeds = torch.stack([pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long()
+    given = {"inputs_embeds": embeds, "attention_mask": mask, "pad_token_id": 0}
     limited = {"eos_token_id": list(limits.stops), "max_new_tokens": limits.tokens}
     with without(model, removed):
-        return model.generate(**given, **limited, do_sample=False)[0].tolist()
+        return [limits.cut(row) for row in model.generate(**given, **limited, do_sample=False).tolist()]
+
+
+def each(model, prompts, removed_sets) -> list[list[list[int]]]:
+    """Return the same of several sets, as `verified` does: the answers of every prompt."""
+    return [list(own) for own in zip(*(generated(model, prompts, removed) for removed in removed_sets), strict=True)]
+
+
+def drawn_sets(picks: random.Random, layers: int, count: int) -> list[list[int]]:
+    """Return sets of 0 to L - 3 layers."""
+    return [picks.sample(range(layers), picks.randint(0, layers - 3)) for _ in range(count)]
+
+
+def drawn_drafts(picks: random.Random, answers) -> list[list[int]]:
+    """Return drafts of one kind or of many: right, wrong from the first token on, empty, too short, too long, ..."""
+    kinds = {
+        "right": lambda answer: answer,
+        "wrong": lambda answer: [(token + 1) % 512 for token in answer],
+        "noise": lambda answer: [picks.randrange(512) for _ in range(picks.randrange(30))],
+        "empty": lambda answer: [],
+        "short": lambda answer: answer[: len(answer) // 2],
+        "astray": lambda answer: answer[: len(answer) // 2] + [7] * 6,
+        "long": lambda answer: answer + [5] * 20,
+    }
+    chosen = picks.choices(list(kinds.values()), k=picks.choice([1, len(answers)]))
+    return [draft(answer) for draft, answer in zip(cycle(chosen), answers)]
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(
-    kind=st.sampled_from(["right", "wrong", "empty", "short", "long", "mixed"]),
-    base=st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 3),
-    removed=st.lists(st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 3), min_size=1, max_size=5),
-    seed=st.integers(0, 99),
-)
-def test_any_draft_any_base_any_sets(model, lesions, kind, base, removed, seed):
-    """Random bases and removed sets, drafts right, wrong, empty, too short and too long; unequal prompts.
-
-    In half of them one answer, without zero to L - 3 layers, is compared with plain `generate` on the pruned model.
-    """
+@given(seed=st.integers(0, 99))
+def test_any_draft_any_base_any_sets(model, lesions, seed):
+    """A random base, one to five random removed sets, random drafts, unequal prompts."""
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     picks = random.Random(seed)
-    removed = [*removed, picks.sample(range(LAYERS), seed // 2 % (LAYERS - 2))]
-    base_L, keep_VL = keep([base])[0], keep(removed)
-    right = own(model, prompts, base_L)
-    noise = [[picks.randrange(512) for _ in range(picks.randrange(30))] for _ in prompts]
-    drafts = {
-        "right": right,
-        "wrong": noise,
-        "empty": [[] for _ in prompts],
-        "short": [answer[: len(answer) // 2] for answer in right],
-        "long": [answer + [5] * 20 for answer in right],
-        "mixed": [answer if i % 2 else noise[i] for i, answer in enumerate(right)],
-    }[kind]
-    answers, counts = verified(model.model, prompts, drafts, base_L, keep_VL, LIMITS)
-    assert answers == plain(model, prompts, keep_VL)
-    if seed % 2:
-        chosen = picks.randrange(len(prompts))
-        assert answers[chosen][-1] == generated(model.model, prompts[chosen], removed[-1])
+    base, *removed = drawn_sets(picks, LAYERS, picks.randint(2, 6))
+    drafts = drawn_drafts(picks, generated(model.model, prompts, base))
+    answers, counts = verified(model.model, prompts, drafts, keep([base])[0], keep(removed), LIMITS)
+    assert answers == each(model.model, prompts, removed)
     assert counts["rows"] == len(prompts) * len(removed)
 
 
 @st.composite
 def architectures(draw):
-    """Draw the config of a LLaVA of 3 to 6 layers: family, heads, ties and windows."""
+    """Draw the config of a LLaVA of 3 to 6 layers: tower, family, heads, ties and windows."""
     family, layers = (
         draw(st.sampled_from([LlamaConfig, MistralConfig, Qwen2Config, PhiConfig])),
         draw(st.integers(3, 6)),
@@ -122,7 +112,7 @@ def architectures(draw):
         extra["sliding_window"] = draw(st.integers(2, 24))
     if family is Qwen2Config and "sliding_window" in extra:
         extra |= {"use_sliding_window": True, "max_window_layers": draw(st.integers(0, layers - 1))}
-    return config_of("clip", family, layers, extra)
+    return config_of(draw(st.sampled_from(["clip", "siglip"])), family, layers, extra)
 
 
 @torch.inference_mode()
@@ -143,27 +133,24 @@ def drawn_prompts(model, picks: random.Random) -> list[torch.Tensor]:
 def test_any_architecture(config, seed):
     """Answers of random models without 0 to L - 3 layers are those of plain `generate` on the pruned model.
 
-    The drafts are the beginnings of a random base's answers; half of them go on wrongly.
+    The drafts are of any kind, made from the answers of a random base, which the engine finds without drafts, too.
     """
     model, picks, layers = random_model(config, seed), random.Random(seed), config.text_config.num_hidden_layers
     prompts = drawn_prompts(model, picks)
-    base, *removed = (tuple(sorted(picks.sample(range(layers), picks.randint(0, layers - 3)))) for _ in range(4))
+    base, *removed = drawn_sets(picks, layers, 4)
     base_L, *keep_VL = keep([base, *removed], layers)
     own, _ = verified(model, prompts, [[] for _ in prompts], base_L, base_L[None], LIMITS)
-    drafts = [answer[:6] + [7] * (6 * (n % 2)) for n, [answer] in enumerate(own)]
+    assert own == each(model, prompts, [base])
+    drafts = drawn_drafts(picks, [answer for [answer] in own])
     answers, _ = verified(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS)
-    chosen = picks.randrange(len(prompts))
-    assert own[chosen][0] == generated(model, prompts[chosen], base)
-    for variant, gone in enumerate(removed):
-        chosen = picks.randrange(len(prompts))
-        assert answers[chosen][variant] == generated(model, prompts[chosen], gone)
+    assert answers == each(model, prompts, removed)
 
 
 def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
     """The base as its own variant accepts every token and decodes nothing."""
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     full = torch.ones(LAYERS, dtype=torch.bool)
-    right = own(model, prompts, full)
+    right = generated(model.model, prompts, ())
     answers, counts = verified(model.model, prompts, right, full, full[None], LIMITS)
     assert [variants[0] for variants in answers] == right
     assert counts["rows_verified_whole"] == counts["rows"] == len(prompts)
@@ -213,7 +200,7 @@ def test_questions_about_an_image_share_a_row(model, lesions):
     assert run == [2] * (LAYERS - 1)
     saved = (sum(map(len, prompts)) * (LAYERS - 1) - counts["layer_tokens_run"]) / (LAYERS - 1)
     assert saved >= 2 * (len(QUESTIONS) - 1) * model.model.config.image_seq_length
-    assert [tokens for [tokens] in answers] == [answer[:1] for answer in own(model, prompts, base_L)]
+    assert [tokens for [tokens] in answers] == [answer[:1] for answer in generated(model.model, prompts, (1,))]
 
 
 def test_a_later_round_shares_with_its_own_base(model, lesions):
@@ -224,7 +211,7 @@ def test_a_later_round_shares_with_its_own_base(model, lesions):
         _, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, Limits(1, ()))
     assert sum(run) == counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
     answers, _ = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
-    assert answers == plain(model, prompts, keep_VL)
+    assert answers == each(model.model, prompts, [(1, 3)])
 
 
 def test_rows_that_ended_leave_the_batch(model, lesions, monkeypatch):
@@ -248,7 +235,7 @@ def test_rows_that_ended_leave_the_batch(model, lesions, monkeypatch):
     assert all(count > 0.75 * size for count, size in zip(still, sizes, strict=True)), (still, sizes)
     by_length = sorted(pairs, key=pairs.__getitem__)
     for n, v in (by_length[len(pairs) // 2], by_length[-1]):
-        assert answers[n][v] == generated(model.model, prompts[n], VARIANTS[v], limits)
+        assert [answers[n][v]] == generated(model.model, [prompts[n]], VARIANTS[v], limits)
 
 
 def test_replica_drafts_and_base_do_not_change_rows(tmp_path, lesions):

@@ -174,16 +174,17 @@ def test_logits_are_taken_in_bounded_parts(tiny_path, lesions, monkeypatch):
     assert set(checked) == {(3, 8, vocabulary)} and len(checked) == len(samples) * len(REMOVED) / 3
 
 
-def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch):
-    """With 60 % of the free memory holding three rows, no batch has more; the rows are the same."""
-    replica = LlavaReplica(ModelSpec(tiny_path))
+@pytest.mark.parametrize("sharers", [1, 4])
+def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, sharers):
+    """With 60 % of its share of the free memory holding three rows, no batch has more; the rows are the same."""
+    replica = LlavaReplica(ModelSpec(tiny_path, sharers=sharers))
     samples = draw_samples(lesions)
     expected = replica.answers(samples, REMOVED, 4)
     tokens = max(len(replica._prompt(sample)) for sample in samples) + 4
     text = replica.model.config.text_config
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     per_row = tokens * (4 * (2 * LAYERS * width + 8 * text.hidden_size) + tokens)  # float32, and a boolean mask
-    monkeypatch.setattr(actors.replica, "free_bytes", lambda device: 3.5 * per_row / 0.6)
+    monkeypatch.setattr(actors.replica, "free_bytes", lambda device: sharers * 3.5 * per_row / 0.6)
     sizes = []
 
     def watched(model, prompts, drafts, base_L, keep_VL, limits):

@@ -124,9 +124,9 @@ class Contest:
         return ids[: ids.index(stop) + 1] if stop in ids else ids
 
     def floor_s(self) -> float:
-        """Seconds that the engine's own work takes at this machine's measured rates."""
+        """Seconds that the engine's own work with drafts takes at this machine's measured rates."""
         layer, layers = self.replica.model.model.language_model.layers[0], self.replica.layer_count()
-        answer = statistics.mean(len(row) for row in self._engine(None).values())
+        answer = statistics.mean(len(row) for row in self.with_drafts().values())
         return floor_s(layer, self.replica.counts["layer_tokens_run"], answer * layers)
 
 

@@ -49,7 +49,7 @@ class Embedded(LlavaReplica):
         self.model, self.prompts = model, prompts
         self.device = language_model(model).embed_tokens.weight.device
         self.counts = Counter()
-        self._max_rows, self._stops = max_rows, []
+        self._max_rows, self._sharers, self._stops = max_rows, 1, []
 
     def _prompt(self, sample: Sample) -> torch.Tensor:
         return self.prompts[sample.id]

@@ -182,6 +182,15 @@ def test_the_cap_is_on_deaths_in_a_row(tmp_path):
             next(outcomes)
 
 
+def test_the_second_and_third_tries_of_several_poison_items_are_no_row(tmp_path):
+    """They come last, one after another: six deaths, where three in a row of first tries would end the pool."""
+    deadly = (0, 2, 4)
+    with pool_of("Mortal", Resources(count=1), 2, folder=str(tmp_path), deadly=deadly, every_try=True) as pool:
+        outcomes = {outcome.key: outcome for outcome in pool.map("work", items(range(6)))}
+    assert {key: outcome.value for key, outcome in outcomes.items() if not outcome.error} == {1: 10, 3: 30, 5: 50}
+    assert {key for key, outcome in outcomes.items() if outcome.attempts == ATTEMPTS} == set(deadly)
+
+
 def test_actors_that_die_together_do_not_end_the_pool(tmp_path):
     """As when their node dies: the deaths of actors that worked are no row of failed replacements."""
     with pool_of("Mortal", TWO, respawns=1, folder=str(tmp_path), deadly=(0, 1)) as pool:

@@ -175,6 +175,25 @@ def test_searches_find_the_best_set_that_one_shot_misses(tmp_path, search):
     assert steps and all(len(sets) == len(losses) for _, sets, losses in steps)
 
 
+@pytest.mark.parametrize("search", ["greedy", "beam", "evolution"])
+def test_a_set_whose_loss_is_no_number_is_never_chosen(tmp_path, monkeypatch, search):
+    """Of three pairs the first is NaN; where all are, the search says so and chooses none."""
+    options = {"prune.layers": "2", "prune.search": search, "ablate.criterion": "perplexity"}
+
+    def searched(folder) -> tuple[int, ...]:
+        measured = measurements(folder, FakePool(), **options)
+        if search == "evolution":
+            return evolve(measured._run, measured, [0, 1, 2], (0, 1), lambda *_: None)
+        return beam(measured._run, measured, [0, 1, 2], 1 if search == "greedy" else 3, lambda *_: None)
+
+    known = {(1,): 0.02, (0,): 0.01, (2,): 0.03, (0, 2): 0.04, (1, 2): 0.05}
+    monkeypatch.setattr("tests.jobs.test_measurements.loss", lambda removed: known.get(removed, np.nan))
+    assert searched(tmp_path / "one") == (0, 2)
+    known.clear()
+    with pytest.raises(RuntimeError, match=r"The perplexity of all \d candidates .*model\.dtype.*ablate\.criterion"):
+        searched(tmp_path / "all")
+
+
 def drafts_of(base: tuple[int, ...], part: list[str]) -> list[Known]:
     return [Known(f"{sample} ()", [1, *base]) for sample in part]
 

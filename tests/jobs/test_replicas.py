@@ -1,4 +1,4 @@
-"""What a replica is told about its GPUs."""
+"""What a replica is told about its GPUs and the memory of its machine."""
 
 import pytest
 
@@ -20,4 +20,28 @@ def test_replicas_know_their_share(tmp_path, monkeypatch, gpus):
         run.replicas(run.base_model())
         assert run.model_spec(run.base_model()).gpus == 1
     _, kwargs, resources = asked[0][:3]
+    assert kwargs["spec"].sharers == 1
     assert kwargs["spec"].gpus == resources.gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("count", "cores", "beside", "sharers"),
+    [
+        ("auto", [4, 16], False, 8),
+        ("3", [16], False, 3),
+        ("16", [4, 4], False, 2),
+        ("1", [16], True, 8),
+        ("5", [], False, 5),
+    ],
+)
+def test_replicas_without_gpus_know_who_shares_their_machine(tmp_path, monkeypatch, count, cores, beside, sharers):
+    """Of two cores each: as many as the largest node holds, or the count; in a search others have replicas there."""
+    asked = []
+    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(cluster.connection, "is_private", lambda: False)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": number}} for number in cores])
+    monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
+    config = load_config(None, [("run_dir", str(tmp_path)), ("replicas.cpus", "2"), ("replicas.count", count)])
+    with Run(config) as home, Run(config, home if beside else None) as run:
+        run.replicas(run.base_model())
+    assert asked[0][1]["spec"].sharers == sharers
