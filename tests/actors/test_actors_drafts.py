@@ -34,7 +34,11 @@ LIMITS = Limits(12, STOPS)
 VARIANTS = [(), (0,), (1,), (3,), (LAYERS - 1,), (1, 3), (0, 2, 4), tuple(range(LAYERS - 1))]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+QUICK = ("clip-llama", "clip-qwen2-mixed", "siglip-phi")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in QUICK]
+
+
+@pytest.fixture(scope="module", params=[*QUICK, *SLOW])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny(folder, request.param)

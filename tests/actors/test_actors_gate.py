@@ -47,8 +47,10 @@ def rounded(name: str, method: str, work: Path, lesions: Path, parent: str) -> N
 
 
 AUTOAWQ = ("clip-llama", "siglip-llama", "clip-llama-tied", "clip-mistral-window", "clip-qwen2")
-ROUNDED = [(name, method) for name in SHORT for method in PACKED]
-ROUNDED += [pytest.param(name, "autoawq", marks=pytest.mark.slow) for name in AUTOAWQ]
+QUICK = [(name, method) for name in SHORT for method in PACKED if name == "clip-llama" or method == "awq"]
+SLOW = [(name, method) for name in SHORT for method in PACKED if (name, method) not in QUICK]
+SLOW += [(name, "autoawq") for name in AUTOAWQ]
+ROUNDED = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 
 
 @pytest.mark.parametrize(("name", "method"), ROUNDED)

@@ -82,8 +82,8 @@ def rounded(source: Path, out: Path, kind: str, lesions: Path) -> Path:
     return out
 
 
-KINDS = ["rtn-4", "awq-4", "awq-3", "mixed-awq"]
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rtn-3", "awq-2", "mixed-rtn")]
+KINDS = ["awq-4", "mixed-awq"]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("rtn-4", "awq-3", "rtn-3", "awq-2", "mixed-rtn")]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *SLOW])
