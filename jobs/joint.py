@@ -19,6 +19,7 @@ transformers does, takes more, and as long for a token as with weights that were
 import json
 import time
 from collections.abc import Sequence
+from math import isfinite
 
 from scipy.stats import spearmanr
 
@@ -29,7 +30,7 @@ from jobs.estimate import GIB
 from jobs.joint_build import UNIFORM, build, pruning, rows_of
 from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
 from jobs.judged import flag
-from jobs.measurements import ChoiceMeasurements
+from jobs.measurements import ChoiceMeasurements, NothingRanked
 from jobs.report import size
 from jobs.run import Run, Source, Stage
 from jobs.search_budget import judge_lines
@@ -66,7 +67,12 @@ def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[
             sets.append(list(select.one_shot(own, scores)))
             continue
         chosen = select.stage(own, base, data, scores)
-        own.make(chosen)
+        try:
+            own.make(chosen)
+        except NothingRanked:  # so deep a model says nothing, and deeper ones neither
+            if count == 1:
+                raise
+            break
         made.append(chosen)
         sets.append(run.facts(chosen)["removed"])
     return sets, made
@@ -130,7 +136,8 @@ def search(
 
 def additivity(rows: Sequence[dict], damage: str) -> dict:
     """Say how far predicted damages of the first round's choices are from measured ones (in the damage's unit)."""
-    pairs = [(row["predicted"], row[damage]) for row in rows if row["predicted"] is not None and row["round"] == 1]
+    first = [row for row in rows if row["round"] == 1 and row["predicted"] is not None and isfinite(row[damage])]
+    pairs = [(row["predicted"], row[damage]) for row in first]
     predicted, measured = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
     rank = float(spearmanr(*zip(*pairs, strict=True)).statistic) if varied else None
@@ -200,7 +207,7 @@ def job(run: Run) -> None:
     check(run, memory)
     base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
     layers = len(memory.shapes.layers)
-    most = max(layers // 2, run.config.prune.layers, *run.config.search.depths)
+    most = min(layers - 1, max(layers // 2, run.config.prune.layers, *run.config.search.depths))
     sets, before = removal_order(run, base, data, most) if REMOVED in memory.options else ([[]], [])
     budget = budget_of(run, memory, sets)
     check_budget(memory, budget)

@@ -100,9 +100,13 @@ class Search:
 
     @property
     def best(self) -> list[Choice]:
-        """All choices that were tried, least measured damage first; of equals, the one that takes less."""
+        """The choices that were tried, least measured damage first; of equals, the one that takes less.
+
+        One that says nothing, whose damage is no finite number, is not among them.
+        """
         damage = self._joint.damage
-        return sorted(self.tried, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
+        known = [choice for choice, row in self.tried.items() if np.isfinite(row[damage])]
+        return sorted(known, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
 
     def run(self, uniform: Sequence[Choice]) -> None:
         """Do all rounds; the `uniform` choices are measured and predicted in the first one, too."""
@@ -118,6 +122,8 @@ class Search:
         changes, label = single_changes(centre, self._options), f"round {number}"
         damage = self._joint.damage
         at, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
+        check_ranked(damage, [at])
+        check_ranked(damage, losses)
         damage_LO = np.zeros((len(centre), len(self._options)))
         unmeasured = {(layer, option) for layer in range(len(centre)) for option in range(len(self._options))}
         for key, loss in zip(changes, losses, strict=True):
@@ -135,7 +141,8 @@ class Search:
         )
         choices = [tuple(self._options[option] for option in picked) for picked in found]
         choices += [choice for choice in others if choice not in choices]
-        predicted = {choice: at + float(self._sum(damage_LO, choice)) for choice in choices}
+        sums = {choice: at + float(self._sum(damage_LO, choice)) for choice in choices}
+        predicted = {choice: total for choice, total in sums.items() if np.isfinite(total)}
         if number > 1:
             choices += [changed for changed in changes.values() if self.fits(changed) and changed not in choices]
         values = self.losses(choices, damage, f"{label}, {damage} of choices")

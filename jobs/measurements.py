@@ -44,10 +44,14 @@ class Losses:
         return np.where(np.isnan(self.means_K), np.inf, self.means_K)
 
 
+class NothingRanked(RuntimeError):
+    """No loss is a finite number, so that none is the least."""
+
+
 def check_ranked(criterion: Criterion, losses: Sequence[float] | np.ndarray) -> None:
-    """RuntimeError: none of these losses is a finite number, so that none of them is the least."""
+    """Refuse losses of which none is a finite number (NothingRanked)."""
     if not np.isfinite(losses).any():
-        raise RuntimeError(
+        raise NothingRanked(
             f"The {criterion} of all {len(losses)} candidates of a search is NaN or infinite, so none can be chosen: "
             "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by something "
             "else (ablate.criterion; for jobs.joint, joint.damage)."

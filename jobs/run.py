@@ -63,8 +63,11 @@ class Run:
     has replicas.cpus cores in place of a whole node's. command: what started the job, for model cards.
     """
 
-    def __init__(self, config: Config, home: "Run | None" = None, command: str | None = None):
+    def __init__(
+        self, config: Config, home: "Run | None" = None, command: str | None = None, beside_others: bool = False
+    ):
         self.config = config
+        self.beside_others = beside_others  # their replicas share the machines with those of this run
         self.home = home
         self.command: str | None = command or (home.command if home else None)
         self.folder = checked_run_dir(config.run_dir)
@@ -184,12 +187,12 @@ class Run:
         return self._pools[-1]
 
     def _sharers(self) -> int:
-        """Return how many replicas without a GPU one machine may hold: those of runs beside this one count, too."""
+        """Return how many replicas without a GPU one machine may hold now; those of runs beside this one count, too."""
         from cluster.connection import room_on_one
 
         wanted = self.config.replicas
         fit = room_on_one(wanted.cpus, 0)
-        if wanted.count == "auto" or (self.home is not None and fit):
+        if wanted.count == "auto" or (self.beside_others and fit):
             return fit
         return min(wanted.count, fit or wanted.count)
 

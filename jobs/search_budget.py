@@ -102,6 +102,10 @@ def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict,
     """
     allowed = [row for row in rows if fits(row, budget)]
     allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
+    distinct: dict[str, dict] = {}  # jobs.joint may have made what the search made, under another name
+    for row in allowed:
+        distinct.setdefault(row["evaluation"], row)
+    allowed = list(distinct.values())
     memory = budget.memory_gib
     untried = [
         r["setting"] for r in rows if r["status"] == "over budget" and (memory is None or r["estimate_gib"] <= memory)

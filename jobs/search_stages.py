@@ -117,7 +117,7 @@ class StageMaker:
         logs = self._home.folder / SEARCH / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            run = stack.enter_context(Run(config, home=self._home))
+            run = stack.enter_context(Run(config, home=self._home, beside_others=one_replica))
             stack.enter_context(redirect_stdout(stack.enter_context(open(logs / f"{name}.txt", "a"))))
             made = run.store.find(name) is None
             run.make(stage)

@@ -13,9 +13,9 @@ from jobs import joint, measurements
 from jobs.config_joint import JointConfig
 from jobs.estimate import setting as asked
 from jobs.joint_choice import Memory, Search, shown, single_changes
-from jobs.measurements import ChoiceMeasurements, Losses, Measurements
+from jobs.measurements import ChoiceMeasurements, Losses, Measurements, NothingRanked
 from jobs.options import load_config
-from jobs.run import Stage
+from jobs.run import Run, Stage
 from jobs.search_memory import device_gib
 from jobs.search_rows import estimates
 from jobs.search_space import Setting
@@ -138,6 +138,47 @@ def test_additive_damage_is_solved_in_the_first_round(five, seed):
     for row in search.tried.values():
         assert row["predicted"] == pytest.approx(row["kl"])
     assert len(search.singles) == 5 * 4
+
+
+class Silent(Additive):
+    """Says nothing where any of these layers has 3 bits."""
+
+    def __init__(self, layers: set[int]):
+        super().__init__(3)
+        self._layers = layers
+
+    def damage(self, choice) -> float:
+        return np.nan if any(choice[layer] == 3 for layer in self._layers) else super().damage(choice)
+
+
+def test_a_choice_that_says_nothing_is_not_among_the_best(five):
+    threes = (3, 3, 3, 3, 3)
+    search = Search(Silent({2}), five, five.total(threes), settings())
+    search.run([threes])
+    assert search.tried[threes]["predicted"] is None and threes not in search.best
+    assert all(np.isfinite(search.tried[choice]["kl"]) for choice in search.best)
+
+
+def test_where_every_change_says_nothing_the_search_says_why(five, monkeypatch):
+    for damage in (lambda *_: np.nan, lambda _, choice: 0.0 if choice == (16,) * 5 else np.nan):
+        monkeypatch.setattr(Additive, "damage", damage)
+        with pytest.raises(NothingRanked, match=r"kl of all \d+ candidates .*model\.dtype.*joint\.damage"):
+            Search(Additive(3), five, five.total((4,) * 5), settings()).run([])
+
+
+def test_depths_at_which_every_set_says_nothing_are_no_rivals(tmp_path, monkeypatch):
+    def make(own: Run, stage) -> None:
+        if stage == 3:
+            raise NothingRanked
+
+    monkeypatch.setattr(joint.ablate, "stage", lambda *_: "scores")
+    monkeypatch.setattr(joint.select, "stage", lambda own, *_: own.config.prune.layers)
+    monkeypatch.setattr(Run, "make", make)
+    monkeypatch.setattr(Run, "facts", lambda own, stage: {"order": range(9), "removed": [stage]})
+    assert joint.removal_order(run_with(tmp_path, prune__search="greedy"), None, None, 6) == (
+        [[], [1], [2]],
+        ["scores", 1, 2],
+    )
 
 
 def test_a_second_round_mends_what_does_not_add_up(five):

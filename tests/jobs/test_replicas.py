@@ -42,6 +42,6 @@ def test_replicas_without_gpus_know_who_shares_their_machine(tmp_path, monkeypat
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": number}} for number in cores])
     monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
     config = load_config(None, [("run_dir", str(tmp_path)), ("replicas.cpus", "2"), ("replicas.count", count)])
-    with Run(config) as home, Run(config, home if beside else None) as run:
+    with Run(config, beside_others=beside) as run:
         run.replicas(run.base_model())
     assert asked[0][1]["spec"].sharers == sharers

@@ -44,7 +44,13 @@ def row(setting: str, score: float | None, gib: float, ms: float, **more) -> dic
     given["score_interval_pct"] = score and [score - 5, score + 5]
     given |= {"memory_gib": gib, "memory_kind": "estimate", "ms_per_token": ms, "estimate_gib": gib, "simulated": False}
     given |= {"is_llm_judge": False, "score_kind": "baseline", "device": "CPU"}
-    return {**given, "checkpoint": f"artifacts/{setting}", "evaluation": setting, **more}
+    return given | {"checkpoint": f"artifacts/{setting}", "evaluation": setting} | more
+
+
+def test_the_runner_up_is_another_checkpoint():
+    twin = row("uniform 16 bit, 2 out in 9 GiB", 96.0, 4.0, 9.0, evaluation="a")
+    found = resolve([row("b", 95.0, 4.0, 9.0), row("a", 96.0, 4.0, 9.0), twin], BudgetConfig(), lambda *_: {})
+    assert (found["answer"]["setting"], found["runner_up"]["setting"]) == ("a", "b")
 
 
 ROWS = [
