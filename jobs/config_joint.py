@@ -30,7 +30,9 @@ class JointConfig(Section):
     changes: Count = Field(4, description="layers in which a later round's choices differ from the best one (layers)")
     proposed: Count = Field(8, description="choices of least predicted damage that a round measures (choices)")
     candidates: Count = Field(
-        3, description="choices that are built, recovered and evaluated, and uniform settings at each bits (choices)"
+        3,
+        description="choices that are built, recovered and evaluated; as many uniform settings at each number of bits "
+        "are, too (choices)",
     )
 
     @field_validator("options")
