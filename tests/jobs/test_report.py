@@ -89,6 +89,9 @@ def test_a_judge_that_passes_its_controls(folder, template):
     assert "75.0 [70.0, 80.0]" in text and "24/24" in text and "75.0 to 75.0" in text and "0 of 8" in text
     assert "not to be trusted" not in text
     assert "77.7" in text and "88.0 [80.0, 96.0]" in text  # expected, and retained
+    prune = content(folder, judged=True)["judge"]["rows"][1]["judge_given_name"]
+    assert prune["right"]["judge_pct"] == 100 > prune["not_right"]["judge_pct"]
+    assert all(f"{one['judge_pct']:.1f} [{one['judge_interval_pct'][0]:.1f}, " in text for one in prune.values())
 
 
 def test_the_markdown_says_which_differences_can_be_seen(folder):
