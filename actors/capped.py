@@ -117,7 +117,7 @@ def _try(folder: Path) -> None:
 
 
 def _answer_all(request: dict, spec: ModelSpec, device: str, note: Callable[..., None]) -> None:
-    from actors.replica import LlavaReplica
+    from actors.engine.replica import LlavaReplica
 
     note(stage="loading", baseline_bytes=taken(device)[_KINDS[device]])
     if device == "cuda":

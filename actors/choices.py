@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
+from actors.checkpoint.loading import language_model
 from actors.conversations import reply_ids
 from actors.critic import LayerCritic, reply_losses, reply_states
-from actors.loading import language_model
 from actors.quantizers.mixed import read_option
 from actors.specs import Conversation, Known, ModelSpec
 

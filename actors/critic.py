@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from actors.checkpoint.loading import language_model, pick_device, pixel_dtype
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine import LOGITS_AT_ONCE, Verification, packed
-from actors.loading import language_model, pick_device, pixel_dtype
+from actors.engine.replica import LlavaReplica, together
+from actors.engine.rows import PromptPass
+from actors.engine.verification import LOGITS_AT_ONCE, Verification, packed
 from actors.maths.criteria import token_cosines, token_kl, token_nll
-from actors.replica import LlavaReplica, together
-from actors.rows import PromptPass
 from actors.specs import Conversation, Known, ModelSpec
 
 FLOAT16_LOSS_SCALE = 2.0**10

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import StaticCache, StoppingCriteria
 
-from actors.loading import layer_devices
+from actors.checkpoint.loading import layer_devices
 from actors.specs import Llava
 
 Tick = Callable[[], None]

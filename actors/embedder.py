@@ -30,7 +30,7 @@ class Embedder:
     """A sentence-transformer that compares texts; every distinct text is embedded once."""
 
     def __init__(self, name: str, device: str = "cpu"):
-        from actors.loading import quiet
+        from actors.checkpoint.loading import quiet
 
         quiet()
         from sentence_transformers import SentenceTransformer

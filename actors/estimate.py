@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.checkpoint.pruning import check_llava
+from actors.engine.rows import attention_windows
 from actors.maths.sizes import (
     cached_tokens,
     largest_share,
@@ -23,9 +25,7 @@ from actors.maths.sizes import (
 )
 from actors.memory import cached_bytes, meta_model
 from actors.quantizers.structure import SIMULATED
-from actors.rows import attention_windows
 from actors.specs import QUANTIZER_BITS
-from actors.surgery import check_llava
 
 TEXT_TOKENS = 64  # of a question and the chat template around it
 MIXED_BITS = (3, 4, 8)

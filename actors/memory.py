@@ -7,8 +7,8 @@ import psutil
 import torch
 from transformers import AutoModelForImageTextToText
 
+from actors.checkpoint.pruning import stored_bytes
 from actors.specs import PACKED_CHECKPOINT
-from actors.surgery import stored_bytes
 
 TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row
 GIB = 2**30

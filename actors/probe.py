@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from actors.checkpoint.loading import language_model, pixel_dtype
 from actors.images import QUESTION, probe_image
-from actors.loading import language_model, pixel_dtype
 
 PROBE = "probe.npy"
 

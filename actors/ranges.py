@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from actors.checkpoint.loading import language_model, pixel_dtype
 from actors.conversations import collate
-from actors.loading import language_model, pixel_dtype
+from actors.engine.replica import LlavaReplica
 from actors.maths.ranges import range_facts
-from actors.replica import LlavaReplica
 from actors.specs import Conversation, ModelSpec
 
 

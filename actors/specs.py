@@ -20,7 +20,7 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which checkpoint to load, and how: see `actors.loading.load_model`.
+    """Which checkpoint to load, and how: see `actors.checkpoint.loading.load_model`.
 
     sharers: how many processes plan their batches with the main memory of one machine, where the model is on a CPU.
     """
@@ -67,7 +67,7 @@ class Known:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Hyper-parameters of one fine-tuning; see jobs.config.RecoverConfig for their units."""
+    """Hyper-parameters of one fine-tuning; see jobs.config.schema.RecoverConfig for their units."""
 
     method: str
     rank: int
@@ -87,13 +87,13 @@ class LoraSettings:
 # The bits that each quantizer has. awq and rtn are stored packed at 4 bits alone: see QuantizeSettings.simulated.
 QUANTIZER_BITS = {"awq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "nf4": (4,), "int8": (8,)}
 NF4_BLOCK = 64
-HQQ_CHECKPOINT = "prunella-hqq"  # quant_method in config.json: actors.loading alone reads what hqq rounded
+HQQ_CHECKPOINT = "prunella-hqq"  # quant_method in config.json: actors.checkpoint.loading alone reads what hqq rounded
 PACKED_CHECKPOINT = "compressed-tensors"  # quant_method in config.json of layers with bits of their own
 
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """How to round; see jobs.config.QuantizeConfig for the fields' units.
+    """How to round; see jobs.config.schema.QuantizeConfig for the fields' units.
 
     ValueError: no such method, bits that it does not have, or a group size that it cannot have.
     """

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from actors.checkpoint.loading import language_model, load_model, load_processor, quiet
+from actors.checkpoint.pruning import copy_companions, local_folder, publish_names, stored_dtype
 from actors.conversations import collate
-from actors.loading import language_model, load_model, load_processor, quiet
 from actors.probe import probe_logits, write_probe
 from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSpec
-from actors.surgery import copy_companions, local_folder, publish_names, stored_dtype
 
 
 def language_linears(model: Llava) -> list[str]:

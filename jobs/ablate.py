@@ -20,12 +20,12 @@ from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_i
 from actors.specs import Conversation
 from cluster.tables import read_table, write_table
 from jobs import prepare
-from jobs.command import main
-from jobs.config import AblateConfig, Criterion
-from jobs.criteria import PLUS_FIRST, PLUS_LAST, READINGS
-from jobs.figures import importance_figure
-from jobs.measurements import Losses, Measurements
-from jobs.run import Run, Source, Stage
+from jobs.config.schema import AblateConfig, Criterion
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.ranking.criteria import PLUS_FIRST, PLUS_LAST, READINGS
+from jobs.ranking.measurements import Losses, Measurements
+from jobs.reporting.figures import importance_figure
 
 SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
 

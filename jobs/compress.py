@@ -14,13 +14,14 @@ from typing import Any
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import ablate, evaluate, judge, prepare, prune, quantize, ranges, recover
-from jobs.command import main
-from jobs.differences import differences, name_tests
-from jobs.judged import NOT_JUDGED, remarks
-from jobs.metrics import judge_given_name, retained, retention
-from jobs.run import Run, Source, Stage
-from jobs.verdicts import check_judge
+from jobs import ablate, evaluate, judge, prepare, prune, quantize, recover
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.judging.asking import check_judge
+from jobs.judging.tables import NOT_JUDGED, remarks
+from jobs.ranking import ranges
+from jobs.scoring.differences import differences, name_tests
+from jobs.scoring.metrics import judge_given_name, retained, retention
 
 SUMMARY = "summary.json"
 _PCT = ("_pct", "_interval_pct")

@@ -10,9 +10,9 @@ import time
 from collections import deque
 
 from jobs import compress, report
-from jobs.command import one_sentence
-from jobs.options import load_config
-from jobs.run import Run
+from jobs.core.command import one_sentence
+from jobs.core.options import load_config
+from jobs.core.run import Run
 
 CONFIG = "configs/derm-tiny.yaml"
 JOBS = ("prepare", "ablate", "compress", "report")

@@ -16,9 +16,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.command import main
-from jobs.config import Config
-from jobs.run import Run
+from jobs.config.schema import Config
+from jobs.core.command import main
+from jobs.core.run import Run
 
 GIB = 2**30
 SHORTHANDS = {"removed": "estimate.removed", "quantizer": "estimate.quantizer", "json": "estimate.json_rows"}
@@ -66,7 +66,7 @@ def removals(config: Config, windows: Sequence[int | None]) -> list[tuple[list[i
     the last ones: where layers differ, the estimate is the largest that this count can have. ValueError: a set leaves
     no layer, or has one that is not there.
     """
-    from actors.surgery import check_removal
+    from actors.checkpoint.pruning import check_removal
 
     given = config.estimate.removed
     wanted = config.prune.layers if given is None else given
@@ -197,7 +197,7 @@ def table(found: Sequence[dict]) -> str:
 
 def job(run: Run) -> None:
     """Print the rows."""
-    from actors.loading import quiet
+    from actors.checkpoint.loading import quiet
 
     quiet()
     found = rows(run)

@@ -16,13 +16,14 @@ from actors.maths.latency import merged
 from actors.specs import Sample
 from cluster.artifacts import digest
 from cluster.tables import PartTable, write_table
-from jobs import card, prepare
-from jobs.command import main
-from jobs.config import EvaluateConfig
-from jobs.image_controls import blank_rows, blank_samples, summary, swapped_rows
-from jobs.metrics import metrics, scored
-from jobs.run import Run, Source, Stage
-from jobs.units import in_units, whole_images
+from jobs import prepare
+from jobs.config.schema import EvaluateConfig
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.core.units import in_units, whole_images
+from jobs.reporting import card
+from jobs.scoring.image_controls import blank_rows, blank_samples, summary, swapped_rows
+from jobs.scoring.metrics import metrics, scored
 
 if TYPE_CHECKING:
     from cluster.pool import Pool

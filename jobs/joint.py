@@ -4,7 +4,7 @@
     python -m jobs.joint --config configs/mine.yaml --joint.budget_gib 4.0 --joint.options '[0, 3, 4, 8, 16]'
 
 Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
-measured as a whole, and again around the best (jobs.joint_choice). The best few are built (removal, recovery,
+measured as a whole, and again around the best (jobs.allocation.choice). The best few are built (removal, recovery,
 rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
 allows: as many of them at each of the bits in joint.options, those that remove the fewest layers (up to half of all, or
 what search.depths says), by the same rounding and with the same recovery. What fails is a row with its reason. All rows
@@ -24,20 +24,22 @@ from math import isfinite
 from scipy.stats import spearmanr
 
 from cluster.artifacts import write_text
-from jobs import ablate, judge, mixed, prepare, prune, select
-from jobs.command import main
+from jobs import ablate, judge, prepare, prune
+from jobs.allocation import mixed
+from jobs.allocation.build import UNIFORM, build, pruning, rows_of
+from jobs.allocation.choice import REMOVED, WHOLE, Choice, Memory, Search, shown
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
 from jobs.estimate import GIB
-from jobs.joint_build import UNIFORM, build, pruning, rows_of
-from jobs.joint_choice import REMOVED, WHOLE, Choice, Memory, Search, shown
-from jobs.judged import flag
-from jobs.measurements import ChoiceMeasurements, NothingRanked
+from jobs.judging.asking import check_judge
+from jobs.judging.tables import flag
+from jobs.ranking import select
+from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
 from jobs.report import size
-from jobs.run import Run, Source, Stage
-from jobs.search_budget import judge_lines
-from jobs.search_memory import context_bytes, device_gib, setting, shapes_of
-from jobs.search_rows import MEASURED_FOR, joint_rows, write_log, write_rows
-from jobs.search_stages import ordered
-from jobs.verdicts import check_judge
+from jobs.searching.budget import judge_lines
+from jobs.searching.memory import context_bytes, device_gib, setting, shapes_of
+from jobs.searching.rows import MEASURED_FOR, joint_rows, write_log, write_rows
+from jobs.searching.stages import ordered
 
 ROWS = "joint.json"
 

@@ -22,13 +22,23 @@ from actors.judge.cache import verdict_key
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
 from cluster.tables import read_table, write_table
-from jobs import agreement, card, evaluate, prepare
-from jobs.answer_tables import AnswerTable, read_answers
-from jobs.command import main
-from jobs.differences import differences
-from jobs.judged import JudgedTable, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
-from jobs.run import Run, Source, Stage
-from jobs.verdicts import identity_of, run_async
+from jobs import evaluate, prepare
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.judging import agreement
+from jobs.judging.answer_tables import AnswerTable, read_answers
+from jobs.judging.asking import identity_of, run_async
+from jobs.judging.tables import (
+    JudgedTable,
+    clusters,
+    judged_tables,
+    may_be_asked_again,
+    percent,
+    remarks,
+    summary_columns,
+)
+from jobs.reporting import card
+from jobs.scoring.differences import differences
 
 VERDICTS = "verdicts.parquet"
 SHOWN = 5  # rows of a table that are printed with the reason why they were skipped; the summary has all
@@ -204,7 +214,7 @@ def serve(run: Run) -> None:
     """Keep the judge up until the job is interrupted."""
 
     async def up() -> None:
-        from jobs.judge_engine import endpoint
+        from jobs.judging.engine import endpoint
 
         async with endpoint(run) as url:
             name = run.config.judge.model

@@ -7,7 +7,7 @@ python -m jobs.make_derm_tiny --out my-derm-tiny
 import argparse
 from pathlib import Path
 
-from jobs.progress import Progress
+from jobs.core.progress import Progress
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "actors" / "derm_tiny" / "checkpoint"
 BANK, BANK_SEED, TEST, TEST_SEED = 12_000, 11, 600, 99
@@ -54,6 +54,7 @@ def build(out: Path, tower_steps: int, steps: int) -> dict[str, float]:
     """Build derm-tiny into `out`; returns the share of exact answers per question."""
     import torch
 
+    from actors.checkpoint.loading import quiet
     from actors.derm_tiny.build import build_model, build_processor, save
     from actors.derm_tiny.train import (
         draw_bank,
@@ -63,7 +64,6 @@ def build(out: Path, tower_steps: int, steps: int) -> dict[str, float]:
         train_language_model,
         train_tower,
     )
-    from actors.loading import quiet
 
     quiet()
     torch.manual_seed(0)
@@ -88,8 +88,8 @@ def build(out: Path, tower_steps: int, steps: int) -> dict[str, float]:
 
 def write_card(out: Path) -> dict[str, float]:
     """Test the saved model on fresh images and write its model card; returns the shares of exact answers."""
+    from actors.checkpoint.loading import load_model, load_processor
     from actors.derm_tiny.train import exact_share
-    from actors.loading import load_model, load_processor
 
     model = load_model(str(out))
     shares = exact_share(model, load_processor(str(out)), TEST, TEST_SEED)

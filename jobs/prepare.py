@@ -25,9 +25,9 @@ from actors.dataset import (
 )
 from cluster.artifacts import digest
 from cluster.tables import read_table, write_table
-from jobs.command import main
-from jobs.config import ClassConfig, DataConfig, QuestionConfig
-from jobs.run import Run, Stage
+from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
+from jobs.core.command import main
+from jobs.core.run import Run, Stage
 
 CONVERSATIONS, SKIPPED = "conversations.parquet", "skipped.parquet"
 _SKIPPED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])

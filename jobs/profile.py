@@ -16,8 +16,8 @@ from actors.maths.latency import merged
 from actors.specs import Sample
 from cluster.artifacts import write_text
 from jobs import evaluate, prepare
-from jobs.command import main
-from jobs.run import Run, Source
+from jobs.core.command import main
+from jobs.core.run import Run, Source
 
 ROWS = "profile.json"
 GIB = 2**30

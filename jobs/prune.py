@@ -12,9 +12,11 @@ The checkpoint has renumbered layers and a corrected config: plain transformers 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs import ablate, card, prepare, select, verify
-from jobs.command import main
-from jobs.run import Run, Source, Stage
+from jobs import ablate, prepare, verify
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.ranking import select
+from jobs.reporting import card
 
 
 def stage(run: Run, model: Stage | Source) -> Stage | Source:
@@ -32,7 +34,7 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
 
 def _check(run: Run) -> None:
     """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
-    from actors.surgery import check_llava
+    from actors.checkpoint.pruning import check_llava
 
     prune, layers = run.config.prune, check_llava(run.base_config()).text_config.num_hidden_layers
     for layer in prune.order or []:
@@ -70,7 +72,7 @@ def _stage(run: Run, model: Stage | Source) -> Stage:
 
 def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path, facts: dict) -> None:
     spec = run.model_spec(model)
-    with run.worker("actors.surgery:Surgeon") as worker:
+    with run.worker("actors.checkpoint.pruning:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
     facts["gate"] = verify.passed(run, folder, model, facts["removed"])
     step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _chosen(run)}

@@ -23,9 +23,10 @@ from pyarrow import fs
 
 from cluster.artifacts import MANIFEST
 from cluster.connection import in_submitted_job
-from jobs import card, verify
-from jobs.command import main
-from jobs.run import Run
+from jobs import verify
+from jobs.core.command import main
+from jobs.core.run import Run
+from jobs.reporting import card
 
 HUB = "hf://"
 KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.specs import Conversation, QuantizeSettings
-from jobs import card, prepare, verify
-from jobs.command import main
+from jobs import prepare, verify
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
 from jobs.recover import training_conversations
-from jobs.run import Run, Source, Stage
+from jobs.reporting import card
 
 if TYPE_CHECKING:
     from cluster.pool import Pool

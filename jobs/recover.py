@@ -14,10 +14,11 @@ from pathlib import Path
 
 from actors.specs import Conversation, LoraSettings
 from cluster.tables import write_table
-from jobs import card, prepare, verify
-from jobs.command import main
-from jobs.progress import Progress
-from jobs.run import Run, Source, Stage
+from jobs import prepare, verify
+from jobs.core.command import main
+from jobs.core.progress import Progress
+from jobs.core.run import Run, Source, Stage
+from jobs.reporting import card
 
 LOSSES = "losses.parquet"
 

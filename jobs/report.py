@@ -18,25 +18,18 @@ from actors.baseline import REFUSALS
 from actors.maths.ranges import OUTLIER
 from cluster.artifacts import write_text
 from cluster.tables import read_table
-from jobs import (
-    ablate,
-    compress,
-    evaluate,
-    judge,
-    prepare,
-    ranges,
-    recover,
-    report_answers,
-    report_judge,
-    report_metrics,
-)
-from jobs.command import main
-from jobs.criteria import READINGS, WITHOUT_SAMPLES
-from jobs.figures import importance_figure, loss_figure, tradeoff_figure
-from jobs.run import Run, Stage
+from jobs import ablate, compress, evaluate, judge, prepare, recover
+from jobs.core.command import main
+from jobs.core.run import Run, Stage
+from jobs.ranking import ranges
+from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
+from jobs.reporting import answers as report_answers
+from jobs.reporting import judge as report_judge
+from jobs.reporting import metrics as report_metrics
+from jobs.reporting.figures import importance_figure, loss_figure, tradeoff_figure
 
 HTML, MARKDOWN = "report.html", "report.md"
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 
 def job(run: Run) -> None:

@@ -24,17 +24,18 @@ import os
 import time
 from collections.abc import Sequence
 
-from jobs import card, judge
-from jobs.command import main
-from jobs.judged import flag
-from jobs.progress import Progress
-from jobs.run import Run, Stage
-from jobs.search_budget import Entrant, compared, front, judge_lines, resolve, said, screened_out
-from jobs.search_report import write_report
-from jobs.search_rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
-from jobs.search_space import Setting, space
-from jobs.search_stages import SEARCH, Plan, plans
-from jobs.verdicts import check_judge
+from jobs import judge
+from jobs.core.command import main
+from jobs.core.progress import Progress
+from jobs.core.run import Run, Stage
+from jobs.judging.asking import check_judge
+from jobs.judging.tables import flag
+from jobs.reporting import card
+from jobs.reporting.search import write_report
+from jobs.searching.budget import Entrant, compared, front, judge_lines, resolve, said, screened_out
+from jobs.searching.rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
+from jobs.searching.space import Setting, space
+from jobs.searching.stages import SEARCH, Plan, plans
 
 OBJECTIVES = {"score": "max", "memory_gib": "min", "ms_per_token": "min"}
 Key = tuple[str, ...]
@@ -141,7 +142,7 @@ class Search:
             "command": card.command(),
             "address": os.environ.get("RAY_ADDRESS"),
         }
-        maker = Maker("jobs.search_stages:StageMaker", kwargs, parallel)
+        maker = Maker("jobs.searching.stages:StageMaker", kwargs, parallel)
         folder = self.run.folder / SEARCH
         with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
             finished = {key: stages[-1] for key, (_, stages) in work.items() if stages and not missing[key]}

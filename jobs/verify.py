@@ -11,9 +11,9 @@ published copies do). After prune, recover and quantize it runs by itself, befor
 from pathlib import Path
 
 from actors.specs import GateError, ModelSpec
-from jobs import card
-from jobs.command import main
-from jobs.run import Run, Source, Stage
+from jobs.core.command import main
+from jobs.core.run import Run, Source, Stage
+from jobs.reporting import card
 
 
 def passed(
@@ -49,7 +49,7 @@ def chosen(run: Run) -> Path:
 def _checked(run: Run, folder: Path, *arguments) -> dict:
     model = run.config.model
     spec = ModelSpec(str(folder), model.dtype, None, model.trust_remote_code)
-    with run.worker("actors.gate:Gate") as worker:
+    with run.worker("actors.gate.check:Gate") as worker:
         try:
             return worker.call("check", spec, *arguments)
         except GateError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from actors.gate import Gate
+from actors.gate.check import Gate
 from actors.specs import GateError, ModelSpec
 
 LAYER = "language_model.model.layers.{}.{}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from actors.checkpoint.loading import load_model, load_processor
 from actors.conversations import collate
-from actors.loading import load_model, load_processor
 from actors.quantizers import awq
 from actors.quantizers.quantizer import Quantizer
 from actors.specs import ModelSpec, QuantizeSettings

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from actors.replica import LlavaReplica
+from actors.checkpoint.pruning import prune_checkpoint
+from actors.engine.replica import LlavaReplica
 from actors.specs import ModelSpec, Sample
-from actors.surgery import prune_checkpoint
 from tests.tiny import plain_answer, plain_inputs, plain_model
 
 

@@ -26,8 +26,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from actors.checkpoint.loading import language_model
 from actors.derm_tiny.build import PATCH, SIDE, build_processor
-from actors.loading import language_model
 from actors.specs import Conversation, Sample
 
 DERM_TINY = Path(__file__).resolve().parent.parent / "actors" / "derm_tiny" / "checkpoint"

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
 
+from actors.checkpoint.loading import pixel_dtype
 from actors.derm_tiny.build import PATCH, TOWER_FEATURES
 from actors.derm_tiny.draw import SIDE, draw, sample_lesion
 from actors.derm_tiny.world import CLASSES, POSITIONS, QUESTIONS, SIZES, TONES, Lesion, answer
-from actors.loading import pixel_dtype
 
 ATTRIBUTE_SIZES = (len(CLASSES), len(TONES), len(POSITIONS), len(SIZES), 2)
 

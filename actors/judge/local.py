@@ -15,12 +15,12 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from actors.checkpoint.loading import check_complete, check_finite, check_source, placement, quiet
+from actors.checkpoint.pruning import stored_bytes
 from actors.judge.calls import Failure, Reply, Request, folded
 from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix
-from actors.loading import check_complete, check_finite, check_source, placement, quiet
 from actors.memory import GIB, claim_devices, free_bytes, out_of_memory
-from actors.surgery import stored_bytes
 
 LINGER_S = 0.005  # for calls that were sent together to arrive together
 LASTING = 3  # different calls that fail one after the other

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from actors.loading import language_model, load_model, load_processor
+from actors.checkpoint.loading import language_model, load_model, load_processor
+from actors.checkpoint.pruning import iterate_tensors
 from actors.memory import TooLittleMemory
 from actors.quantizers.calibration import calibration_inputs, decoder_inputs
 from actors.quantizers.rtn import write_gemm
 from actors.quantizers.structure import scaling_groups
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
-from actors.surgery import iterate_tensors
 
 MISSING = (
     "The search of autoawq needs that package, which is not installed: pip install --no-deps autoawq==0.2.9 "

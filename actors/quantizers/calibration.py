@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from actors.checkpoint.loading import language_model, load_processor, pick_device, pixel_dtype
+from actors.checkpoint.pruning import pruned_config
 from actors.conversations import collate
-from actors.loading import language_model, load_processor, pick_device, pixel_dtype
 from actors.specs import Conversation, Llava, ModelSpec
-from actors.surgery import pruned_config
 
 TOKENS = 2048  # of calibration that are run at once
 KEPT = ("attention_mask", "position_ids", "position_embeddings")

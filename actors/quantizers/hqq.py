@@ -1,9 +1,9 @@
 """Half-quadratic quantization (Badri and Shaji 2023) by the hqq library, one tensor at a time, without calibration.
 
 HQQLinear rounds; the files are our own: in place of a decoder linear's weight its packed numbers, flat, with scale and
-zero beside them. Only actors.loading.load_model reads them, by means of the quantizer that this module registers.
-Plain transformers stops with an error about the shape of such weights (its own
-support for hqq does not load LLaVA with today's versions).
+zero beside them. Only actors.checkpoint.loading.load_model reads them, by means of the quantizer that this module
+registers. Plain transformers stops with an error about the shape of such weights (its own support for hqq does not load
+LLaVA with today's versions).
 
 HQQ's zero point is a real number, so 0 is not among a group's values: where a few input channels are very large and
 their weights very small, the common offset of these weights is multiplied by those inputs, and HQQ loses more than RTN.
@@ -16,10 +16,10 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from actors.checkpoint.pruning import iterate_tensors
 from actors.maths.sizes import HQQ_ROWS
 from actors.quantizers.storage import rest_dtype, write_rounded
 from actors.specs import HQQ_CHECKPOINT, QuantizeSettings
-from actors.surgery import iterate_tensors
 
 MISSING = (
     "hqq checkpoints are made and read with the hqq package, which is not installed: pip install hqq==0.2.8.post1 "

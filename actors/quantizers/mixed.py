@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.loading import quiet
+from actors.checkpoint.loading import quiet
 from actors.maths.rounding import dequantize, round_to_nearest
 from actors.quantizers.awq import inputs_for, searched_layers
 from actors.quantizers.storage import (

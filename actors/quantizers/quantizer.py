@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.loading import quiet
+from actors.checkpoint.loading import quiet
 from actors.quantizers.awq import quantize_awq, search_to_files, write_searched
 from actors.quantizers.storage import check_rounded, keep_blocks_apart
 from actors.quantizers.structure import opened

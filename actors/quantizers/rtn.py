@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from actors.checkpoint.pruning import iterate_tensors
 from actors.maths.awq import rounded
 from actors.maths.rounding import gemm_tensors
 from actors.quantizers.storage import write_rounded
 from actors.quantizers.structure import SIMULATED
 from actors.specs import NOT_ROUNDED, QuantizeSettings
-from actors.surgery import iterate_tensors
 
 
 def quantize_rtn(source: Path, config, settings: QuantizeSettings, out: Path) -> None:

@@ -9,9 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from actors.quantizers.structure import linear_shapes
-from actors.specs import QuantizeSettings
-from actors.surgery import (
+from actors.checkpoint.pruning import (
     copy_companions,
     iterate_tensors,
     read_tensor,
@@ -20,6 +18,8 @@ from actors.surgery import (
     weight_files,
     write_tensors,
 )
+from actors.quantizers.structure import linear_shapes
+from actors.specs import QuantizeSettings
 
 SHARD_BYTES = 2**28  # of one file; as much is in memory while it is written
 BLOCK_BYTES = 2**20  # of memory, from which on a block is the system's again as soon as it is freed
@@ -127,7 +127,7 @@ def narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def check_rounded(out: Path, config, settings: QuantizeSettings) -> dict:
     """Check that a quantizer rounded the decoder's linears and nothing else, and return what it stored.
 
-    Whether the rest is what it was before, bit for bit, actors.gate_files.check_kept tells. Returns {linears,
+    Whether the rest is what it was before, bit for bit, actors.gate.files.check_kept tells. Returns {linears,
     rounded_weights, bits_per_weight (scales and zero points included), simulated, nominal_bytes (the whole checkpoint
     at those bits: what is stored, unless simulated)}. RuntimeError: a library rounded what it must not.
     """

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from actors.checkpoint.pruning import check_llava, local_folder
 from actors.specs import Llava, ModelSpec, QuantizeSettings
-from actors.surgery import check_llava, local_folder
 
 NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs
 CLIP_BLOCK = 64  # autoawq walks outputs in blocks of 64 to clip

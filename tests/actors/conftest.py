@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.checkpoint.loading import quiet
 from actors.derm_tiny.draw import write_tree
 from actors.images import QUESTION, probe_image
-from actors.loading import quiet
 from actors.specs import Sample
 from tests.tiny import rename_tensors, save_tiny
 

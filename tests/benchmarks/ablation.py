@@ -18,14 +18,14 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from actors.checkpoint.loading import load_model, load_processor, quiet
+from actors.checkpoint.pruning import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
 from actors.conversations import reply_ids
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import CLASSES, QUESTIONS
+from actors.engine.replica import LlavaReplica
 from actors.images import open_image
-from actors.loading import load_model, load_processor, quiet
-from actors.replica import LlavaReplica
 from actors.specs import Conversation, ModelSpec
-from actors.surgery import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
 from tests.benchmarks.machine import floor_s, timed
 
 DERM_TINY = Path(__file__).resolve().parents[2] / "actors" / "derm_tiny" / "checkpoint"

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from actors.engine.replica import LlavaReplica
 from actors.estimate import Setting, estimate, uniform
 from actors.images import QUESTION, probe_image
-from actors.replica import LlavaReplica
 from actors.specs import ModelSpec, Sample
 from tests.allocations import generated
 from tests.benchmarks.quantizers import write_model

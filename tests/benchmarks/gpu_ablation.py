@@ -21,10 +21,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
-from actors.loading import language_model, quiet
+from actors.checkpoint.loading import language_model, quiet
+from actors.engine.replica import LlavaReplica
 from actors.memory import GIB, cached_bytes, free_bytes
 from actors.profiler import device_facts
-from actors.replica import LlavaReplica
 from actors.specs import Sample
 from tests.benchmarks.machine import floor_s, timed
 from tests.ties import Mismatch, first_difference, judged

@@ -29,15 +29,15 @@ import torch
 from transformers import CLIPImageProcessor
 
 from actors import footprint
+from actors.checkpoint.loading import language_model, pick_device, quiet
 from actors.derm_tiny.build import build_processor
 from actors.derm_tiny.draw import write_tree
+from actors.engine.replica import LlavaReplica
 from actors.images import QUESTION, probe_image
-from actors.loading import language_model, pick_device, quiet
 from actors.maths.latency import merged
 from actors.memory import GIB
 from actors.probe import probe_logits
 from actors.quantizers.quantizer import Quantizer
-from actors.replica import LlavaReplica
 from actors.specs import ModelSpec, QuantizeSettings, Sample
 from tests.benchmarks.gpu_ablation import real_model
 from tests.tiny import draw_conversations, llava_7b, processor_for, tiny_model

@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from actors.checkpoint.loading import quiet
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import QUESTIONS
-from actors.loading import quiet
 from actors.specs import Sample
 from tests.benchmarks.ablation import DERM_TINY, TOKENS
 from tests.ties import compare

@@ -4,9 +4,9 @@
 
 The engine is a mock of known speed: it answers `--concurrency` calls at a time, each after `--delay` seconds +-50 %,
 i.e. concurrency / delay verdicts per second. Both sides run in turns, `--repeats` times, after a warm-up: the engine
-asked by bare tasks with calls made beforehand, and jobs.verdicts from texts to verdicts on disk (keys, ladder, parsing,
-store). Reported: the known speed, the medians, their ratios, the driver's processor time per verdict, and the most
-verdicts per second (with an engine that takes no time). The last line is one JSON object.
+asked by bare tasks with calls made beforehand, and jobs.judging.asking from texts to verdicts on disk (keys, ladder,
+parsing, store). Reported: the known speed, the medians, their ratios, the driver's processor time per verdict, and the
+most verdicts per second (with an engine that takes no time). The last line is one JSON object.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from actors.judge.ladder import RUNGS, request
-from jobs.verdicts import verdicts
+from jobs.judging.asking import verdicts
 from tests.jobs.judging import Mock, run_in
 
 

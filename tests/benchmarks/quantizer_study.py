@@ -15,9 +15,9 @@ import numpy as np
 from actors.maths.statistics import cluster_bootstrap_interval
 from cluster.tables import read_table
 from jobs import evaluate, prepare, prune, quantize, recover
-from jobs.config import Config
-from jobs.options import load_config
-from jobs.run import Run, Source, Stage
+from jobs.config.schema import Config
+from jobs.core.options import load_config
+from jobs.core.run import Run, Source, Stage
 
 SETTINGS = (
     ("none", 16, True),

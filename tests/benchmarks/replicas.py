@@ -96,8 +96,8 @@ def two_replicas(units: int, repeats: int) -> dict:
         work = [(n, (samples[n * 4 : n * 4 + 4], sets, TOKENS)) for n in range(min(units, len(samples) // 4))]
         kwargs = {"spec": ModelSpec(str(DERM_TINY)), "max_rows": 1024}
         with (
-            Pool("actors.replica:LlavaReplica", kwargs, Resources(count=1)) as one,
-            Pool("actors.replica:LlavaReplica", kwargs, Resources(count=2)) as two,
+            Pool("actors.engine.replica:LlavaReplica", kwargs, Resources(count=1)) as one,
+            Pool("actors.engine.replica:LlavaReplica", kwargs, Resources(count=2)) as two,
         ):
             rates: dict[str, list[float]] = {"one": [], "two": []}
             for round_ in range(repeats + 1):

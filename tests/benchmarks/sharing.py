@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-import actors.packing
-from actors.engine import Limits, verified
-from actors.loading import load_model, quiet
+import actors.engine.packing
+from actors.checkpoint.loading import load_model, quiet
+from actors.engine.verification import Limits, verified
 from tests.benchmarks.gpu_ablation import random_prompts
 from tests.benchmarks.machine import timed
 from tests.benchmarks.quantizers import write_model
 
-TOGETHER = {"a row each": 1, "a row per image": actors.packing.MOST_TOGETHER}
+TOGETHER = {"a row each": 1, "a row per image": actors.engine.packing.MOST_TOGETHER}
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     found, tokens = {}, {}
     for _ in range(3):
         for way, together in TOGETHER.items():
-            actors.packing.MOST_TOGETHER = together
+            actors.engine.packing.MOST_TOGETHER = together
             seconds, (found[way], counts) = timed(
                 lambda: verified(model, prompts, drafts, whole_L, keep_VL, Limits(1, ()))
             )

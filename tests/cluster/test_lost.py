@@ -4,7 +4,7 @@ import socket
 
 from cluster import lost
 from cluster.lost import Watch
-from jobs.command import explain
+from jobs.core.command import explain
 
 
 def test_a_head_may_come_back_and_a_raylet_may_not(monkeypatch):

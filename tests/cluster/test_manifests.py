@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.command import parse
-from jobs.options import valid_keys
+from jobs.core.command import parse
+from jobs.core.options import valid_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VM = REPOSITORY / "cluster/vm/cluster.yaml"

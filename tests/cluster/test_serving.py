@@ -18,10 +18,10 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-import cluster.serving
-import cluster.serving_left
-from cluster.serving import TRIES, Scale, ServiceLost, answered, application_name, served
-from cluster.serving_left import end_left
+import cluster.serving.left_overs
+import cluster.serving.service
+from cluster.serving.left_overs import end_left
+from cluster.serving.service import TRIES, Scale, ServiceLost, answered, application_name, served
 
 pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def send_of(*ends):
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(cluster.serving, "POLL_S", 0.0)
+    monkeypatch.setattr(cluster.serving.service, "POLL_S", 0.0)
 
 
 @pytest.mark.parametrize("death", [ActorDiedError(), RayServeException("replica is busy")])
@@ -219,7 +219,7 @@ def test_what_a_dead_driver_left_is_ended(monkeypatch, capsys):
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(names)))
     monkeypatch.setattr(serve, "delete", ended.append)
     table = [{"JobID": "02000000", "IsDead": True}, {"JobID": "03000000", "IsDead": False}]
-    monkeypatch.setattr(cluster.serving_left, "jobs", lambda: table)
+    monkeypatch.setattr(cluster.serving.left_overs, "jobs", lambda: table)
     end_left()
     assert ended == [names[1]] and f"{names[1]} was left by a job that has ended" in capsys.readouterr().out
 
@@ -228,7 +228,7 @@ def test_what_a_dead_driver_left_is_ended(monkeypatch, capsys):
 def test_a_killed_drivers_application_is_ended_by_the_next_driver():
     script = """
 import asyncio, os, signal, sys
-from cluster.serving import Scale, served
+from cluster.serving.service import Scale, served
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 
@@ -250,7 +250,7 @@ asyncio.run(killed())
             return applications()
 
     for _ in range(50):
-        if next(job["IsDead"] for job in cluster.serving_left.jobs() if job["JobID"] in name):
+        if next(job["IsDead"] for job in cluster.serving.left_overs.jobs() if job["JobID"] in name):
             break
         time.sleep(0.2)
     assert name not in asyncio.run(next_one())
@@ -264,14 +264,14 @@ def test_a_cluster_that_is_gone_does_not_take_the_results_along(monkeypatch, cap
 
     for name in ("status", "delete", "shutdown"):
         monkeypatch.setattr(serve, name, gone)
-    cluster.serving._leave("judge-1", True)
-    cluster.serving.shut_down()
+    cluster.serving.service._leave("judge-1", True)
+    cluster.serving.service.shut_down()
     said = capsys.readouterr().out
     assert "judge-1 could not be ended" in said and "Ray Serve could not be ended" in said and "is dead" in said
 
 
 def test_a_port_that_is_taken_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(cluster.serving, "is_running", lambda: False)
+    monkeypatch.setattr(cluster.serving.service, "is_running", lambda: False)
 
     async def start(port: int):
         async with echo(port=port):
@@ -304,8 +304,8 @@ def test_a_long_wait_is_explained_now_and_then(hurried, monkeypatch, capsys):
     states = [SimpleNamespace(value=value) for value in ("DEPLOYING", "DEPLOYING", "RUNNING")]
     found = iter(SimpleNamespace(status=state, deployments={"replica": replica}) for state in states)
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"judge": next(found)}))
-    monkeypatch.setattr(cluster.serving, "SAID_EVERY_S", 0.0)
-    asyncio.run(cluster.serving._running("judge"))
+    monkeypatch.setattr(cluster.serving.service, "SAID_EVERY_S", 0.0)
+    asyncio.run(cluster.serving.service._running("judge"))
     said = capsys.readouterr().out
     assert said.count("judge is not up after 0 s: 1 replica waits for a node with 4 GPUs") == 2
 

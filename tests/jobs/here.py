@@ -3,8 +3,8 @@
 import importlib
 from pathlib import Path
 
-from jobs.options import load_config
-from jobs.run import Run
+from jobs.core.options import load_config
+from jobs.core.run import Run
 from tests.tiny import DERM_TINY
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from actors.judge.cache import JudgeIdentity
 from actors.judge.calls import Failure, Reply, Request
 from actors.judge.prompt import neutralise, parse_user_message
-from jobs.options import load_config
-from jobs.run import Run
+from jobs.core.options import load_config
+from jobs.core.run import Run
 
 IDENTITY = JudgeIdentity("mock@1", "none", "none", "mock 1", "float32", "greedy")
 
@@ -55,7 +55,7 @@ class Mock:
             self.now -= 1
 
     def install(self, monkeypatch, identity: JudgeIdentity = IDENTITY) -> "Mock":
-        """Stand in for jobs.judge_engine."""
+        """Stand in for jobs.judging.engine."""
 
         @asynccontextmanager
         async def judge_engine(run):
@@ -69,8 +69,8 @@ class Mock:
         module = SimpleNamespace(
             judge_engine=judge_engine, judge_identity=lambda run: identity, endpoint=endpoint, check=lambda run: None
         )
-        monkeypatch.setitem(sys.modules, "jobs.judge_engine", module)
-        monkeypatch.setattr("jobs.judge_engine", module, raising=False)
+        monkeypatch.setitem(sys.modules, "jobs.judging.engine", module)
+        monkeypatch.setattr("jobs.judging.engine", module, raising=False)
         return self
 
 

@@ -7,12 +7,15 @@ from PIL import Image
 
 from actors.baseline import REFUSALS
 from actors.judge.verdict import TOP_LABEL, tally
-from jobs import image_controls, report_answers, report_judge, report_metrics
-from jobs.config import ClassConfig, EvaluateConfig
-from jobs.differences import differences, name_tests
-from jobs.judged import NOT_JUDGED, summary_columns
-from jobs.metrics import judge_given_name, metrics, retention, scored
+from jobs.config.schema import ClassConfig, EvaluateConfig
+from jobs.judging.tables import NOT_JUDGED, summary_columns
 from jobs.report import rendered, shown
+from jobs.reporting import answers as report_answers
+from jobs.reporting import judge as report_judge
+from jobs.reporting import metrics as report_metrics
+from jobs.scoring import image_controls
+from jobs.scoring.differences import differences, name_tests
+from jobs.scoring.metrics import judge_given_name, metrics, retention, scored
 
 CLASSES = ["melanoma", "psoriasis"]
 METHODS = ("original", "prune", "quant")

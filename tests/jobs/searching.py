@@ -2,13 +2,14 @@
 
 import cluster.tuning
 from cluster.tables import write_table
-from jobs import evaluate, joint_build, search
-from jobs.config import Config
-from jobs.options import load_config
-from jobs.run import Run, Source, Stage
-from jobs.search_rows import MEASURED
-from jobs.search_space import Setting, space
-from jobs.search_stages import Plan
+from jobs import evaluate, search
+from jobs.allocation import build as joint_build
+from jobs.config.schema import Config
+from jobs.core.options import load_config
+from jobs.core.run import Run, Source, Stage
+from jobs.searching.rows import MEASURED
+from jobs.searching.space import Setting, space
+from jobs.searching.stages import Plan
 
 SPACE = {
     "search.depths": "[0, 2]",

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from cluster.tables import write_table
-from jobs import card, prune
-from jobs.options import load_config
-from jobs.run import Source
+from jobs import prune
+from jobs.core.options import load_config
+from jobs.core.run import Source
+from jobs.reporting import card
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import command
-from jobs.options import fields, load_config, valid_keys
+from jobs.core import command
+from jobs.core.options import fields, load_config, valid_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -135,7 +135,7 @@ def test_a_search_over_sets_needs_a_criterion_that_is_measured_on_sets():
 def test_every_criterion_has_a_reading():
     from typing import get_args
 
-    from jobs.config import Criterion
-    from jobs.criteria import READINGS
+    from jobs.config.schema import Criterion
+    from jobs.ranking.criteria import READINGS
 
     assert set(READINGS) == set(get_args(Criterion))

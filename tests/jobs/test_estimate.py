@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import estimate
-from jobs.command import parse
-from jobs.run import Run
+from jobs.core.command import parse
+from jobs.core.run import Run
 from tests.jobs.test_mistakes import ROOT, assert_says, run
 from tests.tiny import DERM_TINY
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from actors.judge.calls import Failure
-from jobs import joint, joint_build, judge, mixed
-from jobs.joint_build import compared
-from jobs.options import load_config
-from jobs.run import Run, Stage
-from jobs.search_rows import read_rows
+from jobs import joint, judge
+from jobs.allocation import build as joint_build
+from jobs.allocation import mixed
+from jobs.allocation.build import compared
+from jobs.core.options import load_config
+from jobs.core.run import Run, Stage
+from jobs.searching.rows import read_rows
 from tests.jobs.here import run_with
 from tests.jobs.judging import Mock, fair
 from tests.jobs.searching import plan_of_rows

@@ -9,16 +9,17 @@ import pytest
 
 from actors.estimate import architecture, estimate, layer_bytes
 from actors.specs import Conversation
-from jobs import joint, measurements
-from jobs.config_joint import JointConfig
+from jobs import joint
+from jobs.allocation.choice import Memory, Search, shown, single_changes
+from jobs.config.joint import JointConfig
+from jobs.core.options import load_config
+from jobs.core.run import Run, Stage
 from jobs.estimate import setting as asked
-from jobs.joint_choice import Memory, Search, shown, single_changes
-from jobs.measurements import ChoiceMeasurements, Losses, Measurements, NothingRanked
-from jobs.options import load_config
-from jobs.run import Run, Stage
-from jobs.search_memory import device_gib
-from jobs.search_rows import estimates
-from jobs.search_space import Setting
+from jobs.ranking import measurements
+from jobs.ranking.measurements import ChoiceMeasurements, Losses, Measurements, NothingRanked
+from jobs.searching.memory import device_gib
+from jobs.searching.rows import estimates
+from jobs.searching.space import Setting
 from tests.jobs.here import run_with
 from tests.tiny import llava_7b, tiny_config
 

@@ -7,10 +7,19 @@ import pytest
 
 from actors.judge.calls import Failure
 from cluster.tables import read_table, write_table
-from jobs import compress, evaluate, judge, report_judge
-from jobs.judged import NOT_JUDGED, clusters, judged_tables, may_be_asked_again, percent, remarks, summary_columns
+from jobs import compress, evaluate, judge
+from jobs.core.run import Source, Stage
+from jobs.judging.tables import (
+    NOT_JUDGED,
+    clusters,
+    judged_tables,
+    may_be_asked_again,
+    percent,
+    remarks,
+    summary_columns,
+)
 from jobs.report import rendered
-from jobs.run import Source, Stage
+from jobs.reporting import judge as report_judge
 from tests.jobs.judging import Mock, fair, run_in
 from tests.jobs.pages import content
 from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)

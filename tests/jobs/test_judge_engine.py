@@ -12,16 +12,16 @@ import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
 
-import cluster.serving
-import cluster.serving_vllm
+import cluster.serving.service
+import cluster.serving.vllm
 from actors.judge.calls import Failure, Reply
 from actors.judge.ladder import RUNGS, next_step, request
 from actors.judge.local import LocalJudge
 from actors.judge.openai import OpenAIJudge
-from cluster.serving import Service
-from jobs.judge_engine import check, endpoint, judge_engine, judge_identity
-from jobs.options import load_config
-from jobs.run import Run
+from cluster.serving.service import Service
+from jobs.core.options import load_config
+from jobs.core.run import Run
+from jobs.judging.engine import check, endpoint, judge_engine, judge_identity
 from tests.judging import save_tiny_judge
 
 REQUESTS = [request("What is it?", "Psoriasis.", "It is eczema. " * number, RUNGS[2]) for number in range(6)]
@@ -123,8 +123,8 @@ def test_what_goes_wrong_while_asking_is_a_failure(run_of, monkeypatch, end, kin
         async def __aexit__(self, *_):
             pass
 
-    monkeypatch.setattr(cluster.serving, "POLL_S", 0.0)
-    monkeypatch.setattr(cluster.serving, "served", lambda *args, **more: Hosted())
+    monkeypatch.setattr(cluster.serving.service, "POLL_S", 0.0)
+    monkeypatch.setattr(cluster.serving.service, "served", lambda *args, **more: Hosted())
     (answer,) = asked(run_of(timeout=0.5), REQUESTS[:1])
     assert isinstance(answer, Failure) and answer.kind == kind
 
@@ -213,7 +213,7 @@ class FakeVLLM:
         monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
         monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
         monkeypatch.setattr(serve, "llm", llm, raising=False)
-        monkeypatch.setattr(cluster.serving, "hosted", self._hosted)
+        monkeypatch.setattr(cluster.serving.service, "hosted", self._hosted)
         self.hosted: list[tuple] = []
 
     def _hosted(self, name, application, scale, keep=False, port=None):
@@ -289,5 +289,5 @@ def test_vllms_endpoint_is_its_own(run_of, monkeypatch):
     kind, settings = application
     assert kind == "http" and settings["llm_configs"] == fake.configs and port == 8123
     bound = []  # so is the port that Serve opens in the replica in front of it
-    monkeypatch.setattr(cluster.serving_vllm, "bind_to_node", lambda: bound.append(True))
+    monkeypatch.setattr(cluster.serving.vllm, "bind_to_node", lambda: bound.append(True))
     assert settings["ingress_cls_config"]["ingress_cls"](model_cards={}).model_cards == {} and bound == [True]

@@ -15,9 +15,9 @@ from actors.judge import ladder
 from actors.judge.calls import Failure
 from actors.judge.openai import OpenAIJudge
 from cluster.tables import PartTable
-from jobs import verdicts as module
-from jobs.verdicts import GIVE_UP, PROBE, VerdictStore, ask_all, judge_one, probe, verdicts
-from tests.actors.test_actors_judge_openai import WHOLE, Server, completion, http
+from jobs.judging import asking as module
+from jobs.judging.asking import GIVE_UP, PROBE, VerdictStore, ask_all, judge_one, probe, verdicts
+from tests.actors.test_judge_openai import WHOLE, Server, completion, http
 from tests.jobs.judging import Mock, run_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def test_verdicts_reach_the_disk_before_the_end(tmp_path, monkeypatch):
 INTERRUPTED = """
 import sys, asyncio
 from jobs import command
-from jobs.verdicts import verdicts
+from jobs.judging.asking import verdicts
 from tests.jobs.judging import Mock
 from tests.jobs.test_judge_loop import texts
 import pytest

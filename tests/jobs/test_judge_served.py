@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-import jobs.judge_engine
+import jobs.judging.engine
 from cluster.tables import PartTable, read_table
 from jobs import judge
-from jobs.answer_tables import read_answers
-from jobs.judged import remarks
-from jobs.verdicts import VerdictStore
+from jobs.judging.answer_tables import read_answers
+from jobs.judging.asking import VerdictStore
+from jobs.judging.tables import remarks
 from tests.jobs.judging import run_in
 from tests.jobs.test_judge import DISEASES, evaluation
 from tests.judging import save_tiny_judge
@@ -96,7 +96,7 @@ def asks_nothing(folder: Path, monkeypatch, model: str, models: list) -> None:
     def started(run):
         raise AssertionError("the judge was started")
 
-    monkeypatch.setattr(jobs.judge_engine, "judge_engine", started)
+    monkeypatch.setattr(jobs.judging.engine, "judge_engine", started)
     with served_run(folder, model) as run:
         judge.make_all(run, models)
         rows = read_table(run.store.root / judge.stage(run, models[0]).name / judge.VERDICTS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.judge_engine import judge_identity
-from tests.actors.test_actors_judge_system import DROPS, REFUSES
+from jobs.judging.engine import judge_identity
+from tests.actors.test_judge_system import DROPS, REFUSES
 from tests.jobs.test_judge_engine import REQUESTS, FakeVLLM, asked, completion, path, run_of  # noqa: F401 (fixtures)
 from tests.judging import CHAT_ML, save_tiny_judge
 

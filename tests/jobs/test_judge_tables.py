@@ -18,10 +18,11 @@ from sklearn.metrics import cohen_kappa_score
 import actors.judge.local
 from actors.judge.endpoint import JudgeEndpoint
 from cluster.tables import read_table, write_table
-from jobs import agreement, judge
-from jobs.answer_tables import read_answers
-from jobs.command import main
-from jobs.judged import clusters
+from jobs import judge
+from jobs.core.command import main
+from jobs.judging import agreement
+from jobs.judging.answer_tables import read_answers
+from jobs.judging.tables import clusters
 from tests.jobs.judging import IDENTITY, Mock, fair
 from tests.jobs.test_judge import answer_rows
 from tests.judging import save_tiny_judge

@@ -13,10 +13,10 @@ from actors.specs import Conversation, Known
 from cluster.pool import Outcome
 from cluster.tables import read_table
 from jobs import ablate
-from jobs.measurements import Measurements
-from jobs.options import load_config
-from jobs.run import Run, Source, Stage
-from jobs.select import beam, evolve, mutants
+from jobs.core.options import load_config
+from jobs.core.run import Run, Source, Stage
+from jobs.ranking.measurements import Measurements
+from jobs.ranking.select import beam, evolve, mutants
 
 SAMPLES = [Conversation(f"s{i}", f"image{i // 2}", "What?", "word " * (1 + i % 4)) for i in range(10)]
 # Alone, layers 0 to 3 cost the least; together, 0 and 1 cost much, as one can stand in for the other.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jobs import image_controls
-from jobs.config import ClassConfig
-from jobs.metrics import judge_given_name, metrics, retention, scored
+from jobs.config.schema import ClassConfig
+from jobs.scoring import image_controls
+from jobs.scoring.metrics import judge_given_name, metrics, retention, scored
 
 CLASSES = ["melanoma", "psoriasis"]
 KINDS = [ClassConfig(name=name) for name in CLASSES]

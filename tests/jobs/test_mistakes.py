@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from actors.derm_tiny.draw import write_tree
-from jobs import command
+from jobs.core import command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/derm-tiny.yaml"
@@ -154,8 +154,8 @@ def test_a_gpu_that_is_not_there(tmp_path, images, job):
 def test_interrupted_drawing_leaves_no_half_collection(tmp_path, monkeypatch):
     from actors.derm_tiny import draw
     from jobs import prepare
-    from jobs.options import load_config
-    from jobs.run import Run
+    from jobs.core.options import load_config
+    from jobs.core.run import Run
 
     def interrupted(root, per_class, seed):
         (root / "Melanoma").mkdir()

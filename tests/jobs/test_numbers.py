@@ -5,9 +5,9 @@ import pytest
 
 from actors.baseline import ClassName, baseline_score, name_verdict, named_classes
 from jobs import ablate, evaluate
-from jobs.config import AblateConfig
-from jobs.differences import differences
-from jobs.measurements import Losses
+from jobs.config.schema import AblateConfig
+from jobs.ranking.measurements import Losses
+from jobs.scoring.differences import differences
 
 NESTED = [ClassName("dermatitis"), ClassName("seborrheic dermatitis"), ClassName("melanoma")]
 

@@ -62,7 +62,7 @@ def test_summary_has_the_six_rows(finished):
 
 
 def test_the_resolved_config_is_kept(finished):
-    from jobs.options import load_config
+    from jobs.core.options import load_config
 
     kept = load_config(str(finished[0] / "config.compress.yaml"), [])
     assert kept.prune.layers == 2 and kept.run_dir == str(finished[0])

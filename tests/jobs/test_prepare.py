@@ -8,8 +8,8 @@ from PIL import Image
 
 from cluster.tables import read_table
 from jobs import prepare
-from jobs.options import load_config
-from jobs.run import Run
+from jobs.core.options import load_config
+from jobs.core.run import Run
 
 
 def picture(path, seed: int) -> None:

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jobs import profile
-from jobs.options import load_config
-from jobs.run import Source
+from jobs.core.options import load_config
+from jobs.core.run import Source
 from tests.jobs.test_mistakes import ROOT, assert_says, run
 
 CHECKPOINT = "actors/derm_tiny/checkpoint"

@@ -6,8 +6,8 @@ import sys
 import pytest
 import tqdm.std
 
-import jobs.progress
-from jobs.progress import Progress
+import jobs.core.progress
+from jobs.core.progress import Progress
 
 
 class Clock:
@@ -33,7 +33,7 @@ class Stream(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr(jobs.progress, "time", made)
+    monkeypatch.setattr(jobs.core.progress, "time", made)
     monkeypatch.setattr(tqdm.std, "time", made.time)
     return made
 

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import fs
 
 from cluster.artifacts import MANIFEST
-from jobs import card, prune, publish, verify
+from jobs import prune, publish, verify
+from jobs.reporting import card
 from tests.jobs.here import run_here
 from tests.jobs.test_verify import UP, spoil
 from tests.tiny import DERM_TINY, plain_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from jobs import prepare, quantize
-from jobs.options import load_config
-from jobs.run import Run, Stage
+from jobs.core.options import load_config
+from jobs.core.run import Run, Stage
 from tests.jobs.here import Worker
 from tests.tiny import DERM_TINY, tiny_config
 

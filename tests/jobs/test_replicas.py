@@ -4,8 +4,8 @@ import pytest
 
 import cluster.connection
 import cluster.pool
-from jobs.options import load_config
-from jobs.run import Run
+from jobs.core.options import load_config
+from jobs.core.run import Run
 
 
 @pytest.mark.parametrize("gpus", [0.5, 2.0])

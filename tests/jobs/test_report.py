@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jobs import report_answers
 from jobs.ablate import shown_tau
 from jobs.report import rendered
+from jobs.reporting import answers as report_answers
 from tests.jobs.pages import HOSTILE, METHODS, content, page
 
 

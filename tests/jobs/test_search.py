@@ -7,12 +7,12 @@ import pytest
 
 import cluster.tuning
 from jobs import judge, search
-from jobs import run as run_module
-from jobs.command import main
-from jobs.options import load_config
-from jobs.run import Run, Stage
-from jobs.search_rows import read_rows
-from jobs.search_space import space
+from jobs.core import run as run_module
+from jobs.core.command import main
+from jobs.core.options import load_config
+from jobs.core.run import Run, Stage
+from jobs.searching.rows import read_rows
+from jobs.searching.space import space
 from tests.jobs.searching import SPACE, Factory, Stopped, comparable, names, new_run
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.config_search import BudgetConfig
-from jobs.search_budget import Entrant, fits, front, judge_remarks, resolve, said, screened_out
-from jobs.search_space import Setting
+from jobs.config.search import BudgetConfig
+from jobs.searching.budget import Entrant, fits, front, judge_remarks, resolve, said, screened_out
+from jobs.searching.space import Setting
 
 IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
 

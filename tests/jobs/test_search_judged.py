@@ -7,8 +7,8 @@ import pytest
 
 from actors.judge.calls import Failure
 from jobs import search
-from jobs.search_budget import compared
-from jobs.search_rows import read_rows
+from jobs.searching.budget import compared
+from jobs.searching.rows import read_rows
 from tests.jobs.judging import Mock, fair
 from tests.jobs.searching import Factory, names, new_run
 from tests.jobs.test_judge import DISEASES

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.head import Head, private_head
-from jobs.search_rows import MEASURED
+from jobs.searching.rows import MEASURED
 from tests.jobs.test_mistakes import ROOT
 from tests.jobs.test_pipeline import SMALL
 

@@ -5,12 +5,14 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jobs import published, search, search_report
-from jobs.figures_search import Mark, front_figure, layers_figure
-from jobs.options import load_config
-from jobs.run import Run
-from jobs.search_budget import resolve
-from jobs.search_report import write_report
+from jobs import search
+from jobs.core.options import load_config
+from jobs.core.run import Run
+from jobs.reporting import published
+from jobs.reporting import search as search_report
+from jobs.reporting.search import write_report
+from jobs.reporting.search_figures import Mark, front_figure, layers_figure
+from jobs.searching.budget import resolve
 from tests.jobs.browsing import check_readable, check_width, needs_chromium, page_of
 
 HOSTILE = "</td></tr></table><script>window.broken = 1</script>"

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from jobs import search
-from jobs.run import Run, Stage
-from jobs.search_rows import _gpu_hours, _memory, busy, read_log, read_rows, rows_of, totals, write_log, write_rows
-from jobs.search_space import Setting
-from jobs.search_stages import ordered
+from jobs.core.run import Run, Stage
+from jobs.searching.rows import _gpu_hours, _memory, busy, read_log, read_rows, rows_of, totals, write_log, write_rows
+from jobs.searching.space import Setting
+from jobs.searching.stages import ordered
 from tests.jobs.searching import Factory, Stopped, names, new_run
 
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from jobs.options import load_config
-from jobs.search_space import Setting, alone, config_of, invoked, space
+from jobs.core.options import load_config
+from jobs.searching.space import Setting, alone, config_of, invoked, space
 
 
 def config(**options):
@@ -89,7 +89,7 @@ def test_the_command_of_one_setting_is_a_space_of_one(monkeypatch, mode):
     assert words.startswith("python -m jobs.search --config c.yaml --search.depths '[0, 4]' --run_dir /a/here ")
     from shlex import split
 
-    from jobs.command import parse
+    from jobs.core.command import parse
 
     chosen = parse([word for word in split(words)[3:] if word not in ("--config", "c.yaml")])
     assert space(chosen) == [Setting(4, "lora", "rtn", 3)]

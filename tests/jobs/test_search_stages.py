@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.options import load_config
-from jobs.run import Run, Source
-from jobs.search_rows import estimates
-from jobs.search_space import Setting, space
-from jobs.search_stages import StageMaker, plans
+from jobs.core.options import load_config
+from jobs.core.run import Run, Source
+from jobs.searching.rows import estimates
+from jobs.searching.space import Setting, space
+from jobs.searching.stages import StageMaker, plans
 from tests.jobs.here import run_here
 from tests.jobs.test_mistakes import ROOT
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import compress, report
-from jobs.figures import tradeoff_figure
-from jobs.options import load_config
-from jobs.ranges import largest_outliers
-from jobs.run import Source, Stage
+from jobs.core.options import load_config
+from jobs.core.run import Source, Stage
+from jobs.ranking.ranges import largest_outliers
+from jobs.reporting.figures import tradeoff_figure
 
 MIB = 2**20
 PROFILE = {"stored_bits": 16, "weight_bytes": 16 * MIB}

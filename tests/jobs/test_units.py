@@ -4,7 +4,7 @@ from collections import Counter
 
 from actors.specs import Sample
 from cluster.pool import Outcome
-from jobs.units import in_units, whole_images
+from jobs.core.units import in_units, whole_images
 
 
 class Pool:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import command, prune, quantize, recover, verify
-from jobs.run import Run
+from jobs import prune, quantize, recover, verify
+from jobs.core import command
+from jobs.core.run import Run
 from tests.jobs.here import Worker, run_here
 from tests.jobs.test_mistakes import assert_says, run
 from tests.tiny import DERM_TINY
@@ -116,7 +117,11 @@ class IdleTrainer(Worker):
 CONFIG = DERM_TINY.parents[2] / "configs" / "derm-tiny.yaml"
 DRAWN = ["--config", str(CONFIG), "--data.draw_per_class", "3"]
 BROKEN = {
-    "prune": ("actors.surgery:Surgeon", ForgetfulSurgeon, ["--prune.layers", "2", "--prune.order", "[2, 5]"]),
+    "prune": (
+        "actors.checkpoint.pruning:Surgeon",
+        ForgetfulSurgeon,
+        ["--prune.layers", "2", "--prune.order", "[2, 5]"],
+    ),
     "quantize": (quantize.QUANTIZER, SpoiledQuantizer, ["--quantize.method", "rtn", *DRAWN]),
     "recover": ("actors.trainer:LoraTrainer", IdleTrainer, DRAWN),
 }

@@ -1,0 +1,1 @@
+"""Answers of one loaded model with any set of decoder layers switched off."""

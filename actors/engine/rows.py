@@ -1,0 +1,294 @@
+"""Rows of one batch, each with its own set of decoder layers: masks, key/value cache, and the switch around a layer.
+
+Two kinds of pass. A PromptPass runs many tokens at once, padded behind each input, where nothing sees the padding; a
+mask is only needed for windows, and where several inputs share a row. A StepPass goes on from there, token by token.
+
+Axes: R rows, G rows of inputs, Q new tokens, S cached tokens, D width, H heads, L layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from actors.checkpoint.loading import language_model, layer_devices
+from actors.engine.packing import Layout
+from actors.engine.threads import threads_for
+from actors.specs import Llava
+
+
+def attention_windows(text_config) -> list[int | None]:
+    """Return each layer's sliding window in tokens, None where it attends to everything."""
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"] * text_config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+class RowCache:
+    """Keys and values of a pass: per layer, the rows that run it, in buffers of `capacity` slots.
+
+    `used` is the number of slots filled before the current forward; it advances once per forward.
+    """
+
+    def __init__(self, capacity: int, used: int = 0):
+        self.capacity, self.used = capacity, used
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object):
+        """Store new keys and values [rows, H, Q, head] of one layer; return all of them so far."""
+        end = self.used + keys.shape[2]
+        if layer not in self.layers:
+            if keys.shape[2] == self.capacity:  # nothing will follow: no buffer to copy them to
+                self.layers[layer] = keys, values
+                return keys, values
+            self.layers[layer] = self._buffer(keys), self._buffer(values)
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, :, self.used : end] = keys
+        all_values[:, :, self.used : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def place(self, layer: int, rows: int, at: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put slots filled elsewhere into rows `at` of one layer, which has `rows`; zeros where none are put."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(
+                p.new_zeros(rows, p.shape[1], self.capacity, p.shape[-1]) for p in (keys, values)
+            )
+        for buffer, part in zip(self.layers[layer], (keys, values), strict=True):
+            filled = min(self.used, part.shape[2])
+            buffer[at, :, :filled] = part[:, :, :filled]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep only `rows` (a mask) of every layer."""
+        for layer, (keys, values) in self.layers.items():
+            chosen = rows.to(keys.device)
+            self.layers[layer] = keys[chosen], values[chosen]
+
+    def get_seq_length(self, *_: object) -> int:
+        """Return the number of filled slots (stock models ask for it)."""
+        return self.used
+
+    def _buffer(self, part: torch.Tensor) -> torch.Tensor:
+        return part.new_empty(part.shape[0], part.shape[1], self.capacity, part.shape[-1])
+
+
+class Pass(Protocol):
+    """What a RowSwitch asks of a pass."""
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Run one layer on the rows [R, Q, D] that keep it."""
+        ...
+
+
+class PromptPass:
+    """One forward over the prompts (and drafts) in G rows of inputs, of which R variants are made.
+
+    Row r is a variant of row source_R[r] and joins the batch at layer join_R[r]: below it, it equals that row,
+    which runs there in its place. Rows are sorted by the layer at which they join; the first G rows are the
+    sources. By default every row is its own source, there from the start.
+    """
+
+    def __init__(
+        self, model: Llava, keep_RL: torch.Tensor, source_R: Sequence[int] | None = None, join_R: Sequence[int] = ()
+    ):
+        self.keep_RL, self.windows, self.devices = keep_RL.cpu(), _windows(model), layer_devices(model)
+        rows = len(keep_RL)
+        self.source_R = torch.tensor(source_R if source_R is not None else range(rows))
+        self.join_R = torch.tensor(join_R) if join_R else torch.zeros(rows, dtype=torch.long)
+        self.sources = len(set(self.source_R.tolist()))
+        self.layer_rows_run = 0
+        self.cache = RowCache(0)
+        self._masks: dict[int | None, torch.Tensor | None] = {}
+
+    def forward(self, model: Llava, embeds_GQD: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+        """Return the last hidden states [R, Q, D]; layout: by default, a row is one input, padded on the right."""
+        count, device = embeds_GQD.shape[1], embeds_GQD.device
+        self.cache, layout = RowCache(count), layout or Layout.plain(count)
+        for window in set(self.windows):
+            mask = layout.mask(window)
+            self._masks[window] = None if mask is None else mask.to(device)
+        with switched(model, self) as decoder:
+            positions = layout.positions_Q[None].to(device)
+            return _decoded(decoder, embeds_GQD, positions, self.cache, len(self.keep_RL))
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Let rows join; run one layer on the rows that keep it, the others pass through."""
+        device = self.devices[index]
+        hidden = hidden.to(device)
+        count = int((self.join_R <= index).sum())
+        before = self.sources if index == 0 else len(hidden)
+        if count == before:
+            return self._run(index, layer, hidden, args, kwargs)
+        joining = hidden[self.source_R[before:count].to(device)]
+        if self.keep_RL[before:count, index].any():
+            return self._run(index, layer, torch.cat([hidden, joining]), args, kwargs)
+        return torch.cat([self._run(index, layer, hidden, args, kwargs), joining])  # it is the one that they lack
+
+    def _run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        rows = self.keep_RL[: len(hidden), index].nonzero()[:, 0]
+        self.layer_rows_run += len(rows)
+        if not len(rows):
+            return hidden
+        kwargs = _moved(kwargs, hidden.device, self._masks[self.windows[index]])
+        if len(rows) == len(hidden):
+            return _first(layer(hidden, *args, **kwargs))
+        rows = rows.to(hidden.device)
+        return hidden.index_copy(0, rows, _first(layer(hidden[rows], *args, **kwargs)))
+
+    def owners(self, layer: int, chosen_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the `chosen` rows keep a layer, and where its cache holds them (or what they equal there)."""
+        count = int((self.join_R <= layer).sum())
+        rows = self.keep_RL[:count, layer].nonzero()[:, 0]
+        place_R = torch.full((len(self.keep_RL),), -1)
+        place_R[rows] = torch.arange(len(rows))
+        keeping = self.keep_RL[chosen_C, layer].nonzero()[:, 0]
+        kept = chosen_C[keeping]
+        return keeping, place_R[torch.where(self.join_R[kept] <= layer, kept, self.source_R[kept])]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes on from a prompt pass: some inputs' rows, and the slots that hold their tokens, in order."""
+
+    prompt: PromptPass
+    rows: Sequence[int]
+    slots: Sequence[Sequence[int]]
+
+
+class StepPass:
+    """Goes on with some rows of prompt passes, token by token; takes their part of the caches, layer by layer.
+
+    Every row runs every layer that any of them keeps, and those that don't keep it take their old hidden state
+    afterwards: for single tokens that is sooner than to gather and scatter rows.
+    """
+
+    def __init__(self, parts: Sequence[Part], room: int, dtype: torch.dtype):
+        """room: most tokens to come; dtype: of the hidden states."""
+        first = parts[0].prompt
+        self.windows, self.devices, self.dtype = first.windows, first.devices, dtype
+        kept_R = torch.tensor([len(slots) for part in parts for slots in part.slots])
+        self.cache = RowCache(int(kept_R.max()) + room, int(kept_R.max()))
+        start = 0
+        for part in parts:
+            chosen, slots_CS = torch.tensor(part.rows), pad_sequence([torch.tensor(s) for s in part.slots], True)
+            for layer in sorted(part.prompt.cache.layers):
+                keys, values = part.prompt.cache.layers.pop(layer)
+                keeping, places = part.prompt.owners(layer, chosen)
+                if len(keeping):
+                    at, places, slots = (x.to(keys.device) for x in (start + keeping, places, slots_CS[keeping]))
+                    taken = [both.transpose(1, 2)[places[:, None], slots].transpose(1, 2) for both in (keys, values)]
+                    self.cache.place(layer, len(kept_R), at, *taken)
+            start += len(chosen)
+        self.keep_RL = torch.cat([part.prompt.keep_RL[list(part.rows)] for part in parts])
+        slots_S = torch.arange(self.cache.capacity)
+        self.valid_RS = slots_S < kept_R[:, None]
+        self.key_positions_RS = slots_S.repeat(len(kept_R), 1)
+        self._masks: dict[tuple, torch.Tensor] = {}
+        self._plan()
+
+    def _plan(self) -> None:
+        self._some = [None if keep.all() or not keep.any() else keep for keep in self.keep_RL.T]
+        self._some = [k if k is None else k[:, None, None].to(d) for k, d in zip(self._some, self.devices, strict=True)]
+        self._any = self.keep_RL.any(0).tolist()
+
+    def forward(self, decoder: nn.Module, tokens_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [R, D] of one more token of every row; inside `switched`."""
+        slot, device = self.cache.used, tokens_R.device
+        if self.valid_RS.device != device:
+            self.valid_RS, self.key_positions_RS = self.valid_RS.to(device), self.key_positions_RS.to(device)
+        self.valid_RS[:, slot] = True
+        self.key_positions_RS[:, slot] = positions_R
+        self._masks = {}
+        for window in set(self.windows):
+            seen_RS = self.valid_RS[:, : slot + 1]
+            if window is not None:
+                seen_RS = seen_RS & (positions_R[:, None] - self.key_positions_RS[:, : slot + 1] < window)
+            mask = torch.zeros(seen_RS.shape, dtype=self.dtype, device=device).masked_fill_(~seen_RS, -torch.inf)
+            self._masks[window, device] = mask[:, None, None]
+        hidden = _decoded(
+            decoder, decoder.embed_tokens(tokens_R)[:, None], positions_R[:, None], self.cache, len(tokens_R)
+        )
+        self.cache.used += 1
+        return hidden[:, -1]
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Run one layer on all rows; those that don't keep it go on as they were."""
+        device, window = self.devices[index], self.windows[index]
+        hidden = hidden.to(device)
+        if not self._any[index]:
+            return hidden
+        if (window, device) not in self._masks:
+            made_on = next(where for kind, where in self._masks if kind == window)
+            self._masks[window, device] = self._masks[window, made_on].to(device)
+        after = _first(layer(hidden, *args, **_moved(kwargs, device, self._masks[window, device])))
+        keep = self._some[index]
+        return after if keep is None else torch.where(keep, after, hidden)
+
+    def drop(self, active_R: torch.Tensor) -> None:
+        """Take the rows that are not active out of the batch."""
+        self.cache.select(active_R)
+        self.keep_RL = self.keep_RL[active_R.cpu()]
+        active_R = active_R.to(self.valid_RS.device)
+        self.valid_RS, self.key_positions_RS = self.valid_RS[active_R], self.key_positions_RS[active_R]
+        self._plan()
+
+
+class RowSwitch(nn.Module):
+    """A stock decoder layer that runs for the rows that keep it; the others pass through."""
+
+    def __init__(self, layer: nn.Module, index: int, state: Pass):
+        super().__init__()
+        self.layer, self.index, self.state = layer, index, state
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Let the pass decide which rows run."""
+        return self.state.run(self.index, self.layer, hidden_states, args, kwargs)
+
+
+@contextmanager
+def switched(model: Llava, state: Pass) -> Iterator[nn.Module]:
+    """Put RowSwitch around every decoder layer for the length of the block; yields the decoder."""
+    decoder = language_model(model)
+    stock = decoder.layers
+    decoder.layers = nn.ModuleList(RowSwitch(layer, i, state) for i, layer in enumerate(stock))
+    try:
+        yield decoder
+    finally:
+        decoder.layers = stock
+
+
+def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows: int) -> torch.Tensor:
+    """Run the decoder; rows: how many there are at the end."""
+    # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
+    config = decoder.config
+    with threads_for(rows * embeds_RQD.shape[1], config.hidden_size, config.intermediate_size):
+        return decoder(
+            inputs_embeds=embeds_RQD,
+            attention_mask=no_mask,
+            position_ids=positions_RQ,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+def _windows(model: Llava) -> list[int | None]:
+    text = model.config.text_config
+    # Without a mask, eager attention would look ahead; sdpa knows causality by itself.
+    assert text._attn_implementation == "sdpa", text._attn_implementation
+    return attention_windows(text)
+
+
+def _moved(kwargs: dict, device: torch.device, mask: torch.Tensor | None) -> dict:
+    return kwargs | {
+        "attention_mask": None if mask is None else mask.to(device),
+        "position_ids": kwargs["position_ids"].to(device),
+        "position_embeddings": tuple(part.to(device) for part in kwargs["position_embeddings"]),
+    }
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,1 @@
+"""What a new checkpoint must pass before it appears."""

@@ -1,0 +1,211 @@
+"""The gate: what a checkpoint must pass before it is published, tried with plain transformers in a fresh process.
+
+Each check raises a GateError that names the first offending tensor, module or file.
+"""
+
+import gc
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from actors.checkpoint.loading import cpu_awq, load_processor, pick_device, quiet
+from actors.checkpoint.pruning import check_llava, stored_dtype
+from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
+from actors.gate.layers import check_layers
+from actors.gate.linears import check_linears, check_modules, may_be_scaled, quant_method
+from actors.gate.parent import Parent
+from actors.gate.vllm import check_vllm
+from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
+from actors.quantizers.storage import release
+from actors.quantizers.structure import linear_shapes, weight_bits
+from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
+
+NEW_TOKENS = 8
+# Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
+# model from the one before rounding, by bits. With 3 and 2 bits a sound model may answer as far away as a broken one:
+# there the layers alone decide (actors.gate.layers, actors.gate.linears).
+SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+ROUNDED = {16: 2e-2, 8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
+# LLM.int8 keeps 16 bits for the input columns that exceed 6 in any of the tokens at hand, which with the cache is one.
+INT8 = 0.1
+
+
+class Gate:
+    """Checks checkpoints; a worker class, so that it runs in a process of its own."""
+
+    def __init__(self):
+        quiet()
+
+    def check(
+        self,
+        spec: ModelSpec,
+        parent: ModelSpec | None = None,
+        removed: Sequence[int] | None = None,
+        sums: Mapping[str, str] | None = None,
+        keep_probe: bool = False,
+        trained: bool = False,
+    ) -> dict:
+        """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
+
+        removed: the checkpoint is `parent` without these layers, whose logits it must give. parent without removed: it
+        is `parent` with rounded weights, or, if `trained`, with other weights in the decoder's linears and nothing else
+        changed. sums: SHA-256 of every tensor as first published. keep_probe: write what the probe gave into the
+        folder, for later checks. GateError: a check failed.
+        """
+        folder = Path(spec.path)
+        trusted = spec.trust_remote_code
+        config = loaded(lambda: check_llava(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)))
+        if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
+            spec = replace(spec, dtype=_stored(folder))
+        found: dict = {"tensors": check_tensors(folder, config)}
+        found["sums"] = check_sums(folder, sums)
+        found["names"] = check_names(folder)
+        processor = loaded(lambda: load_processor(spec.path, None, trusted))
+        found["processor"] = f"{type(processor).__name__} with a chat template"
+        before = Parent(parent, removed or ()) if parent else None
+        if before:
+            _check_count(config, before)
+            may_differ = _may_differ(config, removed, trained)
+            found["kept"] = check_kept(folder, before.folder, before.renumbered, may_differ)
+        model = load_plainly(spec, config)
+        found["modules"] = check_modules(model, config)
+        logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
+        rounded_from = before.folder if before and removed is None and not trained else None
+        found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
+        if not np.isfinite(logits).all():
+            raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
+        said, off = [], None
+        if before and not trained:
+            found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
+            said.append(close)
+        if (folder / PROBE).is_file():
+            kept, computed = kept_probe(folder)
+            types = {"float16", spec.dtype, _stored(folder), computed}  # kernels of some formats compute in float16
+            allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
+            said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
+        found["logits"] = "; ".join(said) or "no reference to compare with"
+        found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
+        del model, before
+        _free()
+        found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
+        if keep_probe and not (folder / PROBE).exists():
+            write_probe(folder, logits, spec.dtype)
+        return found
+
+
+def _compared(
+    before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
+) -> tuple[str, str | None, str]:
+    """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far.
+
+    Returns (what the layers show, the first linear that is off, what the logits show).
+    """
+    same = SAME[spec.dtype]
+    if pruned:
+        layers, off = check_layers(before, model, processor, None, same)
+        return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
+    layers, off = check_layers(before, model, processor, config, max(same, SAME[_stored(Path(spec.path))]))
+    allowed = ROUNDED[weight_bits(config, 16)]
+    return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
+
+
+def _check_count(config, before: Parent) -> None:
+    said, kept = config.text_config.num_hidden_layers, len(before.renumbered)
+    if said != kept:
+        raise GateError(f"config.json says {said} decoder layers, but {kept} of the model before were to be kept.")
+
+
+def _is_int8(config) -> bool:
+    return quant_method(config) == "bitsandbytes" and weight_bits(config, 16) == 8
+
+
+def _stored(folder: Path) -> str:
+    return str(stored_dtype(str(folder))).removeprefix("torch.")
+
+
+def _free() -> None:
+    gc.collect()
+    release()
+    torch.cuda.empty_cache()
+
+
+def _may_differ(config, removed: Sequence[int] | None, trained: bool) -> Callable[[str], bool]:
+    """Return what tells by its name whether a tensor may differ from the model before: none if that was pruned alone.
+
+    Training and rounding change the decoder's linears; AWQ their norms and biases, too.
+    """
+    if removed is not None:
+        return lambda name: False
+    if may_be_scaled(config) and not trained:
+        return lambda name: bool(LAYER.search(name))
+    linears = "|".join(map(re.escape, linear_shapes(config)))
+    changed = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")
+    return lambda name: bool(changed.search(name))
+
+
+def load_plainly(spec: ModelSpec, config):
+    """Load the folder with plain transformers; refuse weights that are missing, unexpected or of another shape."""
+    device = pick_device()
+    method = quant_method(config)
+    if method == HQQ_CHECKPOINT:  # transformers has no loader for it: ours registers one
+        import actors.quantizers.hqq  # noqa: F401
+    extra = {"quantization_config": cpu_awq(config.quantization_config)} if (device, method) == ("cpu", "awq") else {}
+    model, info = loaded(
+        lambda: AutoModelForImageTextToText.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the loading info then, by name
+            trust_remote_code=spec.trust_remote_code,
+            **extra,
+        )
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for found in sorted(info[kind], key=str):
+            name, *shapes = (found,) if isinstance(found, str) else found
+            sizes = f" ({list(shapes[0])} in the files, {list(shapes[1])} by config.json)" if shapes else ""
+            raise GateError(f"transformers finds {kind.removesuffix('_keys')} weights, the first is {name!r}{sizes}.")
+    return model.eval()
+
+
+def _close(logits: np.ndarray, reference: np.ndarray, tolerance: float, what: str, off: str | None = None) -> str:
+    if logits.shape != reference.shape:
+        raise GateError(f"The logits are {len(logits)}, those of {what} {len(reference)}.")
+    error = float(np.linalg.norm(logits - reference)) / (float(np.linalg.norm(reference)) or 1.0)
+    allowed = "any" if tolerance == float("inf") else f"{tolerance:g}"
+    if not error <= tolerance:
+        first = f" The first linear whose output is off: {off}." if off else ""
+        raise GateError(f"The logits differ from {what} by {error:.2g} of their norm (allowed: {allowed}).{first}")
+    return f"{error:.2g} from {what} (allowed: {allowed})"
+
+
+@torch.inference_mode()
+def check_cache(model, processor, tolerance: float) -> str:
+    """Refuse a model whose greedy answer depends on the key/value cache by more than rounding.
+
+    Where the two answers part, their logits may differ by `tolerance` of the largest one; the two tokens' logits are
+    then at most twice that apart, since each answer prefers its own.
+    """
+    inputs = placed_probe(model, processor)
+    start = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(**inputs, **options, use_cache=use) for use in (True, False))
+    pairs = zip(cached.sequences[0, start:].tolist(), plain.sequences[0, start:].tolist(), strict=False)
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    if place is None:
+        return f"{plain.sequences.shape[1] - start} tokens are the same with and without it"
+    one, other = (answer.logits[place][0].float() for answer in (cached, plain))
+    apart, allowed = float((one - other).abs().max()), tolerance * float(other.abs().max())
+    if not apart <= allowed:
+        raise GateError(
+            f"Generation with the cache differs from generation without it at new token {place}: the logits are up to "
+            f"{apart:.2g} apart (allowed: {allowed:.2g})."
+        )
+    return f"the same up to a tie at new token {place} (logits {apart:.2g} apart, allowed: {allowed:.2g})"

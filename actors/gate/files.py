@@ -1,0 +1,112 @@
+"""What the gate reads off a checkpoint's files: decoder layers, numbers, names, sums, what must not have changed."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from actors.checkpoint.pruning import iterate_tensors, read_tensor, tensor_places
+from actors.specs import GateError
+
+PUBLISHED = re.compile(
+    r"^(language_model\.(model\.(embed_tokens|norm|final_layernorm|layers\.\d+)\b|lm_head\.)"
+    r"|vision_tower\.vision_model\.|multi_modal_projector\.)"
+)
+LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
+PACKED = re.compile(r"\.weight_(packed|scale|zero_point|shape)$")  # of a layer that has bits of its own
+T = TypeVar("T")
+
+
+def loaded(load: Callable[[], T]) -> T:
+    """Return what `load` returns; GateError: it raised (libraries raise anything at files that do not fit)."""
+    try:
+        return load()
+    except Exception as error:
+        raise GateError(f"It cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor); GateError: no weights, a shard is missing or damaged."""
+    try:
+        yield from iterate_tensors(folder)
+    except ValueError as error:
+        raise GateError(str(error)) from None
+
+
+def check_tensors(folder: Path, config) -> str:
+    """Refuse tensors that are not numbers, and decoder layers that are not 0..n-1 with n as the config says."""
+    layers: dict[int, set[str]] = {}
+    count = 0
+    for name, tensor in tensors_of(folder):
+        count += 1
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise GateError(f"{name!r} holds NaN or infinity.")
+        if match := LAYER.search(name):
+            layers.setdefault(int(match[1]), set()).add(PACKED.sub(".weight", match[2]))
+    said = config.text_config.num_hidden_layers
+    if sorted(layers) != list(range(said)):
+        odd = min(set(layers) ^ set(range(said)))
+        raise GateError(
+            f"config.json says {said} decoder layers, the files hold {len(layers)}: the first that does not fit is "
+            f"'language_model.model.layers.{odd}'. The layers must be renumbered and the count corrected."
+        )
+    parts = set.union(*layers.values())
+    for number in range(said):
+        for part in sorted(parts - layers[number]):
+            raise GateError(f"'language_model.model.layers.{number}.{part}' is missing; other decoder layers have it.")
+    return f"{count} finite tensors, {said} decoder layers"
+
+
+def check_sums(folder: Path, known: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the SHA-256 of every tensor's bytes; refuse one that is not what `known` says."""
+    sums = {}
+    for name, tensor in tensors_of(folder):
+        sums[name] = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    if known is not None:
+        for name in sorted(set(known) | set(sums)):
+            if known.get(name) != sums.get(name):
+                other = next((n for n, s in known.items() if s == sums.get(name)), None)
+                state = "missing" if name not in sums else "new" if name not in known else "not what was published"
+                raise GateError(f"{name!r} is {state}{f' (it holds {other!r})' if other else ''}.")
+    return sums
+
+
+def check_names(folder: Path) -> str:
+    """Refuse tensor names other than those of the published llava-hf checkpoints, which other programs expect."""
+    for name, _ in tensors_of(folder):
+        if not PUBLISHED.match(name):
+            raise GateError(f"{name!r} is not a published llava-hf name: other programs will not find it.")
+    return "as published by llava-hf"
+
+
+def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], changed: Callable[[str], bool]) -> str:
+    """Refuse a tensor that is not, in its own type, that of the checkpoint `before` which it stands for.
+
+    renumbered: {number before: number now} of the decoder layers that were kept. changed: tells by its published name
+    whether a tensor may differ. GateError names the first one that does, and what it holds.
+    """
+    places = tensor_places(before)
+    numbers = {now: old for old, now in renumbered.items()}
+    same = 0
+    for name, tensor in tensors_of(folder):
+        if changed(name):
+            continue
+        match = LAYER.search(name)
+        old = f"{name[: match.start(1)]}{numbers[int(match[1])]}{name[match.end(1) :]}" if match else name
+        if old not in places:
+            raise GateError(f"{name!r} is new: the model before has no {old!r}.")
+        if not torch.equal(tensor, read_tensor(*places[old]).to(tensor.dtype)):
+            other = next((n for n, place in places.items() if _equal(tensor, read_tensor(*place))), None)
+            raise GateError(
+                f"{name!r} is not {old!r} of the model before{f' (it holds {other!r})' if other else ''}: "
+                "it was changed, swapped or renumbered wrongly."
+            )
+        same += 1
+    return f"{same} tensors are those of the model before"
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))

@@ -1,0 +1,161 @@
+"""What the gate computes layer by layer: does each decoder layer still do what it did in the model before?
+
+Both layers get the same input, what the model before gives on the probe. The outputs W x [T, out] of a layer's linears
+are compared rather than their weights, for AWQ divides what goes in by scales and multiplies the weight's columns with
+them. It scales the outputs of v_proj and up_proj, too: theirs are compared up to one factor for each output.
+"""
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from actors.checkpoint.loading import language_model
+from actors.gate.linears import KERNEL, may_be_scaled, stated_bits, stated_group
+from actors.gate.parent import Parent
+from actors.maths.awq import rounded
+from actors.probe import placed_probe
+from actors.quantizers.calibration import decoder_inputs
+from actors.quantizers.structure import AWQ_GROUPS, scaling_groups
+from actors.specs import GateError
+
+# Largest relative error of a linear's outputs in a layer that AWQ rounded, by bits. Sound ones show at most .02, .17,
+# .36 and .72 (derm-tiny, and random models of six architectures), one that was swapped with another layer's at least
+# .84. What down_proj is given is off already: there sound ones show .02, .26, .53 and 1.01, swapped ones 1.29. Phi's
+# dense and fc2 need no more than the others: there sound ones show .01, .17, .36 and .72, swapped ones 1.27.
+SCALED = {8: 0.2, 4: 0.4, 3: 0.55, 2: 0.78}
+DOWN = 1.5  # times as much for down_proj
+EQUAL = 5e-3  # largest relative difference of what keeps 16 bits
+
+
+def check_layers(parent: Parent, model, processor, rounding, same: float) -> tuple[str, str | None]:
+    """Refuse a decoder layer that does something else than in the model before; GateError names the first linear.
+
+    rounding: the config of a checkpoint with rounded weights, None where nothing was rounded. same: how far what was
+    not rounded may be off. A layer whose linears are those of the model before, rounded to nearest, passes however far
+    its outputs are: activations with outliers make that far. Where AWQ cannot have been at work, the weights are
+    bounded instead (actors.gate.linears). Returns (what was found, the first linear that is further off than SCALED).
+    """
+    layers = language_model(model).layers
+    embedded, arguments = decoder_inputs(model, placed_probe(model, processor), len(layers))
+    error = _relative(embedded.float(), parent.embedded.float())
+    if not error <= same:
+        raise GateError(
+            f"What the decoder is given differs from the model before by {error:.2g} (allowed: {same:g}): see the "
+            "vision tower, the projector, the embeddings and their settings in config.json."
+        )
+    awq = rounding is not None and may_be_scaled(rounding)
+    worst, nearest, off = 0.0, 0, None
+    for number, layer, hidden, given in parent.layers():
+        own, changed = layers[number], None
+        inputs = (hidden, given), (hidden.to(embedded.dtype), arguments[number])
+        if awq and _only_rounded(layer, own):
+            errors = _errors(layer, own, set(), *inputs, _nearest(layer, rounding, number))
+            changed = next((stem for stem, error in errors if not error <= max(KERNEL, same)), None)
+            if changed is None:
+                nearest += 1
+                continue
+        scaled = _scaled(layer, parent.config) if awq else set()
+        for stem, error in _errors(layer, own, scaled, *inputs, {}):
+            bits = 16 if rounding is None else stated_bits(rounding, number, stem)
+            allowed = same if bits == 16 else SCALED[bits] * (DOWN if stem == "mlp.down_proj" else 1)
+            worst = max(worst, error)
+            if error <= allowed:
+                continue
+            off = off or f"{_name(number, stem)} (by {error:.2g})"
+            if awq or bits == 16:
+                raise GateError(
+                    f"{_name(number, stem)} computes something else than in the model before: on the same input its "
+                    f"output is off by {error:.2g} (allowed: {allowed:g}).{_first_changed(number, changed)}"
+                )
+    said = [f"at most {worst:.2g} from the model before on the same inputs, linear by linear"] if worst else []
+    said += [f"{nearest} of {len(layers)} layers are the model before's, rounded to nearest"] if nearest else []
+    return "; ".join(said) or "the same as in the model before", off
+
+
+def _first_changed(number: int, stem: str | None) -> str:
+    return f" The first weight that is not the model before's, rounded: {_name(number, stem)}." if stem else ""
+
+
+def _name(number: int, stem: str) -> str:
+    return f"'language_model.model.layers.{number}.{stem}'"
+
+
+def _linears(layer: nn.Module) -> list[str]:
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def _only_rounded(layer: nn.Module, own: nn.Module) -> bool:
+    """Tell whether all but the linears' weights are those of `layer`: AWQ would have scaled a norm."""
+    weights = {f"{name}.weight" for name in _linears(layer)}
+    others = [(name, value) for name, value in layer.named_parameters() if name not in weights]
+    return all(_relative(attrgetter(name)(own).float(), value.float()) < EQUAL for name, value in others)
+
+
+def _nearest(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a layer's linears, rounded to nearest as the config of a rounded checkpoint says."""
+    found = {}
+    for stem in _linears(layer):
+        weight, bits = layer.get_submodule(stem).weight.detach(), stated_bits(config, number, stem)
+        found[f"{stem}.weight"] = rounded(weight, stated_group(config), bits) if bits < 16 else weight
+    return found
+
+
+def _errors(
+    layer: nn.Module, own: nn.Module, scaled: set[str], inputs, own_inputs, weights: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, float]]:
+    """Yield (linear, relative error of its outputs) of the layer `own` in the order they run.
+
+    scaled: linears whose outputs are compared up to a factor each. weights: stand for those of `layer`.
+    """
+    exact, found = _outputs(layer, layer, scaled, *inputs, weights), _outputs(own, layer, scaled, *own_inputs, {})
+    for stem, wanted in exact.items():
+        output = found[stem].to(wanted.device)
+        yield stem, _relative(_fitted(output, wanted) if stem in scaled else output, wanted)
+
+
+@torch.inference_mode()
+def _outputs(
+    layer: nn.Module, like: nn.Module, scaled: set[str], hidden: torch.Tensor, arguments: dict, weights: dict
+) -> dict[str, torch.Tensor]:
+    """Return the outputs [T, out] of a layer's linears without their biases, in float32, in the order they run.
+
+    like: the layer of the model before, whose biases they are, but for the linears whose outputs are `scaled`.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str, bias: torch.Tensor | None):
+        def hook(module, args, output):
+            found[name] = output[0].float() - (0 if bias is None else bias.float())
+
+        return hook
+
+    handles = []
+    for name in _linears(like):
+        module = layer.get_submodule(name)
+        bias = getattr(module if name in scaled else like.get_submodule(name), "bias", None)
+        handles.append(module.register_forward_hook(note(name, bias)))
+    try:
+        functional_call(layer, weights, (hidden,), arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _scaled(layer: nn.Module, config) -> set[str]:
+    """Return the linears whose outputs AWQ scales."""
+    known = config.text_config.model_type in AWQ_GROUPS
+    return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if known else set()
+
+
+def _fitted(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return `found` [T, out] with every output multiplied by what brings it nearest to `exact`."""
+    return found * ((found * exact).sum(0) / found.square().sum(0).clamp(min=torch.finfo(found.dtype).tiny))
+
+
+def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))

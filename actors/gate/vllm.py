@@ -1,0 +1,131 @@
+"""What the gate says of vLLM: a checkpoint is loaded there where vLLM is installed, else held against its documents."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from actors.checkpoint.loading import pick_device
+from actors.gate.linears import quant_method
+from actors.quantizers.mixed import FORMAT, NAME
+from actors.quantizers.structure import linear_shapes, weight_bits
+from actors.specs import HQQ_CHECKPOINT, NOT_ROUNDED, PACKED_CHECKPOINT, GateError
+
+TEXTS = ("llama", "mistral", "qwen2", "phi")
+PACKED_BITS = (4, 8)  # of compressed-tensors with zero points
+LOAD = "import sys; from vllm import LLM; LLM(model=sys.argv[1], max_model_len=1024, enforce_eager=True)"
+LOAD_S = 1800  # with the compiling of kernels, which the first start on a machine does
+# What vLLM's readers ask of quantization_config: a value, or a test of it. AutoAWQConfig, BitsAndBytesConfig and
+# CompressedTensorsConfig in vllm/model_executor/layers/quantization.
+AWQ = {"bits": 4, "zero_point": True, "version": "gemm"}
+BNB: dict[str, dict] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": "uint8",
+    },
+    "int8": {"load_in_4bit": False, "llm_int8_has_fp16_weight": False},
+}
+OTHERS = (
+    "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+    "multi_modal_projector.linear_1",
+    "language_model.lm_head",
+)
+WEIGHTS = {"type": "int", "symmetric": False, "strategy": "group"}
+
+
+def check_vllm(folder: Path, config, own: bool) -> str:
+    """Say whether vLLM takes the checkpoint; GateError: it is our `own`, and vLLM or its documents refuse it.
+
+    vLLM runs in a process of its own, which takes most of a GPU: nothing else should be on it.
+    """
+    try:
+        return _tried(folder, config)
+    except GateError as error:
+        if own:
+            raise
+        return str(error)
+
+
+def _tried(folder: Path, config) -> str:
+    if not config.architectures:
+        return "not run; config.json names no architectures, by which vLLM chooses the model's class"
+    if config.text_config.model_type not in TEXTS:
+        return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
+    method = quant_method(config)
+    if method == HQQ_CHECKPOINT:
+        return "not run; vLLM does not read this format"
+    if method == PACKED_CHECKPOINT and weight_bits(config, 16) not in PACKED_BITS:
+        return f"not run; of this format vLLM reads 4 and 8 bits, and there are {weight_bits(config, 16)}"
+    if method:
+        check_layout(config)
+    if importlib.util.find_spec("vllm") is None:
+        return "not run (vLLM is not installed); the layout is the documented one"
+    if pick_device() == "cpu":
+        return "not run (no GPU here); the layout is the documented one"
+    return _loaded(folder)
+
+
+def _loaded(folder: Path) -> str:
+    command, pipe = [sys.executable, "-c", LOAD, str(folder)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, errors = process.communicate(timeout=LOAD_S)
+        except subprocess.TimeoutExpired:
+            return f"not run to its end: after {LOAD_S} s vLLM was still loading"
+        finally:
+            with suppress(ProcessLookupError):  # with the processes that vLLM has started
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        said = [line for line in (errors or out).splitlines() if line.strip()]
+        raise GateError(f"vLLM does not load it: {said[-1].strip()[:400] if said else f'exit {process.returncode}'}")
+    return "loaded"
+
+
+def check_layout(config) -> None:
+    """Refuse a quantization_config that is not as vLLM documents it; GateError names the entry."""
+    given, method = config.quantization_config, quant_method(config)
+    if method == "awq":
+        _expect(given, AWQ)
+        _expect_skipped(given, "modules_to_not_convert")
+    elif method == "bitsandbytes":
+        _expect(given, BNB["int8" if given.get("load_in_8bit") else "nf4"])
+        _expect_skipped(given, "llm_int8_skip_modules")
+    elif method == PACKED_CHECKPOINT:
+        _expect(given, {"format": FORMAT})
+        for name, group in given["config_groups"].items():
+            _expect(group["weights"], WEIGHTS, f"config_groups.{name}.weights.")
+        _check_matched(config)
+    else:
+        raise GateError(f"quantization_config says quant_method {method!r}, whose layout is not known here.")
+
+
+def _expect(given: dict, wanted: dict, where: str = "") -> None:
+    for key, value in wanted.items():
+        if given.get(key) != value:
+            raise GateError(
+                f"quantization_config says {where}{key} {given.get(key)!r}: vLLM's documents say {value!r}."
+            )
+
+
+def _expect_skipped(given: dict, key: str) -> None:
+    missing = [name for name in NOT_ROUNDED if name not in (given.get(key) or ())]
+    if missing:
+        raise GateError(f"quantization_config's {key} lacks {missing[0]!r}: vLLM would look for rounded weights there.")
+
+
+def _check_matched(config) -> None:
+    """Refuse a linear that neither a group nor `ignore` matches: vLLM stops at it."""
+    given = config.quantization_config
+    patterns = [*given.get("ignore", ()), *(t for group in given["config_groups"].values() for t in group["targets"])]
+    layers = range(config.text_config.num_hidden_layers)
+    for name in [*OTHERS, *(NAME.format(number, stem) for number in layers for stem in linear_shapes(config))]:
+        if not any(re.match(pattern.removeprefix("re:"), name) for pattern in patterns):
+            raise GateError(
+                f"quantization_config neither rounds nor ignores {name!r}: vLLM does not load such a model."
+            )

@@ -1,0 +1,1 @@
+"""Ray Serve: any class, or vLLM, as a service with replicas."""

@@ -1,0 +1,1 @@
+"""Bits or removal, layer by layer, under one budget."""

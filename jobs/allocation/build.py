@@ -1,0 +1,135 @@
+"""What a choice per layer is truly worth: its checkpoint is built, recovered, evaluated, and compared with others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.judge.verdict import TOP_LABEL
+from cluster.tables import read_table
+from jobs import evaluate, judge, prune, recover
+from jobs.allocation import mixed
+from jobs.allocation.choice import REMOVED, WHOLE, Choice, Search
+from jobs.core.run import Run, Source, Stage
+from jobs.report import size
+from jobs.scoring.differences import differences
+from jobs.searching.rows import judged_columns
+from jobs.searching.space import Setting
+from jobs.searching.stages import Plan
+
+UNIFORM = "uniform"
+_METRICS = ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval")
+_COUNTS = ("images", "answers", "unanswered")
+_PROFILE = ("weight_bytes", "params", "ms_per_token")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A choice under its name, what it is made of, and why it could not be made or evaluated (None: it was)."""
+
+    method: str
+    choice: Choice
+    plan: Plan
+    failure: str | None
+
+
+def pruning(run: Run, layers: int, order: Sequence[int] | None = None) -> Run:
+    """Return the same run with another number of layers, or these layers, to remove."""
+    pruning = run.config.prune.model_copy(update={"layers": layers, "order": None if order is None else list(order)})
+    return Run(run.config.model_copy(update={"prune": pruning}), home=run)
+
+
+def planned(run: Run, base: Source, data: Stage, method: str, choice: Choice, budget: int) -> tuple[Plan, Run]:
+    """Return (the checkpoint of a choice: pruned, recovered, rounded; and its evaluation; the run that makes them).
+
+    budget: bytes; it is in the name, so that choices for another one are other settings.
+    """
+    removed = [layer for layer, bits in enumerate(choice) if bits == REMOVED]
+    own = pruning(run, len(removed), removed)
+    healed = recover.stage(own, prune.stage(own, base), data)
+    model = mixed.stage(own, healed, data, [bits for bits in choice if bits != REMOVED])
+    kind = ("mixed", 0) if isinstance(model, Stage) and model.kind == "mixed" else ("none", WHOLE)
+    setting = Setting(len(removed), run.config.recover.method, *kind, name=f"{method} in {size(budget)}")
+    return Plan(setting, model, None, evaluate.stage(own, model, data), ()), own
+
+
+def build(run: Run, base: Source, data: Stage, named: Mapping[str, Choice], budget: int) -> list[Built]:
+    """Build and evaluate choices; one that fails says why, and the others go on."""
+    found = []
+    for method, choice in named.items():
+        failure = None
+        plan, own = planned(run, base, data, method, choice, budget)
+        try:
+            own.make(plan.evaluation)
+        except (ValueError, RuntimeError) as error:
+            failure = str(error)
+            print(f"joint: {method} failed: {failure}", flush=True)
+        found.append(Built(method, choice, plan, failure))
+    return found
+
+
+def rows_of(run: Run, built: Sequence[Built], search: Search) -> list[dict]:
+    """Return the rows of choices that were tried, compared with the best uniform one; a failed one has its reason."""
+    rows, answers, labels = [], [], []
+    for one in built:
+        tried, model = search.tried[one.choice], one.plan.model
+        row = {
+            "method": one.method,
+            "choice": list(one.choice),
+            "status": "done" if one.failure is None else "failed",
+            "reason": one.failure,
+            "removed_layers": [layer for layer, bits in enumerate(one.choice) if bits == REMOVED],
+            **{key: tried[key] for key in ("round", "predicted", "kl", "answer_similarity")},
+            "estimate_bytes": tried["bytes"],
+            **dict.fromkeys((*_METRICS, *_COUNTS, *_PROFILE)),
+            **judged_columns(run, one.plan.evaluation),
+            "checkpoint": model.path if isinstance(model, Source) else str(run.store.root / model.name),
+            "evaluation": one.plan.evaluation.name,
+        }
+        given: dict[str, dict] = {}
+        judged: Mapping[str, int | None] = {}
+        if one.failure is None:
+            facts = run.facts(one.plan.evaluation)
+            row |= {key: facts["metrics"][key] for key in (*_METRICS, *_COUNTS)}
+            row |= {key: facts["profile"][key] for key in _PROFILE}
+            table = read_table(run.store.root / one.plan.evaluation.name / evaluate.ANSWERS)
+            given = {answer["sample_id"]: answer for answer in table}
+            if row["is_llm_judge"]:
+                judged = judge.labels(run, judge.stage(run, one.plan.evaluation))
+        rows.append(row)
+        answers.append(given)
+        labels.append(judged)
+    return compared(rows, answers, labels)
+
+
+def compared(
+    rows: Sequence[dict], answers: Sequence[Mapping[str, dict]], labels: Sequence[Mapping[str, int | None]]
+) -> list[dict]:
+    """Return the rows, each with its difference from the uniform setting of the best score.
+
+    The score is the judge's where all rows that are done have one, else the baseline. Without a uniform setting, and
+    for a row that failed, there is no difference: None.
+    """
+    done = [number for number, row in enumerate(rows) if row["status"] == "done"]
+    kind = "judge" if done and all(rows[number]["judge_pct"] is not None for number in done) else "baseline"
+    uniform = [number for number in done if rows[number]["method"].startswith(UNIFORM)]
+    nothing: dict[str, Any] = {**differences([{}], {}, 1.0)[0], **differences([{}], {}, 1.0, "exact_difference")[0]}
+    found = [{**row, "score_kind": kind, "best_uniform": False, **nothing} for row in rows]
+    if not uniform:
+        return found
+    best = max(uniform, key=lambda number: rows[number][f"{kind}_pct"])
+    order = [best, *(number for number in done if number != best)]
+    groups = {sample: row["group"] for number in order for sample, row in answers[number].items()}
+    baselines = [{sample: row["baseline"] for sample, row in answers[number].items()} for number in order]
+    verbatim = [
+        {sample: float(row["answer"] == row["reference"]) for sample, row in answers[number].items()}
+        for number in order
+    ]
+    scored = [labels[number] for number in order] if kind == "judge" else baselines
+    columns = zip(
+        differences(scored, groups, TOP_LABEL if kind == "judge" else 1.0),
+        differences(verbatim, groups, 1.0, "exact_difference"),
+        strict=True,
+    )
+    for number, (difference, exact) in zip(order, columns, strict=True):
+        found[number] |= {"best_uniform": number == best, **difference, **exact}
+    return found

@@ -1,0 +1,174 @@
+"""Choosing one option per layer under a memory budget: single changes are measured, an integer program adds them up.
+
+Damages do not simply add up, so what the program proposes is measured as a whole, and a later round starts from the
+best choice so far: every single change of it is measured again, and the program looks near it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from actors.maths.knapsack import best_choices
+from jobs.config.schema import Criterion
+from jobs.ranking.measurements import ChoiceMeasurements, check_ranked
+
+Choice = tuple[int, ...]
+REMOVED, WHOLE = 0, 16
+BOTH: tuple[Criterion, ...] = ("kl", "answer_similarity")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a choice takes by actors.estimate, its rounded weights as the compressed-tensors layout stores them.
+
+    shapes: actors.estimate's Architecture; setting: its Setting, of method "mixed", whose bits are not read; context:
+    what the devices hold beside the model (bytes). Several devices are counted together.
+    """
+
+    shapes: Any
+    setting: Any
+    options: tuple[int, ...]
+    context: int
+
+    def moments(self, choice: Choice) -> np.ndarray:
+        """Return the bytes of the weights and of what each moment of the work holds beside them, a moment each."""
+        from actors.estimate import estimate
+
+        found = estimate(self.shapes, replace(self.setting, bits=choice))
+        return np.array([found["weight_bytes"] + self.context + held for held in found["phases"].values()])
+
+    def total(self, choice: Choice) -> int:
+        """Return the bytes of the largest moment."""
+        return int(self.moments(choice).max())
+
+    @property
+    def least(self) -> Choice:
+        """The choice that takes least: all layers at the fewest bits, or, where layers may go, one of them alone."""
+        layers, fewest = len(self.shapes.layers), next(bits for bits in self.options if bits)
+        if REMOVED not in self.options:
+            return (fewest,) * layers
+        alone = (tuple(fewest if layer == kept else REMOVED for layer in range(layers)) for kept in range(layers))
+        return min(alone, key=self.total)
+
+    def program(self, budget: int) -> tuple[np.ndarray, list[int]]:
+        """Return bytes_MLO of every option and what each moment leaves for the layers.
+
+        What does not depend on a layer alone (a linear while it is unpacked) is taken as it is with all layers at the
+        fewest bits, where it is largest.
+        """
+        fewest = next(bits for bits in self.options if bits)
+        layers = len(self.shapes.layers)
+        base = (fewest,) * layers
+        at = self.moments(base)
+        bytes_MLO = np.empty((len(at), layers, len(self.options)), dtype=np.int64)
+        for layer in range(layers):
+            for option, bits in enumerate(self.options):
+                bytes_MLO[:, layer, option] = self.moments((*base[:layer], bits, *base[layer + 1 :])) - at
+        return bytes_MLO, [int(budget - held) for held in at]
+
+
+def single_changes(choice: Choice, options: Sequence[int]) -> dict[tuple[int, int], Choice]:
+    """Return every choice that differs from `choice` in one layer, by (layer, number of the option)."""
+    found = {
+        (layer, option): (*choice[:layer], bits, *choice[layer + 1 :])
+        for layer in range(len(choice))
+        for option, bits in enumerate(options)
+        if bits != choice[layer]
+    }
+    return {key: changed for key, changed in found.items() if any(changed)}
+
+
+class Search:
+    """The rounds of one search. `tried`: all choices within the budget that were measured, with their rows."""
+
+    def __init__(self, measured: ChoiceMeasurements, memory: Memory, budget: int, joint):
+        self._measured, self._memory, self._joint = measured, memory, joint
+        self._budget, self._options = budget, memory.options
+        self._bytes, self._left = memory.program(budget)
+        self.tried: dict[Choice, dict] = {}
+        self.singles: list[dict] = []
+
+    def losses(self, choices: Sequence[Choice], criterion: Criterion, label: str) -> list[float]:
+        """Return the measured damage of choices."""
+        return self._measured.losses(criterion, list(choices), label=label).ranked_K.tolist()
+
+    def fits(self, choice: Choice) -> bool:
+        """Tell whether a choice is within the budget."""
+        return self._memory.total(choice) <= self._budget
+
+    @property
+    def best(self) -> list[Choice]:
+        """The choices that were tried, least measured damage first; of equals, the one that takes less.
+
+        One that says nothing, whose damage is no finite number, is not among them.
+        """
+        damage = self._joint.damage
+        known = [choice for choice, row in self.tried.items() if np.isfinite(row[damage])]
+        return sorted(known, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
+
+    def run(self, uniform: Sequence[Choice]) -> None:
+        """Do all rounds; the `uniform` choices are measured and predicted in the first one, too."""
+        centre: Choice = self._measured.whole
+        for number in range(1, self._joint.rounds + 1):
+            proposed = self._round(number, centre, uniform if number == 1 else ())
+            print(f"joint: round {number} tried {proposed} choices; best so far {shown(self.best[0])}", flush=True)
+            if self.best[0] == centre:
+                return
+            centre = self.best[0]
+
+    def _round(self, number: int, centre: Choice, others: Sequence[Choice]) -> int:
+        changes, label = single_changes(centre, self._options), f"round {number}"
+        damage = self._joint.damage
+        at, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
+        check_ranked(damage, [at])
+        check_ranked(damage, losses)
+        damage_LO = np.zeros((len(centre), len(self._options)))
+        unmeasured = {(layer, option) for layer in range(len(centre)) for option in range(len(self._options))}
+        for key, loss in zip(changes, losses, strict=True):
+            damage_LO[key] = loss - at
+            unmeasured.discard(key)
+        for layer, option in unmeasured:
+            if self._options[option] != centre[layer]:  # the last layer that is left
+                damage_LO[layer, option] = np.inf
+        if number == 1:
+            self._note_singles(changes)
+        nothing = (self._options.index(REMOVED),) * len(centre) if REMOVED in self._options else None
+        near = None if number == 1 else (tuple(map(self._options.index, centre)), self._joint.changes)
+        found = best_choices(
+            damage_LO, self._bytes, self._left, self._joint.proposed, [nothing] if nothing else [], near
+        )
+        choices = [tuple(self._options[option] for option in picked) for picked in found]
+        choices += [choice for choice in others if choice not in choices]
+        sums = {choice: at + float(self._sum(damage_LO, choice)) for choice in choices}
+        predicted = {choice: total for choice, total in sums.items() if np.isfinite(total)}
+        if number > 1:
+            choices += [changed for changed in changes.values() if self.fits(changed) and changed not in choices]
+        values = self.losses(choices, damage, f"{label}, {damage} of choices")
+        check_ranked(damage, values)
+        for choice, value in zip(choices, values, strict=True):
+            row = {"round": number, "choice": list(choice), "predicted": predicted.get(choice)}
+            row |= dict.fromkeys(BOTH) | {damage: value, "bytes": self._memory.total(choice)}
+            self.tried.setdefault(choice, row)
+        return len(choices)
+
+    def measure_both(self, choices: Sequence[Choice]) -> None:
+        """Measure these by the other damage, too."""
+        for each in BOTH:
+            for choice, value in zip(choices, self.losses(choices, each, f"{each} of the best"), strict=True):
+                self.tried[choice][each] = value
+
+    def _sum(self, damage_LO: np.ndarray, choice: Choice) -> float:
+        return sum(damage_LO[layer, self._options.index(bits)] for layer, bits in enumerate(choice))
+
+    def _note_singles(self, changes: dict[tuple[int, int], Choice]) -> None:
+        values = {each: self.losses(list(changes.values()), each, f"{each} of single changes") for each in BOTH}
+        for place, (layer, option) in enumerate(changes):
+            row: dict = {"layer": layer, "option": self._options[option]}
+            self.singles.append(row | {each: values[each][place] for each in BOTH})
+
+
+def shown(choice: Sequence[int]) -> str:
+    """Write a choice as a line: a layer's bits, - for a removed one."""
+    return " ".join(str(bits) if bits else "-" for bits in choice)

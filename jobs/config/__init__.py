@@ -1,0 +1,1 @@
+"""The configuration: one schema, one default per field."""

@@ -1,0 +1,41 @@
+"""The settings of jobs.estimate."""
+
+from pydantic import Field
+
+from jobs.config.section import Count, Section
+
+
+class EstimateConfig(Section):
+    """What a setting takes before a GPU is used; all combinations of removed and quantizer."""
+
+    removed: int | list[int | list[int]] | None = Field(
+        None,
+        description="decoder layers to remove: a count, several counts [0, 2, 7], or layers by number [[23, 4]] "
+        "(layers); unset: prune.layers",
+    )
+    quantizer: str | list[str] | None = Field(
+        None, description="none, awq, nf4, int8, hqq, rtn, or several [awq, nf4]; unset: quantize.method"
+    )
+    json_rows: bool = Field(False, description="print one JSON object per setting in place of a table")
+    architecture: str | None = Field(
+        None, description="config.json that stands for model.path's own, or a folder that holds one"
+    )
+    width: float = Field(
+        1.0, gt=0, le=1, description="share of MLP channels and attention heads that are kept (fraction)"
+    )
+    batch: Count = Field(1, description="answers generated together (rows)")
+    images: int = Field(
+        0,
+        ge=0,
+        description="images of each prompt; 0: as in the papers' tables, and a column tells what one adds (images)",
+    )
+    context: Count | None = Field(
+        None, description="a prompt's length, images included (tokens); unset: the images' and 64 of text"
+    )
+    decode_tokens: Count | None = Field(None, description="answer's length (tokens); unset: generation.max_new_tokens")
+    devices: Count | None = Field(
+        None, description="GPUs that the model is spread over (GPUs); unset: replicas.gpus, at least 1"
+    )
+    cuda_context_gib: float = Field(
+        0.5, ge=0, description="what a CUDA context takes on every GPU besides; never in a total (GiB)"
+    )

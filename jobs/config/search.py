@@ -1,0 +1,45 @@
+"""The search's section of the configuration."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.config.section import Bits, Count, Quantizer, Recovery, Section
+
+
+class BudgetConfig(Section):
+    """What the model may take where it is used; unset: no limit."""
+
+    memory_gib: float | None = Field(None, gt=0, description="memory of the fullest device, see jobs.search (GiB)")
+    ms_per_token: float | None = Field(None, gt=0, description="time of a token, batch 1 (ms)")
+
+
+class SearchConfig(Section):
+    """Which settings jobs.search tries: every depth with every recovery, quantizer and its bits."""
+
+    depths: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 2, 4, 7], min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"
+    )
+    recoveries: list[Literal["none"] | Recovery] = Field(
+        ["none", "qlora"], min_length=1, description="fine-tuning after it: none, lora, qlora (YAML list)"
+    )
+    quantizers: list[Quantizer] = Field(
+        ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"
+    )
+    bits: list[Bits] = Field(
+        [4], min_length=1, description="bits of the quantizers that have a choice: awq, hqq, rtn (bits, YAML list)"
+    )
+    budget: BudgetConfig = BudgetConfig()
+    screen_images: Count | None = Field(
+        None,
+        description="test images of a first, cheap evaluation: a setting that loses there to one that takes no more is "
+        "not evaluated on the others (images); unset: none",
+    )
+    max_trials: Count = Field(
+        64, description="settings up to which all are tried; of more, so many are suggested by Optuna (settings)"
+    )
+    resume: bool = Field(False, description="go on with the search in run_dir; an error if there is none")
+    resolve_only: bool = Field(False, description="answer from the rows of the search in run_dir; computes nothing")
+    loggers: list[Literal["tensorboard", "mlflow"]] = Field(
+        [], description="what Ray Tune writes into run_dir/search besides (YAML list)"
+    )

@@ -1,0 +1,1 @@
+"""The LLM judge: engines, verdicts, judged tables, agreement with people."""

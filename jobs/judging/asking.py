@@ -1,0 +1,225 @@
+"""Verdicts for many answers: each different one is asked for once, a bounded number at a time, and kept as it comes.
+
+Scored verdicts live in run_dir/verdicts, shared by all models and jobs of the run folder; failures are tried again by
+the next job.
+"""
+
+import asyncio
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.judge.cache import JudgeIdentity, may_be_cached, verdict_key
+from actors.judge.calls import Failure, Reply, Request
+from actors.judge.ladder import judge
+from actors.judge.verdict import Verdict
+from cluster.tables import PartTable
+from jobs.core.progress import Progress
+from jobs.core.run import Run
+
+T = TypeVar("T")
+Ask = Callable[[Request], Awaitable[Reply | Failure]]
+Text = tuple[str, str, str]  # question, reference, candidate
+
+FOLDER = "verdicts"
+SAVE_EVERY, SAVE_EVERY_S = 500, 5.0  # verdicts, seconds: what a killed job loses at most
+GIVE_UP = 100  # failures in a row after which nobody is asked any more
+BAD_OUTPUT = "bad_output"
+PROBE = ("What is the name of this disease?", "This is psoriasis.", "This is psoriasis.")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict under its key; `failure` is why there is no label: a kind of Failure, or BAD_OUTPUT (None: scored)."""
+
+    key: str
+    verdict: Verdict
+    failure: str | None = None
+
+
+class VerdictStore:
+    """The scored verdicts of a run folder."""
+
+    def __init__(self, folder: Path):
+        self._parts = PartTable(folder)
+        self._unsaved: list[dict] = []
+        self._saved_at = time.monotonic()
+        self.known = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
+
+    def add(self, judged: Judged) -> None:
+        """Keep a verdict if it is scored; it reaches the disk now and then, and with `save`."""
+        if not may_be_cached(judged.verdict):
+            return
+        self.known[judged.key] = judged
+        self._unsaved.append(judge_columns(judged))
+        if len(self._unsaved) >= SAVE_EVERY or time.monotonic() - self._saved_at >= SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write what came since the last time."""
+        if self._unsaved:
+            self._parts.add(uuid.uuid4().hex, self._unsaved)
+        self._unsaved, self._saved_at = [], time.monotonic()
+
+
+def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, Judged], JudgeIdentity]:
+    """Return a verdict for every text, and whose they are; the judge is started only if one is missing.
+
+    ValueError: the judge refuses the first call (key, model, URL). RuntimeError: it cannot be reached at all.
+    """
+    identity = identity_of(run)
+    keys = {text: verdict_key(identity, *text, 0) for text in dict.fromkeys(texts)}
+    store = VerdictStore(run.folder / FOLDER)
+    missing = {key: text for text, key in keys.items() if key not in store.known}
+    print(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before", flush=True)
+    failed: dict[str, Judged] = {}
+    if missing:
+        try:
+            failed = run_async(_session(run, missing, store))
+        except ExceptionGroup as errors:  # of a group of workers: the first is what the user is told
+            raise errors.exceptions[0] from errors
+    return {text: store.known.get(key) or failed[key] for text, key in keys.items()}, identity
+
+
+@cache
+def identity_of(run: Run) -> JudgeIdentity:
+    """Return what names the run's judge; nothing is started."""
+    from jobs.judging.engine import judge_identity
+
+    return judge_identity(run)
+
+
+def check_judge(run: Run) -> None:
+    """ValueError: the run's judge cannot be, as far as that shows without starting it."""
+    from jobs.judging.engine import check
+
+    check(run)
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; SIGTERM ends it as Ctrl-C does: it is cancelled, cleans up, and KeyboardInterrupt is raised."""
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(main)  # signals are none of its business
+    before, ended = signal.getsignal(signal.SIGTERM), False
+
+    async def guarded() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)  # of its own: SIGINT may be ignored
+        return await main
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        if ended:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -> dict[str, Judged]:
+    from jobs.judging.engine import judge_engine
+
+    async with judge_engine(run) as (ask, _):
+        await probe(ask, run.config.judge.url or run.config.judge.model)
+        return await ask_all(ask, missing, store, run.config.judge.concurrency)
+
+
+async def probe(ask: Ask, name: str) -> None:
+    """Judge one known answer, so that what no answer would survive ends the job before all of them fail."""
+    first = await judge_one(ask, "", PROBE)
+    if first.failure in ("refused", "denied"):
+        raise ValueError(
+            f"The judge {name} refuses ({first.verdict.reason}): check judge.model, judge.url and the key that "
+            "judge.key_variable names."
+        )
+    if first.failure not in (None, BAD_OUTPUT):
+        raise RuntimeError(f"The judge {name} does not answer ({first.verdict.reason}). Nothing was judged.")
+
+
+async def ask_all(ask: Ask, missing: Mapping[str, Text], store: VerdictStore, concurrency: int) -> dict[str, Judged]:
+    """Judge every text, `concurrency` at a time; scored verdicts go to the store, the others are returned.
+
+    A worker that waits before it asks again keeps its place: an endpoint that asks for patience gets fewer calls.
+    What is refused for its own sake (too long) says nothing of the judge, neither that it is there nor that it is gone.
+    """
+    waiting = iter(missing.items())
+    failed: dict[str, Judged] = {}
+    in_a_row: list[Judged] = []
+
+    async def work(progress: Progress) -> None:
+        for key, text in waiting:
+            if len(in_a_row) >= GIVE_UP:
+                judged = _not_asked(key, in_a_row[GIVE_UP - 1])
+            else:
+                judged = await judge_one(ask, key, text)
+                if judged.failure in (None, BAD_OUTPUT):
+                    in_a_row.clear()
+                elif judged.failure != "refused":
+                    in_a_row.append(judged)
+            if judged.failure:
+                failed[key] = judged
+            store.add(judged)
+            progress.step(f"{len(failed)} unscored" if failed else "")
+
+    try:
+        with Progress("judge", len(missing)) as progress:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(missing))):
+                    group.create_task(work(progress))
+    finally:
+        store.save()
+    return failed
+
+
+async def judge_one(ask: Ask, key: str, text: Text) -> Judged:
+    """Climb the ladder for one text."""
+    last: Reply | Failure | None = None
+
+    async def remembered(request: Request) -> Reply | Failure:
+        nonlocal last
+        last = await ask(request)
+        return last
+
+    verdict = await judge(remembered, *text)
+    if verdict.scored:
+        return Judged(key, verdict)
+    return Judged(key, verdict, last.kind if isinstance(last, Failure) else BAD_OUTPUT)
+
+
+def _not_asked(key: str, last: Judged) -> Judged:
+    reason = f"not asked: the judge failed {GIVE_UP} times in a row, at last {last.verdict.reason}"
+    return Judged(key, Verdict(None, reason, None, None, (), 0), last.failure)
+
+
+def judge_columns(judged: Judged) -> dict:
+    """Return a verdict as the columns of a table of answers."""
+    verdict = judged.verdict
+    return {
+        "judge_label": verdict.label,
+        "judge_reason": verdict.reason,
+        "judge_expected": verdict.expected,
+        "judge_label_mass": verdict.label_mass,
+        "judge_raw": list(verdict.raw),
+        "judge_tries": verdict.tries,
+        "judge_key": judged.key,
+    }
+
+
+def _from_row(row: dict) -> Judged:
+    names = ("label", "reason", "expected", "label_mass", "raw", "tries")
+    values = {name: row[f"judge_{name}"] for name in names}
+    return Judged(row["judge_key"], Verdict(**{**values, "raw": tuple(values["raw"])}))

@@ -1,0 +1,291 @@
+"""The judge that the config names: how it is asked, and what names it in the verdicts' keys."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.judge.cache import JudgeIdentity
+from actors.judge.calls import Failure, Reply, Request, folded
+from cluster.artifacts import digest
+from jobs.config.judge import JudgeConfig
+from jobs.core.run import Run, Source
+
+if TYPE_CHECKING:
+    from actors.judge.openai import OpenAIJudge
+    from cluster.serving.service import Scale, Service
+    from cluster.serving.vllm import VLLM
+
+Ask = Callable[[Request], Awaitable[Reply | Failure]]
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_FOLDED = ", the system's text in the user's turn"
+_NONE = (
+    "No judge is configured: set judge.engine to transformers, vllm (on GPUs) or openai (any OpenAI-compatible "
+    "endpoint, judge.url), and judge.model to its checkpoint or name."
+)
+
+
+@asynccontextmanager
+async def judge_engine(run: Run) -> AsyncIterator[tuple[Ask, JudgeIdentity]]:
+    """Yield what asks the configured judge, and its identity; the judge goes with the block, unless judge.keep.
+
+    Asking returns a Failure where no answer came, and never raises. ValueError: the config names no judge, or one
+    that cannot be; RuntimeError: it did not come up.
+    """
+    settings = run.config.judge
+    identity = judge_identity(run)
+    async with AsyncExitStack() as stack:
+        if settings.engine == "openai":
+            yield (await stack.enter_async_context(_remote(settings))).ask, identity
+            return
+        hosted = _Hosted(run)
+        if settings.engine == "vllm":
+            yield await stack.enter_async_context(hosted.vllm()), identity
+        else:
+            yield await stack.enter_async_context(hosted.transformers()), identity
+
+
+def check(run: Run) -> None:
+    """Refuse what shows without starting the judge, before hours of other stages. ValueError: as of judge_engine."""
+    settings = run.config.judge
+    judge_identity(run)
+    if settings.engine == "openai":
+        _remote(settings)
+        return
+    hosted = _Hosted(run)
+    hosted._scale()
+    if settings.engine == "vllm":
+        hosted._vllm()
+
+
+def _remote(settings: JudgeConfig) -> "OpenAIJudge":
+    from actors.judge.openai import OpenAIJudge
+
+    return OpenAIJudge(_url(settings), settings.model, settings.key_variable, settings.timeout, settings.logprobs)
+
+
+@asynccontextmanager
+async def endpoint(run: Run) -> AsyncIterator[str]:
+    """Serve the configured judge as an OpenAI-compatible endpoint on 127.0.0.1:judge.port; yield its URL up to /v1.
+
+    It goes with the block, whatever judge.keep says. ValueError: as of judge_engine; engine openai is one already.
+    """
+    settings = run.config.judge
+    if settings.engine == "openai":
+        raise ValueError("judge.engine openai is an endpoint already: serve a judge of engine transformers or vllm.")
+    judge_identity(run)
+    async with _Hosted(run).http():
+        yield f"http://127.0.0.1:{settings.port}/v1"
+
+
+def judge_identity(run: Run) -> JudgeIdentity:
+    """Return what names the configured judge; ValueError if it is none, or not a checkpoint that can chat."""
+    settings = run.config.judge
+    if settings.engine == "none":
+        raise ValueError(_NONE)
+    if settings.engine == "openai":
+        theirs = "the endpoint's"
+        revision = f"{settings.model} at {_url(settings)}"
+        sampling = "greedy" if settings.logprobs else "greedy, without probabilities"
+        return JudgeIdentity(revision, theirs, theirs, "openai", theirs, sampling)
+    from actors.judge.local import folds_system
+
+    source, tokenizer = _source(run), _tokenizer(run)
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return JudgeIdentity(
+        revision=source.name,
+        tokenizer=_tokenizer_identity(run, source),
+        chat_template=hashlib.sha256(text.encode()).hexdigest() + (_FOLDED if folds_system(tokenizer) else ""),
+        engine=_versions(settings.engine),
+        dtype=settings.dtype,
+        sampling="greedy",
+    )
+
+
+def _url(settings: JudgeConfig) -> str:
+    if not settings.url:
+        raise ValueError("judge.engine openai needs judge.url, the endpoint up to and with /v1 (http://host:8000/v1).")
+    return settings.url
+
+
+def _source(run: Run) -> Source:
+    return run.source(run.config.judge.model, "judge.model", run.config.judge.revision)
+
+
+def _tokenizer(run: Run) -> Any:
+    from actors.judge.local import judge_tokenizer
+
+    source = _source(run)
+    return judge_tokenizer(source.path, source.revision, run.config.judge.trust_remote_code)
+
+
+def _tokenizer_identity(run: Run, source: Source) -> str:
+    if source.revision is not None:
+        return source.revision
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in Path(source.path).glob(pattern)})
+    return digest({file.name: run.fingerprints.file(file) for file in files})
+
+
+def _versions(engine: str) -> str:
+    """Return the engine and what its outputs depend on, with the versions installed here."""
+    packages = {"transformers": ("transformers", "torch", "llguidance"), "vllm": ("vllm", "ray")}[engine]
+    return ", ".join(f"{package} {_version(package)}" for package in packages)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "elsewhere"  # a driver without GPU need not have vLLM
+
+
+def _vllm_name(label: str, model: "VLLM", scale: "Scale") -> str:
+    from cluster.serving.service import application_name
+
+    return application_name(label, "cluster.serving.vllm:VLLM", {"model": vars(model), "scale": vars(scale)})
+
+
+@dataclass(frozen=True)
+class _Hosted:
+    """The judge on Ray Serve, asked through a handle or over HTTP."""
+
+    run: Run
+
+    @property
+    def settings(self) -> JudgeConfig:
+        return self.run.config.judge
+
+    @asynccontextmanager
+    async def transformers(self) -> AsyncIterator[Ask]:
+        from cluster.serving.service import served
+
+        kwargs, scale = self._kwargs(), self._scale()
+        self._connect()
+        async with served("judge", "actors.judge.local:LocalJudge", kwargs, scale, self.settings.keep) as service:
+            yield lambda request: self._through(lambda: _call(service, request, self.settings.timeout))
+
+    @asynccontextmanager
+    async def vllm(self) -> AsyncIterator[Ask]:
+        from actors.judge.local import folds_system
+        from actors.judge.openai import chat_body, read_completion
+        from cluster.serving.service import hosted
+        from cluster.serving.vllm import chat, handle_application
+
+        model, scale, folds = self._vllm(), self._scale(), folds_system(_tokenizer(self.run))
+        self._connect()
+        application = handle_application(model, scale)
+        name = _vllm_name("judge", model, scale)
+
+        async def ask(request: Request) -> Reply | Failure:
+            body = chat_body(request, model.name, logprobs=True) | {"structured_outputs": {"json": request.schema}}
+            del body["response_format"]
+            body["messages"] = folded(body["messages"]) if folds else body["messages"]
+            content = await chat(service, body, self.settings.timeout)
+            answer = _error_of(content) or read_completion(content)
+            # vLLM applies the schema to the logits before it takes their logarithms, whatever logprobs_mode says.
+            return replace(answer, masked=True) if isinstance(answer, Reply) else answer
+
+        async with hosted(name, application, scale, self.settings.keep) as service:
+            yield lambda request: self._through(lambda: ask(request))
+
+    @asynccontextmanager
+    async def http(self) -> AsyncIterator[None]:
+        from cluster.serving.service import hosted, served
+
+        scale, port = self._scale(), self.settings.port
+        if self.settings.engine == "vllm":
+            from cluster.serving.vllm import http_application
+
+            model = self._vllm()
+            self._connect()
+            name = _vllm_name("judge-endpoint", model, scale)
+            async with hosted(name, http_application(model, scale), scale, port=port):
+                yield
+        else:
+            kwargs = {"name": self.settings.model, **self._kwargs()}
+            self._connect()
+            async with served("judge-endpoint", "actors.judge.endpoint:JudgeEndpoint", kwargs, scale, port=port):
+                yield
+
+    def _connect(self) -> None:
+        """Connect to Ray; ray.init takes SIGTERM for itself, which jobs.judging.asking has a use for."""
+        handler = signal.getsignal(signal.SIGTERM)
+        self.run._connect()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+    def _kwargs(self) -> dict:
+        source, settings = _source(self.run), self.settings
+        return {
+            "path": source.path,
+            "revision": source.revision,
+            "dtype": settings.dtype,
+            "trust_remote_code": settings.trust_remote_code,
+            "gpus": settings.gpus,
+            "batch": settings.batch,
+            "max_length": settings.max_length,
+        }
+
+    def _vllm(self) -> "VLLM":
+        from actors.judge.openai import TOP_LOGPROBS
+        from cluster.serving.vllm import VLLM, require
+
+        source, settings = _source(self.run), self.settings
+        if not settings.gpus:
+            raise ValueError("judge.engine vllm needs judge.gpus 1 or more; on a CPU use judge.engine transformers.")
+        require()
+        return VLLM(
+            name=settings.model,
+            path=source.path,
+            revision=source.revision,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            max_length=settings.max_length,
+            top_logprobs=TOP_LOGPROBS,
+        )
+
+    def _scale(self) -> "Scale":
+        from cluster.serving.service import Scale
+
+        settings = self.settings
+        most = settings.max_replicas or settings.replicas
+        if most < settings.replicas:
+            raise ValueError(f"judge.max_replicas is {most}, below judge.replicas {settings.replicas}: raise it.")
+        # Two batches at a time: the next one waits beside the one that is answered. vLLM makes its own batches.
+        at_once = settings.concurrency if settings.engine == "vllm" else 2 * settings.batch
+        return Scale(settings.cpus, settings.gpus, settings.replicas, most, at_once)
+
+    async def _through(self, call: Callable[[], Awaitable[Reply | Failure]]) -> Reply | Failure:
+        from cluster.serving.service import ServiceLost
+
+        try:
+            return await call()
+        except TimeoutError:
+            return Failure("timeout", f"no answer within {self.settings.timeout:g} s")
+        except ServiceLost as error:
+            return Failure("closed", str(error))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            return Failure("server_error", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+async def _call(service: "Service", request: Request, timeout: float) -> Reply | Failure:
+    answer: Reply | Failure = await service.call("ask", request, timeout=timeout)
+    return answer
+
+
+def _error_of(content: str) -> Failure | None:
+    """Return the failure that vLLM answered with ({"error": {"message", "code"}}), or None."""
+    from actors.judge.openai import failure_kind
+
+    error = json.loads(content).get("error")
+    return Failure(failure_kind(error["code"]), error["message"][:200]) if error else None

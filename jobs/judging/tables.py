@@ -1,0 +1,191 @@
+"""Tables of answers with their verdicts: the columns, what a table may claim, and the controls of the run."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from actors.judge.cache import JudgeIdentity
+from actors.judge.controls import Control, controls, misses, unbuilt
+from actors.judge.verdict import TOP_LABEL, tally
+from actors.maths.statistics import cluster_bootstrap_interval
+from jobs.core.run import Run
+from jobs.judging.agreement import sentence
+from jobs.judging.asking import BAD_OUTPUT, Judged, Text, judge_columns, verdicts
+
+KEPT = ("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer")
+NOT_JUDGED = {
+    "is_llm_judge": False,
+    **dict.fromkeys(("judge", "judge_pct", "judge_interval_pct", "judge_bounds_pct", "judge_expected_pct")),
+    **dict.fromkeys(("judge_scored", "judge_total", "judge_unscored", "judge_flagged", "judge_controls")),
+    **dict.fromkeys(("judge_calibrated", "judge_agreement")),
+}
+
+
+@dataclass(frozen=True)
+class JudgedTable:
+    """Answers with their verdicts, one row each; and tally, controls and judge of the table, as plain values."""
+
+    rows: list[dict]
+    facts: dict
+
+    @property
+    def labels(self) -> dict[str, int | None]:
+        """The labels by sample_id; none where the table has no headline."""
+        if self.facts["tally"]["judge_pct"] is None:
+            return {}
+        return {row["sample_id"]: row["judge_label"] for row in self.rows}
+
+
+def judged_tables(
+    run: Run, tables: Mapping[str, Sequence[Mapping]]
+) -> tuple[dict[str, JudgedTable], dict[Text, Judged], JudgeIdentity]:
+    """Judge all rows of all tables, and the controls of each, in one session.
+
+    The judge is told question, reference and answer, nothing else. Returns the tables, every verdict, and whose.
+    """
+    built = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
+    texts = [_control_text(one) for made in built.values() for one in made]
+    texts += [_text(row) for rows in tables.values() for row in rows]
+    found, identity = verdicts(run, texts)
+    judged = {}
+    for name, rows in tables.items():
+        own = [found[_text(row)] for row in rows]
+        facts = {
+            "tally": _tally(rows, own),
+            "unscored": _failures(own),
+            "controls": _control_facts(built[name], [found[_control_text(one)] for one in built[name]]),
+            "judge": run.config.judge.model,
+            "identity": asdict(identity),
+        }
+        kept = [{key: row[key] for key in KEPT if key in row} for row in rows]
+        judged[name] = JudgedTable([row | judge_columns(one) for row, one in zip(kept, own, strict=True)], facts)
+    return judged, found, identity
+
+
+def may_be_asked_again(facts: dict) -> bool:
+    """Tell whether a table lacks verdicts that another try may bring.
+
+    What the judge wrote wrongly it writes again, and a call that was refused (too long) is refused again; but where so
+    many were that there is no headline, the judge may take longer prompts by now.
+    """
+    final = {BAD_OUTPUT} if facts["tally"]["judge_pct"] is None else {BAD_OUTPUT, "refused"}
+    return bool({*facts["unscored"], *facts["controls"]["unscored"]} - final)
+
+
+def _failures(judged: Sequence[Judged]) -> dict[str, int]:
+    return dict(Counter(one.failure for one in judged if one.failure))
+
+
+def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
+    """Return what each row's verdict shares with others: its series, else its image, else nothing; and what most do."""
+    units = [next((unit for unit in ("group", "image") if row.get(unit) is not None), "answer") for row in rows]
+    names = []
+    for number, (unit, row) in enumerate(zip(units, rows, strict=True)):
+        names.append(f"{unit} {number if unit == 'answer' else row[unit]}")
+    return names, max(("group", "image", "answer"), key=units.count)
+
+
+def _text(row: Mapping) -> Text:
+    return row["question"], row["reference"], row["answer"]
+
+
+def _control_text(control: Control) -> Text:
+    return control.question, control.reference, control.candidate
+
+
+def _tally(rows: Sequence[Mapping], own: Sequence[Judged]) -> dict:
+    """Return the tally of labels with its interval, which like the percentage is None where there is no headline."""
+    labels = [one.verdict.label for one in own]
+    found = tally(labels)
+    names, unit = clusters(rows)
+    index = np.unique(names, return_inverse=True)[1]
+    interval = expected = None
+    if found["judge_pct"] is not None:
+        scored = np.array([label is not None for label in labels])
+        points = np.array([label for label in labels if label is not None], dtype=float) * 100 / TOP_LABEL
+        interval = list(cluster_bootstrap_interval(points, index[scored]))
+        means = [one.verdict.expected for one in own if one.verdict.expected is not None]
+        if len(means) == len(points):  # of all scored answers, or of none: no mean over a part that chose itself
+            expected = 100 / TOP_LABEL * float(np.mean(means))
+    return {
+        **found,
+        "judge_interval_pct": interval,
+        "judge_expected_pct": expected,
+        "clusters": int(index.max()) + 1 if len(index) else 0,
+        "unit": unit,
+    }
+
+
+def _control_facts(built: Sequence[Control], judged: Sequence[Judged]) -> dict:
+    missed = misses(built, [one.verdict.label for one in judged])
+    return {
+        "count": len(built),
+        "missed": len(missed),
+        "by_kind": {
+            kind: {"count": count, "missed": sum(miss.control.kind == kind for miss in missed)}
+            for kind, count in Counter(control.kind for control in built).items()
+        },
+        "misses": [{**asdict(miss.control), "label": miss.label} for miss in missed],
+        "unbuilt": unbuilt(built),
+        "unscored": _failures(judged),
+    }
+
+
+def summary_columns(facts: dict, calibration: dict | None) -> dict:
+    """Return what a table of results says about one judged table."""
+    counted = facts["tally"]
+    return {
+        "is_llm_judge": True,
+        "judge": facts["judge"],
+        **{f"judge_{key}": counted[f"judge_{key}"] for key in ("pct", "interval_pct", "bounds_pct", "expected_pct")},
+        "judge_scored": counted["scored"],
+        "judge_total": counted["total"],
+        "judge_unscored": facts["unscored"],
+        "judge_flagged": facts["controls"]["missed"] > 0,
+        "judge_controls": {key: value for key, value in facts["controls"].items() if key != "misses"},
+        "judge_calibrated": calibration is not None,
+        "judge_agreement": calibration,
+    }
+
+
+def percent(row: Mapping) -> str:
+    """Return a judged row's headline for a terminal: with its interval, or why there is none; ! flags the run."""
+    flag = "!" if row["judge_flagged"] else ""
+    if row["judge_pct"] is None:
+        return f"none{flag}"
+    low, high = row["judge_interval_pct"]
+    return f"{row['judge_pct']:.1f} [{low:.0f}, {high:.0f}]{flag}"
+
+
+def flag(row: Mapping) -> str:
+    """Return "!" if a row is compared by the score of a judge that failed its controls, else nothing."""
+    return "!" if row["score_kind"] == "judge" and row["judge_flagged"] else ""
+
+
+def by_baseline(rows: Mapping[str, Mapping]) -> list[str]:
+    """Say which judged rows (by name) have no headline, for which all rows are compared by the baseline; none: []."""
+    without = [name for name, row in rows.items() if row["is_llm_judge"] and row["judge_pct"] is None]
+    return [f"no headline for {', '.join(without)}: so all are compared by the baseline"] if without else []
+
+
+def remarks(rows: Sequence[Mapping]) -> list[str]:
+    """Return the sentences that have to stand below every table of judged rows."""
+    lines = [f"LLM judge: {rows[0]['judge']}, {sentence(rows[0]['judge_agreement'])}"]
+    if any(row["judge_pct"] is None for row in rows):
+        lines.append("none: more than 2 % of the answers are UNSCORED, so there are only bounds")
+    reasons = sum((Counter(row["judge_unscored"]) for row in rows), Counter())
+    if reasons:
+        lines.append("UNSCORED: " + ", ".join(f"{count} {kind}" for kind, count in sorted(reasons.items())))
+    worst: dict[str, dict] = {}  # the tables' controls are mostly the same ones: they are not added up
+    for row in rows:
+        for kind, found in row["judge_controls"]["by_kind"].items():
+            worst[kind] = max(worst.get(kind, found), found, key=lambda one: one["missed"])
+    missed = [f"{kind} {found['missed']} of {found['count']}" for kind, found in worst.items() if found["missed"]]
+    if missed:
+        lines.append(f"! FLAGGED: the judge failed controls and is not to be trusted: {', '.join(missed)}")
+    unbuilt = sorted({kind for row in rows for kind in row["judge_controls"]["unbuilt"]})
+    if unbuilt:
+        lines.append(f"controls that these answers do not allow: {', '.join(unbuilt)}")
+    return lines

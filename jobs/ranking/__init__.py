@@ -1,0 +1,1 @@
+"""Which layers matter: criteria, their measurements, sets of layers."""

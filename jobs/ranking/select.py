@@ -1,0 +1,144 @@
+"""Choose which layers to remove together, by measuring sets of them: greedy, beam, or evolutionary search.
+
+One shot takes the layers with the best scores of single removals. Removals add up differently: greedy scores again
+after each removal, beam does so for several sets at once, and the evolutionary search (EvoPress, Sieberling et al.
+2024) swaps layers in the best set so far; KL of the reference answers sorts out most of a generation's sets, the
+criterion itself decides among the survivors. What `jobs.ablate` measured is not measured again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from actors.maths.statistics import cluster_bootstrap_means, percentile_interval
+from cluster.tables import write_table
+from jobs.ablate import measurements
+from jobs.core.run import Run, Source, Stage
+from jobs.ranking.criteria import READINGS
+from jobs.ranking.measurements import Measurements, Removed, check_ranked
+
+STEPS = "steps.parquet"
+
+
+def stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
+    """Return the stage that searches for the set of `prune.layers` layers; `scores` is the ablation."""
+    prune = run.config.prune
+    options = {
+        "greedy": (),
+        "beam": ("beam_width",),
+        "evolution": ("generations", "offspring", "survivors"),
+    }[prune.search]
+    settings = {name: getattr(prune, name) for name in ("search", "layers", *options)}
+    if prune.search == "evolution":
+        settings["seed"] = run.config.seed
+    return Stage(
+        "select", 1, settings, (model, data, scores), lambda r, f, facts: build(r, model, data, scores, f, facts)
+    )
+
+
+def one_shot(run: Run, scores: Stage) -> Removed:
+    """Return the `prune.layers` layers with the best scores of single removals; ValueError: there are fewer."""
+    order, layers = run.facts(scores)["order"], run.config.prune.layers
+    if layers > len(order):
+        raise ValueError(
+            f"prune.layers is {layers}, but only {len(order)} layers may be removed "
+            f"(ablate.candidates: {run.config.ablate.candidates})."
+        )
+    return tuple(sorted(order[:layers]))
+
+
+def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: Path, facts: dict) -> None:
+    """Search, and compare the set that was found with the one-shot set."""
+    prune, criterion = run.config.prune, run.config.ablate.criterion
+    order, ranked = run.facts(scores)["order"], one_shot(run, scores)
+    with measurements(run, model, data, [criterion]) as (measured, _):
+        measured.failed.update(run.facts(scores)["failed"])
+        steps: list[dict] = []
+
+        def note(kind: str, sets: list[Removed], losses: np.ndarray) -> None:
+            steps.extend(
+                {"round": kind, "removed": list(removed), "loss": float(loss)}
+                for removed, loss in zip(sets, losses, strict=True)
+            )
+
+        if prune.search == "evolution":
+            found = evolve(run, measured, order, ranked, note)
+        else:
+            found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
+        pair = measured.losses(criterion, [found, ranked], label="against one shot")
+    write_table(folder / STEPS, steps)
+    shown = READINGS[criterion].shown
+    means = pair.means_K
+    draws = cluster_bootstrap_means(pair.values_NK, pair.weights_NK, pair.clusters_N)
+    low, high = (float(bound[0]) for bound in percentile_interval(draws[:, 1:] - draws[:, :1]))
+    facts.update(
+        removed=list(found),
+        one_shot=list(ranked),
+        score=shown(float(means[0])),
+        one_shot_score=shown(float(means[1])),
+        gain=float(means[1] - means[0]),
+        gain_interval=[low, high],
+        sets_measured=len({tuple(step["removed"]) for step in steps}),
+        failed=measured.failed,
+    )
+    resolved = "" if low > 0 or high < 0 else ", unresolved"
+    print(
+        f"select: {prune.search} removes {list(found)} ({facts['score']:.4f}), one shot {list(ranked)} "
+        f"({facts['one_shot_score']:.4f}); loss lower by {facts['gain']:.4f} [{low:.4f}, {high:.4f}]{resolved}",
+        flush=True,
+    )
+
+
+def beam(run: Run, measured: Measurements, order: list[int], width: int, note: Callable) -> Removed:
+    """Remove one layer per round, keeping the `width` best sets; a set's survivors share its work and its answers."""
+    sets: list[Removed] = [()]
+    layers, criterion = run.config.prune.layers, run.config.ablate.criterion
+    for done in range(layers):
+        label = f"{run.config.prune.search} {done + 1}/{layers}"
+        children: dict[Removed, None] = {}
+        for parent in sets:
+            own = [tuple(sorted((*parent, layer))) for layer in order if layer not in parent]
+            measured.losses(criterion, own, base=parent, label=label)
+            children.update(dict.fromkeys(own))
+        losses = measured.losses(criterion, list(children), label=label).ranked_K
+        note(label, list(children), losses)
+        check_ranked(criterion, losses)
+        sets = [removed for _, removed in sorted(zip(losses.tolist(), children, strict=True))[:width]]
+    return sets[0]
+
+
+def evolve(run: Run, measured: Measurements, order: list[int], start: Removed, note: Callable) -> Removed:
+    """Mutate the best set, `offspring` times a generation; the best of the survivors replaces it if it loses less."""
+    prune, criterion = run.config.prune, run.config.ablate.criterion
+    random = np.random.default_rng(run.config.seed)
+    best = start
+    for generation in range(prune.generations):
+        label = f"evolution {generation + 1}/{prune.generations}"
+        children = mutants(random, best, order, prune.offspring)
+        if not children:  # there is no other set
+            break
+        if criterion == "answer_similarity":
+            cheap = measured.losses("kl", children, base=best, label=f"{label}, KL").ranked_K
+            note(f"{label}, KL", children, cheap)
+            children = [children[i] for i in np.argsort(cheap, kind="stable")[: prune.survivors]]
+        losses = measured.losses(criterion, [best, *children], base=best, label=label).ranked_K
+        note(label, [best, *children], losses)
+        check_ranked(criterion, losses)
+        best = [best, *children][int(np.argmin(losses))]  # the first of equals: the old one stays
+    return best
+
+
+def mutants(random: np.random.Generator, parent: Removed, order: list[int], count: int) -> list[Removed]:
+    """Return up to `count` different sets, each with one to three of the parent's layers swapped for kept ones."""
+    kept = [layer for layer in order if layer not in parent]
+    found: dict[Removed, None] = {}
+    if not kept:
+        return []
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        swaps = min(*random.integers(1, 4, size=2), len(parent), len(kept))
+        out, back = random.choice(parent, swaps, replace=False), random.choice(kept, swaps, replace=False)
+        found[tuple(sorted({*map(int, back), *parent} - {*map(int, out)}))] = None
+    return list(found)

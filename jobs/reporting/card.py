@@ -1,0 +1,182 @@
+"""The model card of a checkpoint: what it was made from and how, what it scored, and how to make it again."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from cluster.artifacts import MANIFEST, digest, write_text
+from jobs import prepare
+from jobs.config.schema import Config
+from jobs.core.run import Run, Source, Stage
+from jobs.judging.agreement import sentence
+
+CARD = "README.md"
+RECORD = "prunella.json"  # of a published copy: its history and the sums of its tensors
+TEMPLATES = Path(__file__).parent / "templates"
+_ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
+# Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are the maker's own.
+_ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish", "data"}
+_DONE = {"prune": "pruned", "recover": "fine-tuned", "quantize": "quantized"}
+
+
+def record(folder: Path) -> dict:
+    """Return what a checkpoint's folder tells of its making: its manifest, or a published copy's record; or {}."""
+    for name in (MANIFEST, RECORD):
+        if (folder / name).is_file():
+            return json.loads((folder / name).read_text())
+    return {}
+
+
+def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dict) -> None:
+    """Note in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card.
+
+    Every step keeps the command, the options and the versions that made it; the steps before came with theirs.
+    """
+    history = _history(run, model)
+    if step["kind"] == "prune":
+        step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
+    made = {
+        "command": run.command or command(),
+        "options": options(run.config),
+        "versions": {name: version(name) for name in ("prunella", "transformers", "torch")},
+    }
+    facts["history"] = [*history, {**step, "made": made}]
+    write(folder, facts)
+
+
+def refresh(folder: Path, evaluation: dict, judged: Mapping | None = None) -> None:
+    """Write the scores of an evaluation into the card of a checkpoint that Prunella made; leave others alone.
+
+    judged: the columns of jobs.judge.row, if a judge scored the answers.
+    """
+    if "gate" in (manifest := record(folder)):
+        write(folder, manifest, evaluation, judged)
+
+
+def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) -> list[int]:
+    """Return `removed` in the numbering of the original model, from which the pruning before it took others."""
+    gone = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
+    kept = [layer for layer in range(len(gone) + len(removed) + left) if layer not in gone]
+    return [kept[layer] for layer in removed]
+
+
+def conversations_digest(folder: str, ids: Sequence[str]) -> str:
+    """Return the digest of training conversations: each image's SHA-256, its question and its answer, in order."""
+    rows = {row["sample_id"]: row for row in prepare.conversations(folder, "train")}
+    return digest([[rows[i][key] for key in ("sha256", "question", "reference")] for i in ids])
+
+
+def _history(run: Run, model: Stage | Source) -> list[dict]:
+    folder = Path(run.make(model))
+    if known := record(folder).get("history"):
+        return known
+    if not folder.is_dir():  # a hub id
+        revision = model.revision if isinstance(model, Source) else None
+        return [{"kind": "source", "name": str(folder), "revision": revision, "base": str(folder), "licence": None}]
+    text = (folder / CARD).read_text(errors="replace") if (folder / CARD).is_file() else ""
+    front, title = _front_matter(text), re.search(r"^# (.+)", text, re.MULTILINE)
+    return [
+        {
+            "kind": "source",
+            "name": title[1] if title else folder.name,
+            "revision": None,
+            "base": front.get("base_model"),
+            "licence": front.get("license"),
+        }
+    ]
+
+
+def _front_matter(card: str) -> dict:
+    """Return the YAML between the dashes at the head of a card, {} if there is none."""
+    found = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def command() -> str:
+    """Return the command of this process; of absolute paths only the last part, for the card is made public."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = [_ABSOLUTE.sub(r"/.../\1", word) for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *words])
+
+
+def options(config: Config) -> dict:
+    """Return the options behind a checkpoint that differ from the defaults, whether a file or the command gave them.
+
+    Like the command they are made public, and of absolute paths have only the last part.
+    """
+    return _public(config.model_dump(mode="json", exclude_defaults=True, exclude=_ELSEWHERE))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return f"/.../{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _made(steps: Sequence[dict]) -> list[dict]:
+    """Return how the steps were made, those together that one command made; numbers count from 1."""
+    found = []
+    for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
+        numbers = [number for number, _ in group]
+        text = yaml.safe_dump(made["options"], sort_keys=False, allow_unicode=True, width=100) if made else None
+        found.append({**(made or {"command": None}), "numbers": numbers, "options": text})
+    return found
+
+
+def _judged(row: Mapping) -> dict:
+    """Return what the card says of a judge; of a local one only the folder's name."""
+    columns = {"pct": "pct", "interval": "interval_pct", "bounds": "bounds_pct", "scored": "scored", "total": "total"}
+    return {
+        "name": _ABSOLUTE.sub(r"\1", row["judge"]),
+        "agreement": sentence(row["judge_agreement"]),
+        "flagged": row["judge_flagged"],
+        **{name: row[f"judge_{column}"] for name, column in columns.items()},
+    }
+
+
+def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Mapping | None = None) -> None:
+    """Write the card into a checkpoint's folder, atomically; `facts` are those of its manifest."""
+    source, *steps = facts["history"]
+    quantized = next((step for step in steps if step["kind"] == "quantize"), None)
+    tags = ["prunella", "llava", *dict.fromkeys(_DONE[step["kind"]] for step in steps)]
+    front = {
+        "license": source["licence"] or "unknown",
+        **({"base_model": source["base"]} if source["base"] else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": [*tags, quantized["method"], f"{quantized['bits']}-bit"] if quantized else tags,
+    }
+    content = {
+        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "title": f"{source['name']}, {', '.join(dict.fromkeys(_DONE[step['kind']] for step in steps))}",
+        "source": source,
+        "steps": steps,
+        "quantized": quantized,
+        "made": _made(steps),
+        "facts": facts,
+        "judged": judged and _judged(judged),
+        "metrics": evaluation and evaluation["metrics"],
+        "profile": evaluation and evaluation["profile"],
+    }
+    environment = jinja2.Environment(  # Markdown, not HTML
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    write_text(folder / CARD, environment.get_template("card.md.j2").render(content) + "\n")

@@ -1,0 +1,123 @@
+"""The search's figures as SVG text: score against a cost, and what the joint choice makes of every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.patches import Rectangle
+
+from jobs.reporting.figures import BLUE, GREY, RED, plt, svg
+
+_MARKERS = {"none": "o", "int8": "D", "awq": "s", "nf4": "^", "hqq": "v", "rtn": "P", "mixed": "*"}
+_NEAR = 1.5  # a budget of more than so many times the largest cost would leave the settings no room in the figure
+_SHADES = {0: "#ffffff", 3: "#bee3f8", 4: "#90cdf4", 8: "#63b3ed", 16: BLUE}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One setting in a figure: its number in the table, cost, score (%) with its interval, and what rounds it."""
+
+    number: int
+    cost: float
+    score: float
+    low: float
+    high: float
+    quantizer: str
+    on_front: bool
+
+
+def front_figure(
+    marks: Sequence[Mark],
+    label: str,
+    score: str,
+    limit: float | None,
+    published: Sequence[tuple[float, float]],
+    unit: str,
+) -> str:
+    """Score against a cost, the front in blue with the numbers of the table; beside it the paper's points.
+
+    limit: the budget, a dashed line, or an arrow to where it lies far off; published: (cost in `unit`, score %) of the
+    paper. They have an axis of their own, for another model, other images and another judge made them.
+    """
+    figure, (own, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
+    for mark in sorted(marks, key=lambda mark: mark.on_front):
+        own.errorbar(
+            mark.cost,
+            mark.score,
+            yerr=[[mark.score - mark.low], [mark.high - mark.score]],
+            fmt=_MARKERS[mark.quantizer],
+            color=BLUE if mark.on_front else GREY,
+            capsize=2,
+            markersize=9 if mark.quantizer == "mixed" else 6,
+            lw=1,
+        )
+    first = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
+    own.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
+    if limit is not None:
+        costs = [mark.cost for mark in marks] or [limit]
+        near = limit <= _NEAR * max(costs)
+        if near:
+            own.axvline(limit, color=RED, ls="--", lw=1.2)
+        left = 2 * limit > min(costs) + max(costs)  # of the line is the text
+        own.annotate(f"budget {limit:.4g}" + ("" if near else " →"), (limit if near else 1, 1), color=RED, fontsize=8,
+                     xycoords=("data" if near else "axes fraction", "axes fraction"), ha="right" if left else "left",
+                     xytext=(-4 if left else 4, 0), textcoords="offset points", va="top")  # fmt: skip
+    for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
+        own.plot([], [], _MARKERS[quantizer], color=GREY, label="16 bit" if quantizer == "none" else quantizer)
+    own.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
+    theirs.plot([x for x, _ in published], [y for _, y in published], "x", color="#1a202c", ms=5)
+    theirs.set_title("as published: LLaVA-1.5-7B, DermNet", fontsize=8)
+    theirs.set_xlabel(unit)
+    own.set_xlabel(label)
+    own.set_ylabel(score)
+    lowest = min((mark.low for mark in marks), default=0)
+    own.set_ylim(max(-3, lowest - 0.1 * (100 - lowest)), 100 + 0.35 * (100 - lowest))
+    own.set_yticks([tick for tick in own.get_yticks() if lowest - 10 <= tick <= 100])
+    theirs.set_ylim(-3, 103)
+    own.margins(x=0.08)
+    _number(own, first, marks)
+    for axes in (own, theirs):
+        axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
+
+
+def _number(axes, front: Sequence[Mark], marks: Sequence[Mark]) -> None:
+    """Write the front's numbers above it, each as low as the numbers before it and all marks leave room."""
+    axes.figure.draw_without_rendering()  # limits are settled only then
+    points = 72 / axes.figure.dpi  # of a pixel
+
+    def place(cost: float, score: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((cost, score))
+        return points * x, points * y
+
+    taken = [(x, y - 5, 8.0) for x, y in (place(mark.cost, mark.score) for mark in marks)]  # middle, foot, width
+    for mark in front:
+        middle, top = place(mark.cost, mark.high)
+        foot, width = top + 6, 6.0 * len(str(mark.number))
+        while any(abs(middle - x) < (width + w) / 2 + 2 and abs(foot - y) < 10 for x, y, w in taken):
+            foot += 1
+        taken.append((middle, foot, width))
+        axes.annotate(
+            str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=(0, foot - top), ha="center",
+            fontsize=9,
+        )  # fmt: skip
+
+
+def layers_figure(choices: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """A row for every choice, a cell for every decoder layer: its bits, or a dash where it is removed."""
+    layers = len(choices[0][1])
+    figure, axes = plt.subplots(figsize=(min(12.0, 2 + 0.36 * layers), 0.7 + 0.36 * len(choices)))
+    for row, (_, bits_L) in enumerate(choices):
+        for layer, bits in enumerate(bits_L):
+            axes.add_patch(
+                Rectangle((layer - 0.5, row - 0.5), 1, 1, facecolor=_SHADES[bits], edgecolor="#718096", lw=0.6)
+            )
+            colour = "#ffffff" if bits == 16 else "#1a202c"
+            axes.text(layer, row, str(bits) if bits else "–", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_ylim(len(choices) - 0.5, -0.5)
+    axes.set_xticks(range(layers))
+    axes.set_yticks(range(len(choices)), [name for name, _ in choices])
+    axes.set_xlabel("decoder layer (zero-based)")
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return svg(figure)

@@ -1,0 +1,1 @@
+"""What answers say about a model: metrics, paired differences, image controls."""

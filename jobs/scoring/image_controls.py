@@ -1,0 +1,83 @@
+"""Does the model still look? The same questions with a blank image, and with the image of another class.
+
+A model that answers from the question alone loses nothing by it; one that looks falls to what guessing gives.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from actors.specs import Sample
+from jobs.scoring.metrics import fall, mean, name_accuracy, share
+
+BLANK, SWAPPED = "blank", "swapped"
+
+
+def blank_samples(rows: Sequence[Mapping], image: str) -> list[Sample]:
+    """Return each distinct question once, about the blank `image`; a sample's id is its question."""
+    return [Sample(question, image, question) for question in sorted({row["question"] for row in rows})]
+
+
+def blank_rows(rows: list[dict], answers: Mapping[str, dict]) -> list[dict]:
+    """Return the rows with the answers that their questions got about the blank image."""
+    return [
+        {**row, **_answer(answers[row["question"]]), "control": BLANK, "shown": None}
+        for row in rows
+        if row["question"] in answers
+    ]
+
+
+def swapped_rows(rows: list[dict], seed: int) -> list[dict]:
+    """Return the rows with the answers that the same questions got about an image of another class.
+
+    The questions are the same for all images, so these answers are there already: one image, drawn with `seed`, for
+    every image. Rows whose question was not answered about it are left out; so are all where there is one class.
+    """
+    classes = {row["image"]: row["class"] for row in rows}
+    images = sorted(classes)
+    draw = random.Random(seed)
+    partner = {}
+    for image in images:
+        if others := [other for other in images if classes[other] != classes[image]]:
+            partner[image] = draw.choice(others)
+    given = {(row["image"], row["question"]): row for row in rows}
+    swapped = []
+    for row in rows:
+        other = given.get((partner.get(row["image"]), row["question"]))
+        if other:
+            swapped.append({**row, **_answer(other), "control": SWAPPED, "shown": other["image"]})
+    return swapped
+
+
+def summary(rows: list[dict], controls: list[dict]) -> dict[str, dict | None]:
+    """Say how far score and disease names fall, by control, paired by question; None for a control without rows.
+
+    Both are scored rows. Falls in points; same_answer_pct: the share of questions answered in the very same words.
+    """
+    before = {row["sample_id"]: row for row in rows}
+    found: dict[str, dict | None] = {}
+    for kind in (BLANK, SWAPPED):
+        after = [row for row in controls if row["control"] == kind]
+        pairs = [(before[row["sample_id"]], row) for row in after]
+        named = [pair for pair in pairs if pair[1]["verdict"] is not None]
+        found[kind] = (
+            {
+                "answers": len(after),
+                **mean("baseline", after),
+                **fall("baseline", [one["baseline"] for one, _ in pairs], [row["baseline"] for row in after], after),
+                **name_accuracy(after),
+                **_name_fall(named),
+                **share("same_answer", [one["answer"] == other["answer"] for one, other in pairs], after),
+            }
+            if after
+            else None
+        )
+    return found
+
+
+def _name_fall(named: list[tuple[dict, dict]]) -> dict:
+    before, after = ([pair[side]["verdict"] == "right" for pair in named] for side in (0, 1))
+    return fall("name", before, after, [row for _, row in named])
+
+
+def _answer(row: Mapping) -> dict:
+    return {key: row[key] for key in ("answer", "token_ids", "tokens", "stopped")}

@@ -1,0 +1,1 @@
+"""The search: its space, stages, rows and budget."""

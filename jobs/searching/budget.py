@@ -1,0 +1,239 @@
+"""Which setting to use: who loses in the screen, who is on the front, and what a budget of memory and time allows."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from actors.judge.verdict import TOP_LABEL
+from cluster.tables import read_table
+from jobs import judge
+from jobs.config.search import BudgetConfig
+from jobs.core.run import Run
+from jobs.judging.tables import by_baseline, flag, remarks
+from jobs.scoring.differences import differences
+from jobs.searching.rows import answers
+from jobs.searching.space import Setting
+
+Scores = Mapping[str, float | None]  # sample_id -> 0 to 1, or a judge's label
+CPU = "CPU"  # what actors.profiler calls the device there
+LIMITS = (("memory_gib", "GiB"), ("ms_per_token", "ms/token"))
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A setting in the screen: what its estimate takes, and its score of every question."""
+
+    setting: Setting
+    estimate_gib: float
+    scores: Scores
+
+    def takes_no_more(self, other: "Entrant") -> bool:
+        """Tell whether this one surely takes neither more memory nor more time than the other: no clock is asked.
+
+        What is only simulated takes more than it counts, and is no reason to give up what can be used.
+        """
+        mine, theirs = self.setting, other.setting
+        if mine.simulated and not theirs.simulated:
+            return False
+        return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
+
+
+def screened_out(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict[tuple[str, ...], dict]:
+    """Return who loses in the screen, by key: to whom, and by how many points with their interval.
+
+    A setting loses if another one takes no more and its answers are better, by the paired interval over images and
+    Holm's p value over those that it is compared with. groups: sample_id -> image or series.
+    """
+    lost = {}
+    for own in entrants:
+        rivals = [other for other in entrants if other is not own and other.takes_no_more(own)]
+        rows = differences([own.scores, *(rival.scores for rival in rivals)], groups, 1.0)[1:]
+        better = [(row["difference_pct"], rival, row) for rival, row in zip(rivals, rows, strict=True)]
+        better = [each for each in better if each[2]["difference_finding"] == "better"]
+        if better:
+            points, rival, row = max(better, key=lambda each: each[0])
+            low, high = row["difference_interval_pct"]
+            lost[own.setting.key] = {"to": rival.setting.label, "pct": points, "low": low, "high": high}
+    return lost
+
+
+def usable(row: dict, timed: bool = False) -> bool:
+    """Tell whether a row was evaluated and scored like the others, and is not only simulated.
+
+    timed: whether its ms/token counts, too; those of unpacked weights do not belong to the memory of packed ones.
+    """
+    known = row["status"] == "done" and row["score_pct"] is not None and not row["simulated"]
+    return known and not (timed and timed_apart(row))
+
+
+def timed_apart(row: dict) -> bool:
+    """Tell whether a row's memory is the estimate of packed weights, and its time that of unpacked ones: on a CPU.
+
+    On a GPU both are measured, of the unpacked weights.
+    """
+    return row["unpacked"] and row["device"] == CPU
+
+
+def front(rows: Iterable[dict], cost: str) -> list[dict]:
+    """Return the usable rows that no other beats: none has a higher score at the same cost or less (cheapest first)."""
+    known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
+    found: list[dict] = []
+    for row in sorted(known, key=lambda row: (row[cost], -row["score_pct"])):
+        if not found or row["score_pct"] > found[-1]["score_pct"]:
+            found.append(row)
+    return found
+
+
+def fits(row: dict, budget: BudgetConfig) -> bool:
+    """Tell whether a row can be used and stays within the budget."""
+    if not usable(row, timed=budget.ms_per_token is not None):
+        return False
+    limits = [(name, getattr(budget, name)) for name, _ in LIMITS]
+    return all(limit is None or row[name] <= limit for name, limit in limits)
+
+
+def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict, dict], dict]) -> dict:
+    """Return {answer, runner_up, margins, difference, nearest, untried, ...} for a budget, from recorded rows alone.
+
+    Of equal scores the one that takes less memory, then the faster, wins. margins: what the answer leaves of each
+    limit, in its unit. difference: `compare(answer, runner_up)`. untried: settings that were over an older budget and
+    whose estimate fits this one. nearest: without an answer, the row that misses the budget by the smallest factor.
+    open: settings that are not finished. unjudged: evaluated ones without the judge's score that the others have.
+    untimed: joint choices whose ms/token is not that of the memory they are counted with, where time is limited.
+    """
+    allowed = [row for row in rows if fits(row, budget)]
+    allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
+    distinct: dict[str, dict] = {}  # jobs.joint may have made what the search made, under another name
+    for row in allowed:
+        distinct.setdefault(row["evaluation"], row)
+    allowed = list(distinct.values())
+    memory = budget.memory_gib
+    untried = [
+        r["setting"] for r in rows if r["status"] == "over budget" and (memory is None or r["estimate_gib"] <= memory)
+    ]
+    found: dict = {
+        "answer": None,
+        "runner_up": None,
+        "margins": {},
+        "difference": None,
+        "untried": untried,
+        "nearest": None,
+        "open": sum(row["status"] == "open" for row in rows),
+        "unjudged": sum(row["status"] == "done" and row["score_pct"] is None for row in rows),
+        "untimed": sum(usable(row) and not usable(row, timed=budget.ms_per_token is not None) for row in rows),
+    }
+    if not allowed:
+        near = [row for row in rows if usable(row, timed=budget.ms_per_token is not None)]
+        return {**found, "nearest": min(near, key=lambda row: _excess(row, budget), default=None)}
+    best, second = allowed[0], allowed[1] if len(allowed) > 1 else None
+    limits = {name: getattr(budget, name) for name, _ in LIMITS}
+    margins = {name: limit - best[name] for name, limit in limits.items() if limit is not None}
+    difference = compare(best, second) if second else None
+    return {**found, "answer": best, "runner_up": second, "margins": margins, "difference": difference}
+
+
+def _excess(row: dict, budget: BudgetConfig) -> float:
+    limits = {name: getattr(budget, name) for name, _ in LIMITS}
+    return max((row[name] / limit for name, limit in limits.items() if limit is not None), default=0.0)
+
+
+def compared(run: Run, best: dict, second: dict) -> dict:
+    """Return the columns of jobs.scoring.differences for two evaluated rows: the first against the second."""
+    tables = [answers(run, row["evaluation"]) for row in (second, best)]
+    groups = {sample: row["group"] for table in tables for sample, row in table.items()}
+    if best["score_kind"] == second["score_kind"] == "judge":
+        verdicts = [read_table(run.store.root / row["judgement"] / judge.VERDICTS) for row in (second, best)]
+        return differences(
+            [{v["sample_id"]: v["judge_label"] for v in table} for table in verdicts], groups, TOP_LABEL
+        )[1]
+    return differences([{s: row["baseline"] for s, row in table.items()} for table in tables], groups, 1.0)[1]
+
+
+def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[str]:
+    """Lay out for a terminal what judges say of rows (by name), with all that has to be said about it; none: [].
+
+    failure: what ended the judge.
+    """
+    judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
+    lines = [judge.table(judged), *judge_remarks(rows)] if judged else []
+    if failure is not None:
+        lines.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+    return lines
+
+
+def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
+    """Return what has to be said of the judges that scored the rows (by name): none if none did."""
+    judged: dict[str, list[Mapping]] = {}
+    for row in rows.values():
+        if row["is_llm_judge"]:
+            judged.setdefault(row["judge_identity"], []).append(row)
+    lines = []
+    for own in judged.values():
+        scored, total = (sum(row[f"judge_{name}"] for row in own) for name in ("scored", "total"))
+        first, *others = remarks(own)
+        lines += [f"{first}; {scored} of {total} answers scored, of {len(own)} settings", *others]
+    if len(judged) > 1:
+        lines.append(
+            f"{len(judged)} different judges scored these settings, and their scores do not compare: the baseline's "
+            "are used; the search with one judge and all settings lets it score them all"
+        )
+    return [*lines, *by_baseline(rows)]
+
+
+def said(found: dict, budget: BudgetConfig) -> str:
+    """Put what a budget allows into sentences."""
+    limits = [f"{getattr(budget, name):g} {unit}" for name, unit in LIMITS if getattr(budget, name) is not None]
+    asked = " and ".join(limits) if limits else "no limit"
+    lines = []
+    best, second = found["answer"], found["runner_up"]
+    if best is None and found["nearest"] is None:
+        lines.append(f"answer for {asked}: none, no setting was evaluated")
+    elif best is None:
+        near = found["nearest"]
+        lines.append(
+            f"answer for {asked}: none fits; the nearest is {near['setting']}, with {near['memory_gib']:.4g} GiB "
+            f"({near['memory_kind']}) and {near['ms_per_token']:.4g} ms/token"
+        )
+    else:
+        lines += [f"answer for {asked}: {_named(best)}", f"  checkpoint {best['checkpoint']}"]
+        for name, unit in LIMITS:
+            if name in found["margins"]:
+                left = found["margins"][name]
+                lines.append(f"  leaves {left:.4g} {unit} ({100 * left / (left + best[name]):.0f} %) of its limit")
+        lines.append("  no other setting fits" if second is None else f"  runner-up: {_named(second)}")
+        if second is not None:
+            lines.append(f"  difference: {_difference(found['difference'])}")
+    if found["untried"]:
+        lines.append(
+            f"  {len(found['untried'])} settings were never tried, for they missed an older budget, and fit this one "
+            "by their estimate: the search without --resolve-only tries them"
+        )
+    if found["open"]:
+        lines.append(
+            f"  {found['open']} settings are not finished, and may be better: the search with --resume goes on"
+        )
+    if found["unjudged"]:
+        lines.append(f"  {found['unjudged']} evaluated settings are left out: the judge has not scored them, as others")
+    if found["untimed"]:
+        lines.append(f"  {found['untimed']} joint choices are left out: counted packed, but timed unpacked")
+    return "\n".join(lines)
+
+
+def _named(row: dict) -> str:
+    low, high = row["score_interval_pct"]
+    kind = f"LLM judge{', flagged' * bool(flag(row))}" if row["score_kind"] == "judge" else "baseline, no LLM judge"
+    return (
+        f"{row['setting']}: {row['score_pct']:.1f} [{low:.1f}, {high:.1f}] ({kind}), {row['memory_gib']:.4g} GiB "
+        f"({row['memory_kind']}), {row['ms_per_token']:.4g} ms/token"
+    )
+
+
+def _difference(row: dict) -> str:
+    if row["difference_finding"] is None:
+        return "cannot be computed: the two have no scored answer in common"
+    if row["difference_finding"] == "identical":
+        return "none, every answer has the same score"
+    low, high = row["difference_interval_pct"]
+    resolved = "unresolved" if row["difference_finding"] == "unresolved" else "resolved"
+    able = row["difference_detectable_pct"]
+    words = f"{row['difference_pct']:+.1f} points [{low:+.1f}, {high:+.1f}], {resolved} by this evaluation"
+    return words + (f", which detects {able:.1f}" if able is not None else "")

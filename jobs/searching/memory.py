@@ -1,0 +1,38 @@
+"""What a setting takes where it runs, by actors.estimate: one rule for the search, the joint choice and their budgets.
+
+What is not rounded has model.dtype, a prompt has an image, and a GPU its CUDA context.
+"""
+
+from typing import Any
+
+from jobs.config.schema import Config
+from jobs.core.run import Run
+from jobs.estimate import GIB, model_config
+from jobs.estimate import setting as asked
+
+
+def shapes_of(run: Run) -> Any:
+    """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
+    from actors.estimate import architecture
+
+    alone = run.config.estimate.model_copy(update={"architecture": None})  # that of another model is not what is built
+    own = Run(run.config.model_copy(update={"estimate": alone}), home=run)
+    return architecture(model_config(own)[0], run.config.model.trust_remote_code)
+
+
+def setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:
+    """Return the Setting (actors.estimate) whose memory is counted; bits: of every layer, 0 for a removed one."""
+    return asked(config, method, bits, least_images=1)
+
+
+def context_bytes(config: Config) -> int:
+    """Return what the CUDA context takes of a GPU beside the model; 0 on a CPU."""
+    return int(config.estimate.cuda_context_gib * GIB) if config.replicas.gpus else 0
+
+
+def device_gib(config: Config, shapes: Any, method: str, bits: tuple[int, ...]) -> float:
+    """Return what a setting takes of the fullest device (GiB); method "mixed" is what jobs.joint builds."""
+    from actors.estimate import estimate
+
+    sizes = estimate(shapes, setting(config, method, bits))
+    return (sizes["device_bytes"] + context_bytes(config)) / GIB

@@ -1,0 +1,297 @@
+"""The table of a search: one row per setting, made from artifacts, and so the same however often it was stopped."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster.artifacts import digest, write_text
+from cluster.tables import read_table
+from jobs import evaluate, judge
+from jobs.core.run import Run, Stage
+from jobs.estimate import GIB, removals
+from jobs.judging.tables import NOT_JUDGED
+from jobs.searching.memory import device_gib, shapes_of
+from jobs.searching.space import alone, described, invoked
+from jobs.searching.stages import SEARCH, Plan
+
+ROWS, LOG = "rows.json", "log.jsonl"
+MEASURED_FOR = "measured"  # event of the log: what jobs.joint measured for its choices
+PACKED = "estimate, packed"  # memory_kind of a joint choice on a CPU, whose weights transformers unpacks
+_JUDGED = (*NOT_JUDGED, "judge_identity", "judgement")  # judge_identity: equal where the same judge scored
+# Read from clocks and from the system: equal in two runs only where the second reuses the first one's evaluation.
+MEASURED = (
+    "ms_per_token",
+    "ms_per_token_p5_p95",
+    "first_token_ms",
+    "process_peak_gib",
+    "seconds_alone",
+    "gpu_hours_alone",
+)
+_COLUMNS = (
+    *(*_JUDGED, "baseline_pct", "baseline_interval_pct"),
+    *("images", "answers", "unanswered", "exact_pct", "name_accuracy", "name_accuracy_interval"),
+    *("params", "weight_bytes", "memory_gib", "memory_kind", "process_peak_gib"),
+    *("ms_per_token", "ms_per_token_p5_p95", "first_token_ms", "device", "threads"),
+)
+_READ = {*_COLUMNS, "conditions", "unpacked", "simulated", "screen", "gpu_hours_alone", "score_kind"}  # of a row
+
+
+def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
+    """Return what every setting takes on its device (GiB), from the model's config alone; a GPU's context included."""
+    from actors.estimate import uniform
+
+    config, shapes = run.config, shapes_of(run)
+    windows = [layer.window for layer in shapes.layers]
+    depths = [plan.setting.depth for plan in plans]
+    counted = config.model_copy(update={"estimate": config.estimate.model_copy(update={"removed": depths})})
+    found = []
+    for plan, (removed, _) in zip(plans, removals(counted, windows), strict=True):
+        bits = uniform(len(windows), removed, plan.setting.bits)
+        found.append(device_gib(config, shapes, plan.setting.quantizer, bits))
+    return found
+
+
+def rows_of(
+    run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Mapping, lost: Mapping
+) -> list[dict]:
+    """Return a row per setting, in the order of the space.
+
+    failures: why a setting's stages could not be made, by key; lost: to which setting one lost in the screen, and by
+    how much. status: done (evaluated, whatever the budget now is), over budget, screened out, failed, or open (not
+    finished). seconds_alone, gpu_hours_alone: of the setting's stages as far as they are made, whoever made them; its
+    screen is not among them. conditions: names data, base model and way of evaluation: where it is equal, rows compare.
+    """
+    budget = run.config.search.budget.memory_gib
+    rows = []
+    for plan, size in zip(plans, estimated, strict=True):
+        end = None
+        if budget is not None and size > budget:
+            end = "over budget", f"the estimate of {size:.4g} GiB is above {budget:g} GiB"
+        elif failure := failures.get(plan.setting.key):
+            end = "failed", failure
+        elif loss := lost.get(plan.setting.key):
+            words = "{to} takes no more and is better by {pct:.1f} [{low:.1f}, {high:.1f}]"
+            end = "screened out", words.format(**loss)
+        rows.append(_row(run, plan, size, end, "uniform", alone(plan.setting, run.config.run_dir)))
+    return rows
+
+
+def joint_rows(
+    run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Sequence[str | None]
+) -> list[dict]:
+    """Return a row like those of the search for everything that jobs.joint built, or why it could not."""
+    ends = [None if failure is None else ("failed", failure) for failure in failures]
+    command = invoked()
+    return [_row(run, *given, "joint", command) for given in zip(plans, estimated, ends, strict=True)]
+
+
+def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None, method: str, command: str) -> dict:
+    evaluated = run.store.find(plan.evaluation.name)
+    status, reason = ("done", None) if evaluated else end or ("open", None)
+    made = [stage for stage in plan.chain if run.store.find(stage.name)]
+    model = plan.model
+    return {
+        "method": method,
+        **described(plan.setting),
+        "status": status,
+        "reason": reason,
+        "estimate_gib": round(estimate_gib, 9),
+        **_screen(run, plan),
+        **_scores(run, plan, estimate_gib, status == "done"),
+        "removed_layers": next((run.facts(stage)["removed"] for stage in made if stage.kind == "prune"), []),
+        "simulated": isinstance(model, Stage) and model in made and bool(run.facts(model).get("simulated")),
+        "unpacked": _unpacked(plan),
+        "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in made), 1),
+        "gpu_hours_alone": _gpu_hours(run, made),
+        "checkpoint": f"artifacts/{model.name}" if isinstance(model, Stage) else run.config.model.path,
+        "evaluation": plan.evaluation.name,
+        "screen": plan.screen.name if plan.screen else None,
+        "artifacts": [stage.name for stage in plan.chain],
+        "conditions": digest(
+            [
+                run.base_model().name,
+                plan.evaluation.version,
+                plan.evaluation.settings,
+                [one.name for one in plan.evaluation.parents[1:]],
+            ]
+        ),
+        "command": command,
+    }
+
+
+def _screen(run: Run, plan: Plan) -> dict:
+    """Return what the cheap evaluation found, None where there was none."""
+    keys = ("screen_pct", "screen_interval_pct", "screen_images")
+    if plan.screen is None or run.store.find(plan.screen.name) is None:
+        return dict.fromkeys(keys)
+    found = run.facts(plan.screen)["metrics"]
+    return dict(zip(keys, (found["baseline_pct"], found["baseline_interval_pct"], found["images"]), strict=True))
+
+
+def _unpacked(plan: Plan) -> bool:
+    """Tell whether transformers unpacks the checkpoint's rounded weights for good when it loads them."""
+    return isinstance(plan.model, Stage) and plan.model.kind == "mixed"
+
+
+def _scores(run: Run, plan: Plan, estimate_gib: float, done: bool) -> dict:
+    """Return what the evaluation found, and the judge, if there is one."""
+    if not done:
+        return dict.fromkeys(_COLUMNS)
+    facts = run.facts(plan.evaluation)
+    values = {
+        **facts["metrics"],
+        **facts["profile"],
+        **judged_columns(run, plan.evaluation),
+        **_memory(facts["profile"], estimate_gib, _unpacked(plan)),
+        "process_peak_gib": facts["profile"]["peak_memory_bytes"] / GIB,
+    }
+    return {name: values[name] for name in _COLUMNS}
+
+
+def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
+    """Return the memory of the table: on a GPU the peak that the driver saw, of several that of the fullest.
+
+    On a CPU, where a process is mostly interpreter, it is the estimate.
+    """
+    peaks = profile["steady_peak_bytes"]
+    for name, kind in (("fullest", "GPU, driver, the fullest"), ("driver", "GPU, driver")):
+        if name in peaks:
+            return {"memory_gib": peaks[name] / GIB, "memory_kind": kind}
+    return {"memory_gib": round(estimate_gib, 9), "memory_kind": PACKED if unpacked else "estimate"}
+
+
+def judged_columns(run: Run, evaluation: Stage) -> dict:
+    """Return what the judge says of an evaluation, as far as it is judged."""
+    made = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
+    if made is None or run.store.find(made.name) is None:
+        return {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
+    return {**judge.row(run, made), "judge_identity": digest(run.facts(made)["identity"]), "judgement": made.name}
+
+
+def _headlines(rows: Sequence[dict]) -> list[dict]:
+    """Add the score that settings are compared by: the judge's percentage if all that it judged have one.
+
+    What was evaluated without the judge then has none. The scores of several judges do not compare.
+    """
+    judged = [row for row in rows if row["status"] == "done" and row["is_llm_judge"]]
+    alike = len({row["judge_identity"] for row in judged}) == 1
+    kind = "judge" if alike and all(row["judge_pct"] is not None for row in judged) else "baseline"
+    headline = {"score_pct": f"{kind}_pct", "score_interval_pct": f"{kind}_interval_pct"}
+    return [{**row, **{name: row[source] for name, source in headline.items()}, "score_kind": kind} for row in rows]
+
+
+def _gpu_hours(run: Run, stages: Sequence[Stage]) -> float | None:
+    """Return what the stages held; None if one was made before that was noted."""
+    noted = [facts["gpu_seconds"] for facts in map(run.facts, stages) if "gpu_seconds" in facts]
+    return round(sum(noted) / 3600, 6) if len(noted) == len(stages) else None
+
+
+def totals(run: Run, rows: Sequence[dict]) -> dict:
+    """Return what the rows' stages took, screens included, and what they would take if each row made its own.
+
+    {stages, seconds, seconds_apart, gpu_hours, gpu_hours_apart (None if unknown), busy_seconds: of the log, in which at
+    least one stage was being made}. A setting that was screened out counts apart without its missing evaluation. What
+    the joint choice measured, and made for that, counts once in both.
+    """
+    log = read_log(run)
+    measured = [line for line in log if line["event"] == MEASURED_FOR]
+    own = {name for row in rows for name in (*row["artifacts"], row["screen"]) if name and run.store.find(name)}
+    others = {name for line in measured for name in line["stages"] if run.store.find(name)} - own
+    facts, more = ([run.store.manifest(name) for name in names] for names in (own, others))
+    seconds = sum(one["seconds"] for one in (*more, *measured))
+    gpu = [row["gpu_hours_alone"] for row in rows]
+    known = None not in gpu and all("gpu_seconds" in one for one in (*facts, *more))
+    gpu_seconds = sum(one["gpu_seconds"] for one in (*more, *measured)) if known else 0.0
+    return {
+        "stages": len(own | others),
+        "seconds": sum(one["seconds"] for one in facts) + seconds,
+        "seconds_apart": sum(row["seconds_alone"] for row in rows) + seconds,
+        "gpu_hours": (sum(one["gpu_seconds"] for one in facts) + gpu_seconds) / 3600 if known else None,
+        "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if known else None,
+        "busy_seconds": busy([(line["started"], line["seconds"]) for line in log]),
+    }
+
+
+def busy(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the seconds that spans of (start, length) cover together."""
+    covered, end = 0.0, float("-inf")
+    for start, length in sorted(spans):
+        covered += max(0.0, start + length - max(start, end))
+        end = max(end, start + length)
+    return covered
+
+
+def read_log(run: Run) -> list[dict]:
+    """Return what was made and what failed, in order; a line that a kill cut short is left out."""
+    path = run.folder / SEARCH / LOG
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def write_log(run: Run, event: Mapping) -> None:
+    """Add an event to the log."""
+    path = run.folder / SEARCH / LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as log:
+        log.write(json.dumps(event) + "\n")
+
+
+def write_rows(run: Run, rows: Sequence[dict]) -> Path:
+    """Write the rows to run_dir/search/rows.json, atomically, the uniform ones first; rows of other settings stay.
+
+    A row that was judged stays judged. Of settings that are not asked for any more those that are not finished go. Rows
+    of other data, another base model or another evaluation cannot be compared with these and go, too; what they were
+    made from is kept, so that the search that made them writes them again.
+    """
+    path = run.folder / SEARCH / ROWS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before, conditions = read_rows(run), {row["conditions"] for row in rows}
+    alike = [row for row in before if not rows or row.get("conditions") in conditions]
+    if len(alike) < len(before):
+        print(
+            f"search: {len(before) - len(alike)} rows of other data, another model or another evaluation leave the "
+            "table; the search that made them brings them back",
+            flush=True,
+        )
+    methods = {row["method"] for row in rows}
+    known = {_identity(row): row for row in alike}
+    merged = [_with_verdict(row, known.pop(_identity(row), None)) for row in rows]
+    others = [row for row in known.values() if row["status"] != "open" or row["method"] not in methods]
+    everything = sorted([*merged, *others], key=lambda row: row["method"] != "uniform")
+    write_text(path, json.dumps(_headlines(everything), indent=1))
+    return path
+
+
+def _identity(row: Mapping) -> tuple:
+    return row["method"], row["depth"], row["recovery"], row["quantizer"], row["bits"], row["setting"]
+
+
+def _with_verdict(row: dict, before: Mapping | None) -> dict:
+    """Return a row with the judge's score that it had before, if it has none now and is of the same evaluation."""
+    if before is None or row["is_llm_judge"] or row["evaluation"] != before["evaluation"]:
+        return row
+    return {**row, **{key: before[key] for key in _JUDGED}} if before["is_llm_judge"] else row
+
+
+def read_rows(run: Run) -> list[dict]:
+    """Return the rows that were recorded; none if there was no search yet. Rows of older code are left out."""
+    path = run.folder / SEARCH / ROWS
+    recorded = json.loads(path.read_text()) if path.is_file() else []
+    rows = [row for row in recorded if row.keys() >= _READ]
+    if len(rows) < len(recorded):
+        print(
+            f"search: {len(recorded) - len(rows)} rows of {path} lack columns, for older code wrote them, and are left "
+            "out; what made them brings them back, and makes no stage again that is there",
+            flush=True,
+        )
+    return rows
+
+
+def answers(run: Run, evaluation: str) -> dict[str, dict]:
+    """Return the answers of an evaluation by sample_id."""
+    return {row["sample_id"]: row for row in read_table(run.store.root / evaluation / evaluate.ANSWERS)}

@@ -1,0 +1,129 @@
+"""What a setting is made of: its stages, which other settings share; and the worker that makes one of them."""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+
+from jobs import ablate, evaluate, prepare, prune, quantize, recover
+from jobs.config.schema import Config
+from jobs.core.run import Run, Source, Stage
+from jobs.ranking import select
+from jobs.searching.space import Setting, config_of
+
+SEARCH = "search"  # folder of a run for what the search writes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting's checkpoint and evaluations. before: stages of other settings that its own build on if they exist."""
+
+    setting: Setting
+    model: Stage | Source
+    screen: Stage | None
+    evaluation: Stage
+    before: tuple[Stage, ...]
+
+    @property
+    def chain(self) -> list[Stage]:
+        """All stages of the setting, parents first, the evaluation last; not the screen."""
+        return ordered([self.evaluation])
+
+    @property
+    def first(self) -> list[Stage]:
+        """What the first rung makes: the checkpoint and, if there is one, the screen."""
+        return ordered([*self.before, self.screen or self.model])
+
+    def find(self, name: str) -> Stage:
+        """Return the stage of that name; ValueError: none has it, so that it was planned from something else."""
+        for stage in ordered([*self.first, self.evaluation]):
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"{name} is not a stage of {self.setting.label!r} any more: its data, model or options changed while the "
+            "search ran. Start the search again."
+        )
+
+
+def ordered(stages: Iterable[Stage | Source]) -> list[Stage]:
+    """Return stages and all that they are made from, parents first, each once."""
+    found: dict[str, Stage] = {}
+
+    def visit(stage: Stage | Source) -> None:
+        if isinstance(stage, Source) or stage.name in found:
+            return
+        for parent in stage.parents:
+            visit(parent)
+        found[stage.name] = stage
+
+    for stage in stages:
+        visit(stage)
+    return list(found.values())
+
+
+def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
+    """Plan settings; ValueError: what one of them asks for is impossible, as far as config.json tells."""
+    data, base = prepare.stage(run), run.base_model()
+    pruned: dict[int, Stage | Source] = {}
+    healed: dict[tuple[int, str], Stage | Source] = {}
+    found = []
+    for setting in settings:
+        own = Run(config_of(run.config, setting), home=run)
+        if setting.depth not in pruned:
+            pruned[setting.depth] = prune.stage(own, base)
+        model = pruned[setting.depth]
+        if setting.recovery != "none":
+            key = setting.depth, setting.recovery
+            healed[key] = healed.get(key) or recover.stage(own, model, data)
+            model = healed[key]
+        model = quantize.stage(own, model, data)
+        screen = None
+        if run.config.search.screen_images is not None:
+            cheap = Run(config_of(run.config, setting, screen=True), home=run)
+            screen = evaluate.stage(cheap, model, data)
+        found.append(Plan(setting, model, screen, evaluate.stage(own, model, data), _before(run, setting, data, base)))
+    return found
+
+
+def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stage, ...]:
+    """Return the searches for smaller sets: greedy and beam search go the same way, and find their measurements."""
+    if run.config.prune.order is not None or run.config.prune.search not in ("greedy", "beam"):
+        return ()
+    smaller = [depth for depth in sorted(set(run.config.search.depths)) if 0 < depth < setting.depth]
+    scores = ablate.stage(run, base, data)
+    depths = [
+        run.config.model_copy(update={"prune": run.config.prune.model_copy(update={"layers": d})}) for d in smaller
+    ]
+    return tuple(select.stage(Run(config, home=run), base, data, scores) for config in depths)
+
+
+class StageMaker:
+    """Makes one stage of one setting at a time, in a process that several stages share one after another."""
+
+    def __init__(self, config: dict, command: str, address: str | None):
+        if address:  # a worker does not know it, and would take the cluster for this machine's own
+            os.environ["RAY_ADDRESS"] = address
+        self._home = Run(Config.model_validate(config), command=command)
+
+    def make(self, name: str, setting: Mapping, one_replica: bool, report: Mapping[str, float]) -> dict:
+        """Make the stage of that name, unless it exists; returns {made, pid, numbers of an evaluation, report}.
+
+        one_replica: others are evaluated beside it. What the stage prints goes to run_dir/search/logs.
+        """
+        (plan,) = plans(self._home, [Setting(**setting)])
+        stage = plan.find(name)
+        config = config_of(self._home.config, plan.setting, screen=stage == plan.screen)
+        if one_replica and stage.kind == "evaluate" and config.replicas.count == "auto":
+            config = config.model_copy(update={"replicas": config.replicas.model_copy(update={"count": 1})})
+        logs = self._home.folder / SEARCH / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            run = stack.enter_context(Run(config, home=self._home, beside_others=one_replica))
+            stack.enter_context(redirect_stdout(stack.enter_context(open(logs / f"{name}.txt", "a"))))
+            made = run.store.find(name) is None
+            run.make(stage)
+        found = {"made": made, "pid": os.getpid(), **report}
+        if stage.kind == "evaluate":
+            facts = run.facts(stage)
+            found |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
+        return found
