@@ -9,22 +9,21 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 --ablate.compare says how far other criteria agree.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau
 
 from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_intervals
-from actors.specs import Conversation
 from cluster.tables import read_table, write_table
 from jobs import prepare
 from jobs.config.schema import AblateConfig, Criterion
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
+from jobs.ranking.calibration import calibration_settings, open_measurements
 from jobs.ranking.criteria import PLUS_FIRST, PLUS_LAST, READINGS
-from jobs.ranking.measurements import Losses, Measurements
+from jobs.ranking.measurements import Losses
 from jobs.reporting.figures import importance_figure
 
 SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
@@ -55,61 +54,10 @@ def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage
     )
 
 
-def calibration_settings(run: Run) -> dict:
-    """Return the settings that decide which questions `calibration_samples` draws."""
-    config = run.config.ablate
-    by_image = {} if config.per_image is None else {"per_image": config.per_image}
-    return {"samples": config.samples, "seed": run.config.seed, **by_image}
-
-
-def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
-    """Draw ablate.samples questions from the training split."""
-    rows = prepare.conversations(run.make(data), "train")
-    picks = drawn([row["image"] for row in rows], **calibration_settings(run))
-    return [
-        Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"]) for i in picks
-    ]
-
-
-def drawn(images: Sequence[str], samples: int, seed: int, per_image: int | None = None) -> list[int]:
-    """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
-
-    per_image: draw images, and at most so many questions about each; None: draw questions one by one.
-    """
-    random = np.random.default_rng(seed)
-    shuffled = random.permutation(len(images)).tolist()
-    if per_image is not None:
-        asked: dict[str, list[int]] = {}
-        for i in shuffled:
-            asked.setdefault(images[i], []).append(i)
-        turns = random.permutation(sorted(asked)).tolist()  # any image is as likely as another
-        shuffled = [i for image in turns for i in asked[image][:per_image]]
-    return sorted(shuffled[:samples])
-
-
-@contextmanager
-def measurements(
-    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[Criterion]
-) -> Iterator[tuple[Measurements, int]]:
-    """Yield what measures `model` on the calibration questions, and its number of layers.
-
-    criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
-    measured: its embedder cannot be loaded.
-    """
-    samples = calibration_samples(run, data)
-    critic = {
-        "max_new_tokens": run.config.generation.max_new_tokens,
-        "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,
-        "seed": run.config.seed,
-    }
-    with run.replicas(model, "actors.critic:LayerCritic", **critic) as pool:
-        yield Measurements(run, pool, model, data, samples), pool.call("layer_count")
-
-
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Find the candidates, measure their single removals, rank them."""
     config = run.config.ablate
-    with measurements(run, model, data, [config.criterion]) as (measured, layers):
+    with open_measurements(run, model, data, [config.criterion]) as (measured, layers):
         outliers: list[int] = []
         if config.candidates == "outliers":
             outliers = measured.outliers([(layer,) for layer in range(layers)])
@@ -133,7 +81,7 @@ def compare(
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
     rows = read_table(run.store.root / scores.name / SCORES)
     layers = [row["layer"] for row in rows]
-    with measurements(run, model, data, criteria) as (measured, _):
+    with open_measurements(run, model, data, criteria) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         for criterion in criteria:
             rows += score_rows(criterion, layers, measured.losses(criterion, [(layer,) for layer in layers]))

@@ -16,7 +16,8 @@ from cluster.artifacts import write_text
 from cluster.tables import read_table
 from jobs import ablate, evaluate, judge, prepare, prune, quantize, recover
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import NOT_JUDGED, remarks
 from jobs.ranking import ranges

@@ -19,7 +19,8 @@ from cluster.tables import PartTable, write_table
 from jobs import prepare
 from jobs.config.schema import EvaluateConfig
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
 from jobs.reporting import card
 from jobs.scoring.image_controls import blank_rows, blank_samples, summary, swapped_rows
@@ -67,7 +68,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     given = {row["sample_id"]: row for row in table.all_rows()}
     blank: dict[str, dict] = {}
     failed: dict[str, str] = {}
-    with run.replicas(model) as pool:
+    with run.workers.replicas(run.model_spec(model)) as pool:
         profile = merged([profiled(pool, samples[0], evaluate, evaluate.timed_runs)])
         for part, answers in _answered(run, pool, [one for one in samples if one.id not in given], "evaluate", failed):
             table.add(digest([sample.id for sample in part]), answers)
@@ -137,7 +138,7 @@ def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
 
 def _scored(run: Run, rows: list[dict]) -> list[dict]:
     pairs = [(row["answer"], row["reference"]) for row in rows]
-    return scored(rows, run.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes)
+    return scored(rows, run.workers.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes)
 
 
 def job(run: Run) -> None:

@@ -29,11 +29,12 @@ from jobs.allocation import mixed
 from jobs.allocation.build import UNIFORM, build, pruning, rows_of
 from jobs.allocation.choice import REMOVED, WHOLE, Choice, Memory, Search, shown
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.estimate import GIB
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
-from jobs.ranking import select
+from jobs.ranking import calibration, select
 from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
 from jobs.report import size
 from jobs.searching.budget import judge_lines
@@ -121,9 +122,9 @@ def search(
         "seed": config.seed,
         "options": run.make(rounded),
     }
-    samples = ablate.calibration_samples(run, data)
+    samples = calibration.calibration_samples(run, data)
     started = time.time()
-    with run.replicas(base, "actors.choices:ChoiceCritic", **critic) as pool:
+    with run.workers.replicas(run.model_spec(base), "actors.choices:ChoiceCritic", **critic) as pool:
         measured = ChoiceMeasurements(run, pool, base, data, samples, rounded)
         found = Search(measured, memory, budget, config.joint)
         found.run(uniform)
@@ -232,7 +233,7 @@ def job(run: Run) -> None:
     content = {
         "budget_bytes": budget,
         "damage": joint.damage,
-        **ablate.calibration_settings(run),
+        **calibration.calibration_settings(run),
         "additivity": added,
         "candidates": rows,
         "singles": found.singles,

@@ -24,10 +24,12 @@ from cluster.artifacts import write_text
 from cluster.tables import read_table, write_table
 from jobs import evaluate, prepare
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.signals import run_async
+from jobs.core.stage import Source, Stage
 from jobs.judging import agreement
 from jobs.judging.answer_tables import AnswerTable, read_answers
-from jobs.judging.asking import identity_of, run_async
+from jobs.judging.asking import identity_of
 from jobs.judging.tables import (
     JudgedTable,
     clusters,

@@ -27,7 +27,8 @@ from cluster.artifacts import digest
 from cluster.tables import read_table, write_table
 from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
 from jobs.core.command import main
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 
 CONVERSATIONS, SKIPPED = "conversations.parquet", "skipped.parquet"
 _SKIPPED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
@@ -49,7 +50,11 @@ def stage(run: Run) -> Stage:
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
     if not data.classes or not data.questions:
         raise ValueError("data.classes and data.questions are empty: see configs/derm-tiny.yaml for how they look.")
-    files = {p.relative_to(root).as_posix(): run.fingerprints.file(p) for p in sorted(root.rglob("*")) if p.is_file()}
+    files = {
+        path.relative_to(root).as_posix(): run.sources.fingerprints.file(path)
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
     settings = data.model_dump(mode="json", exclude={"root", "draw_per_class"})
     recipe = {**settings, "seed": run.config.seed, "root": str(root), "files": files}
     return Stage("data", 1, {"sha256": digest(recipe)}, (), build)

@@ -17,7 +17,8 @@ from actors.specs import Sample
 from cluster.artifacts import write_text
 from jobs import evaluate, prepare
 from jobs.core.command import main
-from jobs.core.run import Run, Source
+from jobs.core.run import Run
+from jobs.core.stage import Source
 
 ROWS = "profile.json"
 GIB = 2**30
@@ -52,7 +53,7 @@ def compare(run: Run, models: Sequence[Source], sample: Sample) -> list[dict]:
     found: list[list[dict]] = [[] for _ in models]
     runs = -(-config.evaluate.timed_runs // config.profile.rounds)
     for number in turns(models, config.profile.rounds):
-        with run.replicas(models[number]) as pool:
+        with run.workers.replicas(run.model_spec(models[number])) as pool:
             found[number].append(evaluate.profiled(pool, sample, config.evaluate, runs))
         measured = merged(found[number][-1:])
         print(
@@ -66,7 +67,7 @@ def compare(run: Run, models: Sequence[Source], sample: Sample) -> list[dict]:
 def capped(run: Run, model: Source, questions: Sequence[Sample], cap_gib: float) -> dict:
     """Return whether the questions are answered within the cap (see `actors.capped`)."""
     spec = run.model_spec(model, run.config.replicas.gpus)
-    with run.worker("actors.capped:Capped") as worker:
+    with run.workers.worker("actors.capped:Capped") as worker:
         return worker.call("answers", spec, questions, run.config.generation.max_new_tokens, int(cap_gib * GIB))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from jobs import ablate, prepare, verify
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.ranking import select
 from jobs.reporting import card
 
@@ -72,7 +73,7 @@ def _stage(run: Run, model: Stage | Source) -> Stage:
 
 def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path, facts: dict) -> None:
     spec = run.model_spec(model)
-    with run.worker("actors.checkpoint.pruning:Surgeon") as worker:
+    with run.workers.worker("actors.checkpoint.pruning:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
     facts["gate"] = verify.passed(run, folder, model, facts["removed"])
     step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _chosen(run)}

@@ -18,7 +18,8 @@ import numpy as np
 from actors.specs import Conversation, QuantizeSettings
 from jobs import prepare, verify
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.recover import training_conversations
 from jobs.reporting import card
 
@@ -106,8 +107,8 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
     calibration = calibration_conversations(run, data)
     spec = run.model_spec(model)
     shared = quantize.method == "awq" and quantize.awq_search == "layerwise"
-    count = run.worker_count() if shared else 1
-    with run.worker(QUANTIZER, count) as workers:
+    count = run.workers.count_workers() if shared else 1
+    with run.workers.worker(QUANTIZER, count) as workers:
         if count > 1:
             facts.update(searched_by(workers, count, spec, chosen_settings(run), calibration, folder))
         else:

@@ -17,7 +17,8 @@ from cluster.tables import write_table
 from jobs import prepare, verify
 from jobs.core.command import main
 from jobs.core.progress import Progress
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
 LOSSES = "losses.parquet"
@@ -46,7 +47,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     conversations = training_conversations(run.make(data))
     spec = run.model_spec(model)
     losses = []
-    with run.worker("actors.trainer:LoraTrainer", spec=spec) as worker:
+    with run.workers.worker("actors.trainer:LoraTrainer", spec=spec) as worker:
         steps = settings.steps(len(conversations))
         with Progress("recover", steps) as progress:
             for row in worker.stream("train", conversations, settings, str(folder)):

@@ -20,7 +20,8 @@ from cluster.artifacts import write_text
 from cluster.tables import read_table
 from jobs import ablate, compress, evaluate, judge, prepare, recover
 from jobs.core.command import main
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.ranking import ranges
 from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
 from jobs.reporting import answers as report_answers

@@ -27,7 +27,8 @@ from collections.abc import Sequence
 from jobs import judge
 from jobs.core.command import main
 from jobs.core.progress import Progress
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.reporting import card
@@ -136,7 +137,7 @@ class Search:
         chains = {key: [task(work[key][0], s) for s in missing[key] or work[key][1][-1:]] for key in chosen}
         config = self.run.config
         trials = Sampled(config.search.max_trials, OBJECTIVES, config.seed) if sampled else None
-        self.run.fingerprints.save()  # those who make the stages need not read the weights again
+        self.run.sources.fingerprints.save()  # those who make the stages need not read the weights again
         kwargs = {
             "config": self.run.resolved().model_dump(mode="json"),
             "command": card.command(),
@@ -193,7 +194,7 @@ def _beside(run: Run) -> int:
     """Return how many stages are made at a time: as many as there is room for workers, or replicas are asked for."""
     from cluster.connection import room
 
-    run._connect()
+    run.workers.connect()
     wanted = run.config.replicas
     return (
         wanted.count if wanted.count != "auto" else max(1, room(wanted.cpus, max(1, wanted.gpus) if wanted.gpus else 0))

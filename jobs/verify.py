@@ -12,7 +12,8 @@ from pathlib import Path
 
 from actors.specs import GateError, ModelSpec
 from jobs.core.command import main
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
 
@@ -49,7 +50,7 @@ def chosen(run: Run) -> Path:
 def _checked(run: Run, folder: Path, *arguments) -> dict:
     model = run.config.model
     spec = ModelSpec(str(folder), model.dtype, None, model.trust_remote_code)
-    with run.worker("actors.gate.check:Gate") as worker:
+    with run.workers.worker("actors.gate.check:Gate") as worker:
         try:
             return worker.call("check", spec, *arguments)
         except GateError as error:

@@ -9,7 +9,8 @@ from cluster.tables import read_table
 from jobs import evaluate, judge, prune, recover
 from jobs.allocation import mixed
 from jobs.allocation.choice import REMOVED, WHOLE, Choice, Search
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.report import size
 from jobs.scoring.differences import differences
 from jobs.searching.rows import judged_columns
@@ -35,7 +36,7 @@ class Built:
 def pruning(run: Run, layers: int, order: Sequence[int] | None = None) -> Run:
     """Return the same run with another number of layers, or these layers, to remove."""
     pruning = run.config.prune.model_copy(update={"layers": layers, "order": None if order is None else list(order)})
-    return Run(run.config.model_copy(update={"prune": pruning}), home=run)
+    return Run(run.config.model_copy(update={"prune": pruning}), parent_run=run)
 
 
 def planned(run: Run, base: Source, data: Stage, method: str, choice: Choice, budget: int) -> tuple[Plan, Run]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import quantize, verify
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
 QUANTIZER = "actors.quantizers.mixed:MixedQuantizer"
@@ -54,7 +55,7 @@ def _recipe(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -
 
 def _write(run: Run, model, data, bits: Sequence[int], settings: dict, folder: Path, facts: dict) -> None:
     spec, calibration = run.model_spec(model), quantize.calibration_conversations(run, data)
-    with run.worker(QUANTIZER) as worker:
+    with run.workers.worker(QUANTIZER) as worker:
         facts.update(worker.call("quantize", spec, _settings(run), list(bits), calibration, str(folder)))
     facts["gate"] = verify.passed(run, folder, model)
     step = {
@@ -72,7 +73,7 @@ def _write(run: Run, model, data, bits: Sequence[int], settings: dict, folder: P
 
 def _write_options(run: Run, model, data, bits: Sequence[int], folder: Path, facts: dict) -> None:
     spec, calibration = run.model_spec(model), quantize.calibration_conversations(run, data)
-    with run.worker(QUANTIZER) as worker:
+    with run.workers.worker(QUANTIZER) as worker:
         facts.update(worker.call("options", spec, _settings(run), list(bits), calibration, str(folder)))
     print(f"rounded: {facts['layers']} layers at {', '.join(map(str, bits))} bits", flush=True)
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from cluster import lost
 from jobs.config.schema import Config
 from jobs.core.options import fields, load_config
 from jobs.core.run import Run
+from jobs.core.signals import interrupt_on_sigterm
 
 USAGE = """{doc}
 
@@ -59,7 +59,7 @@ def main(
 def one_sentence(name: str) -> Iterator[None]:
     """Turn what ends the block into one sentence and an exit code; PRUNELLA_DEBUG=1 shows tracebacks."""
     debug = os.environ.get("PRUNELLA_DEBUG") == "1"
-    signal.signal(signal.SIGTERM, _terminated)
+    interrupt_on_sigterm()
     try:
         yield
     except KeyboardInterrupt:
@@ -134,10 +134,6 @@ def _field_help() -> str:
         lines.append(f"{option} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
         lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {shown})")
     return "\n".join(lines)
-
-
-def _terminated(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def _stop(job: str, message: str, code: int) -> None:

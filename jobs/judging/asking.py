@@ -5,15 +5,13 @@ the next job.
 """
 
 import asyncio
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from actors.judge.cache import JudgeIdentity, may_be_cached, verdict_key
 from actors.judge.calls import Failure, Reply, Request
@@ -22,6 +20,7 @@ from actors.judge.verdict import Verdict
 from cluster.tables import PartTable
 from jobs.core.progress import Progress
 from jobs.core.run import Run
+from jobs.core.signals import run_async
 
 T = TypeVar("T")
 Ask = Callable[[Request], Awaitable[Reply | Failure]]
@@ -31,6 +30,7 @@ FOLDER = "verdicts"
 SAVE_EVERY, SAVE_EVERY_S = 500, 5.0  # verdicts, seconds: what a killed job loses at most
 GIVE_UP = 100  # failures in a row after which nobody is asked any more
 BAD_OUTPUT = "bad_output"
+_identities: WeakKeyDictionary[Run, JudgeIdentity] = WeakKeyDictionary()  # an entry goes with its run
 PROBE = ("What is the name of this disease?", "This is psoriasis.", "This is psoriasis.")
 
 
@@ -87,12 +87,13 @@ def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, Judged], Judge
     return {text: store.known.get(key) or failed[key] for text, key in keys.items()}, identity
 
 
-@cache
 def identity_of(run: Run) -> JudgeIdentity:
-    """Return what names the run's judge; nothing is started."""
+    """Return what names the run's judge; nothing is started. Its tokenizer is read once per run."""
     from jobs.judging.engine import judge_identity
 
-    return judge_identity(run)
+    if run not in _identities:
+        _identities[run] = judge_identity(run)
+    return _identities[run]
 
 
 def check_judge(run: Run) -> None:
@@ -100,34 +101,6 @@ def check_judge(run: Run) -> None:
     from jobs.judging.engine import check
 
     check(run)
-
-
-def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine; SIGTERM ends it as Ctrl-C does: it is cancelled, cleans up, and KeyboardInterrupt is raised."""
-    if threading.current_thread() is not threading.main_thread():
-        return asyncio.run(main)  # signals are none of its business
-    before, ended = signal.getsignal(signal.SIGTERM), False
-
-    async def guarded() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-
-        def end() -> None:
-            nonlocal ended
-            ended = True
-            task.cancel()
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)  # of its own: SIGINT may be ignored
-        return await main
-
-    try:
-        return asyncio.run(guarded())
-    except asyncio.CancelledError:
-        if ended:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -> dict[str, Judged]:

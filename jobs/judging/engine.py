@@ -3,8 +3,6 @@
 import asyncio
 import hashlib
 import json
-import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +14,9 @@ from actors.judge.cache import JudgeIdentity
 from actors.judge.calls import Failure, Reply, Request, folded
 from cluster.artifacts import digest
 from jobs.config.judge import JudgeConfig
-from jobs.core.run import Run, Source
+from jobs.core.run import Run
+from jobs.core.signals import keep_handler
+from jobs.core.stage import Source
 
 if TYPE_CHECKING:
     from actors.judge.openai import OpenAIJudge
@@ -60,9 +60,9 @@ def check(run: Run) -> None:
         _remote(settings)
         return
     hosted = _Hosted(run)
-    hosted._scale()
+    hosted.scale()
     if settings.engine == "vllm":
-        hosted._vllm()
+        hosted.vllm_model()
 
 
 def _remote(settings: JudgeConfig) -> "OpenAIJudge":
@@ -131,7 +131,7 @@ def _tokenizer_identity(run: Run, source: Source) -> str:
     if source.revision is not None:
         return source.revision
     files = sorted({file for pattern in _TOKENIZER_FILES for file in Path(source.path).glob(pattern)})
-    return digest({file.name: run.fingerprints.file(file) for file in files})
+    return digest({file.name: run.sources.fingerprints.file(file) for file in files})
 
 
 def _versions(engine: str) -> str:
@@ -167,7 +167,7 @@ class _Hosted:
     async def transformers(self) -> AsyncIterator[Ask]:
         from cluster.serving.service import served
 
-        kwargs, scale = self._kwargs(), self._scale()
+        kwargs, scale = self._kwargs(), self.scale()
         self._connect()
         async with served("judge", "actors.judge.local:LocalJudge", kwargs, scale, self.settings.keep) as service:
             yield lambda request: self._through(lambda: _call(service, request, self.settings.timeout))
@@ -179,7 +179,7 @@ class _Hosted:
         from cluster.serving.service import hosted
         from cluster.serving.vllm import chat, handle_application
 
-        model, scale, folds = self._vllm(), self._scale(), folds_system(_tokenizer(self.run))
+        model, scale, folds = self.vllm_model(), self.scale(), folds_system(_tokenizer(self.run))
         self._connect()
         application = handle_application(model, scale)
         name = _vllm_name("judge", model, scale)
@@ -200,11 +200,11 @@ class _Hosted:
     async def http(self) -> AsyncIterator[None]:
         from cluster.serving.service import hosted, served
 
-        scale, port = self._scale(), self.settings.port
+        scale, port = self.scale(), self.settings.port
         if self.settings.engine == "vllm":
             from cluster.serving.vllm import http_application
 
-            model = self._vllm()
+            model = self.vllm_model()
             self._connect()
             name = _vllm_name("judge-endpoint", model, scale)
             async with hosted(name, http_application(model, scale), scale, port=port):
@@ -216,11 +216,8 @@ class _Hosted:
                 yield
 
     def _connect(self) -> None:
-        """Connect to Ray; ray.init takes SIGTERM for itself, which jobs.judging.asking has a use for."""
-        handler = signal.getsignal(signal.SIGTERM)
-        self.run._connect()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        with keep_handler():  # ray.init takes SIGTERM for itself, which run_async has a use for
+            self.run.workers.connect()
 
     def _kwargs(self) -> dict:
         source, settings = _source(self.run), self.settings
@@ -234,7 +231,8 @@ class _Hosted:
             "max_length": settings.max_length,
         }
 
-    def _vllm(self) -> "VLLM":
+    def vllm_model(self) -> "VLLM":
+        """Return the judge as vLLM loads it; ValueError: no GPU is asked for, or vLLM is not installed."""
         from actors.judge.openai import TOP_LOGPROBS
         from cluster.serving.vllm import VLLM, require
 
@@ -252,7 +250,8 @@ class _Hosted:
             top_logprobs=TOP_LOGPROBS,
         )
 
-    def _scale(self) -> "Scale":
+    def scale(self) -> "Scale":
+        """Return how far the judge spreads; ValueError: fewer replicas at most than at least."""
         from cluster.serving.service import Scale
 
         settings = self.settings

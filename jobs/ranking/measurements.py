@@ -17,7 +17,8 @@ from actors.specs import Conversation, Known
 from cluster.artifacts import digest
 from cluster.tables import PartTable
 from jobs.config.schema import Criterion
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
 from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from cluster.tables import write_table
-from jobs.ablate import calibration_samples, calibration_settings
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
+from jobs.ranking.calibration import calibration_samples, calibration_settings
 from jobs.reporting.figures import ranges_figure
 
 RANGES, FIGURE = "ranges.parquet", "ranges.svg"
@@ -20,7 +21,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Record in one replica; write the table and the figure."""
     samples = calibration_samples(run, data)
-    with run.replicas(model, "actors.ranges:RangeRecorder") as pool:
+    with run.workers.replicas(run.model_spec(model), "actors.ranges:RangeRecorder") as pool:
         rows = pool.call("ranges", samples)
     write_table(folder / RANGES, rows)
     (folder / FIGURE).write_text(ranges_figure(rows))

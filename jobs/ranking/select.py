@@ -13,8 +13,9 @@ import numpy as np
 
 from actors.maths.statistics import cluster_bootstrap_means, percentile_interval
 from cluster.tables import write_table
-from jobs.ablate import measurements
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
+from jobs.ranking.calibration import open_measurements
 from jobs.ranking.criteria import READINGS
 from jobs.ranking.measurements import Measurements, Removed, check_ranked
 
@@ -52,7 +53,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     """Search, and compare the set that was found with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
     order, ranked = run.facts(scores)["order"], one_shot(run, scores)
-    with measurements(run, model, data, [criterion]) as (measured, _):
+    with open_measurements(run, model, data, [criterion]) as (measured, _):
         measured.failed.update(run.facts(scores)["failed"])
         steps: list[dict] = []
 

@@ -16,7 +16,8 @@ import yaml
 from cluster.artifacts import MANIFEST, digest, write_text
 from jobs import prepare
 from jobs.config.schema import Config
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.judging.agreement import sentence
 
 CARD = "README.md"

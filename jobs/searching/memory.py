@@ -16,7 +16,7 @@ def shapes_of(run: Run) -> Any:
     from actors.estimate import architecture
 
     alone = run.config.estimate.model_copy(update={"architecture": None})  # that of another model is not what is built
-    own = Run(run.config.model_copy(update={"estimate": alone}), home=run)
+    own = Run(run.config.model_copy(update={"estimate": alone}), parent_run=run)
     return architecture(model_config(own)[0], run.config.model.trust_remote_code)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from cluster.artifacts import digest, write_text
 from cluster.tables import read_table
 from jobs import evaluate, judge
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.estimate import GIB, removals
 from jobs.judging.tables import NOT_JUDGED
 from jobs.searching.memory import device_gib, shapes_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from jobs import ablate, evaluate, prepare, prune, quantize, recover
 from jobs.config.schema import Config
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.ranking import select
 from jobs.searching.space import Setting, config_of
 
@@ -68,7 +69,7 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
     healed: dict[tuple[int, str], Stage | Source] = {}
     found = []
     for setting in settings:
-        own = Run(config_of(run.config, setting), home=run)
+        own = Run(config_of(run.config, setting), parent_run=run)
         if setting.depth not in pruned:
             pruned[setting.depth] = prune.stage(own, base)
         model = pruned[setting.depth]
@@ -79,7 +80,7 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
         model = quantize.stage(own, model, data)
         screen = None
         if run.config.search.screen_images is not None:
-            cheap = Run(config_of(run.config, setting, screen=True), home=run)
+            cheap = Run(config_of(run.config, setting, screen=True), parent_run=run)
             screen = evaluate.stage(cheap, model, data)
         found.append(Plan(setting, model, screen, evaluate.stage(own, model, data), _before(run, setting, data, base)))
     return found
@@ -94,7 +95,7 @@ def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stag
     depths = [
         run.config.model_copy(update={"prune": run.config.prune.model_copy(update={"layers": d})}) for d in smaller
     ]
-    return tuple(select.stage(Run(config, home=run), base, data, scores) for config in depths)
+    return tuple(select.stage(Run(config, parent_run=run), base, data, scores) for config in depths)
 
 
 class StageMaker:
@@ -103,22 +104,22 @@ class StageMaker:
     def __init__(self, config: dict, command: str, address: str | None):
         if address:  # a worker does not know it, and would take the cluster for this machine's own
             os.environ["RAY_ADDRESS"] = address
-        self._home = Run(Config.model_validate(config), command=command)
+        self._parent_run = Run(Config.model_validate(config), command=command)
 
     def make(self, name: str, setting: Mapping, one_replica: bool, report: Mapping[str, float]) -> dict:
         """Make the stage of that name, unless it exists; returns {made, pid, numbers of an evaluation, report}.
 
         one_replica: others are evaluated beside it. What the stage prints goes to run_dir/search/logs.
         """
-        (plan,) = plans(self._home, [Setting(**setting)])
+        (plan,) = plans(self._parent_run, [Setting(**setting)])
         stage = plan.find(name)
-        config = config_of(self._home.config, plan.setting, screen=stage == plan.screen)
+        config = config_of(self._parent_run.config, plan.setting, screen=stage == plan.screen)
         if one_replica and stage.kind == "evaluate" and config.replicas.count == "auto":
             config = config.model_copy(update={"replicas": config.replicas.model_copy(update={"count": 1})})
-        logs = self._home.folder / SEARCH / "logs"
+        logs = self._parent_run.folder / SEARCH / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            run = stack.enter_context(Run(config, home=self._home, beside_others=one_replica))
+            run = stack.enter_context(Run(config, parent_run=self._parent_run, beside_others=one_replica))
             stack.enter_context(redirect_stdout(stack.enter_context(open(logs / f"{name}.txt", "a"))))
             made = run.store.find(name) is None
             run.make(stage)

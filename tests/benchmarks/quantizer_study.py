@@ -17,7 +17,8 @@ from cluster.tables import read_table
 from jobs import evaluate, prepare, prune, quantize, recover
 from jobs.config.schema import Config
 from jobs.core.options import load_config
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 
 SETTINGS = (
     ("none", 16, True),

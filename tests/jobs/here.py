@@ -5,11 +5,12 @@ from pathlib import Path
 
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.core.workers import Workers
 from tests.tiny import DERM_TINY
 
 
 class Worker:
-    """What Run.worker returns, without a process: builds the class and calls its methods."""
+    """What Workers.worker returns, without a process: builds the class and calls its methods."""
 
     def __init__(self, target: str, **kwargs):
         module, _, name = target.partition(":")
@@ -33,5 +34,5 @@ def run_with(folder: Path, model=DERM_TINY, **options) -> Run:
 
 def run_here(monkeypatch, folder: Path, model=DERM_TINY, **options) -> Run:
     """Return a run on `model` whose workers are here; options use __ for dots."""
-    monkeypatch.setattr(Run, "worker", lambda self, target, count=1, **kwargs: Worker(target, **kwargs))
+    monkeypatch.setattr(Workers, "worker", lambda self, target, count=1, **kwargs: Worker(target, **kwargs))
     return run_with(folder, model, **options)

@@ -6,7 +6,8 @@ from jobs import evaluate, search
 from jobs.allocation import build as joint_build
 from jobs.config.schema import Config
 from jobs.core.options import load_config
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 from jobs.searching.rows import MEASURED
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import Plan

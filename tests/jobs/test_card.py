@@ -12,7 +12,7 @@ import yaml
 from cluster.tables import write_table
 from jobs import prune
 from jobs.core.options import load_config
-from jobs.core.run import Source
+from jobs.core.stage import Source
 from jobs.reporting import card
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY

@@ -117,7 +117,7 @@ def test_help_describes_the_lists_too(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough_of_the_help_is_no_error():
-    code = "import sys; sys.argv[1:] = ['--help']; from jobs import command; command.main('Doc.', command.main)"
+    code = "import sys; sys.argv[1:] = ['--help']; from jobs.core import command; command.main('Doc.', command.main)"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)

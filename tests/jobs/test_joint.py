@@ -13,7 +13,8 @@ from jobs.allocation import build as joint_build
 from jobs.allocation import mixed
 from jobs.allocation.build import compared
 from jobs.core.options import load_config
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.searching.rows import read_rows
 from tests.jobs.here import run_with
 from tests.jobs.judging import Mock, fair

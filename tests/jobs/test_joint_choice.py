@@ -13,7 +13,8 @@ from jobs import joint
 from jobs.allocation.choice import Memory, Search, shown, single_changes
 from jobs.config.joint import JointConfig
 from jobs.core.options import load_config
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.estimate import setting as asked
 from jobs.ranking import measurements
 from jobs.ranking.measurements import ChoiceMeasurements, Losses, Measurements, NothingRanked

@@ -8,7 +8,7 @@ import pytest
 from actors.judge.calls import Failure
 from cluster.tables import read_table, write_table
 from jobs import compress, evaluate, judge
-from jobs.core.run import Source, Stage
+from jobs.core.stage import Source, Stage
 from jobs.judging.tables import (
     NOT_JUDGED,
     clusters,

@@ -21,6 +21,7 @@ from actors.judge.openai import OpenAIJudge
 from cluster.serving.service import Service
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.core.workers import Workers
 from jobs.judging.engine import check, endpoint, judge_engine, judge_identity
 from tests.judging import save_tiny_judge
 
@@ -35,7 +36,7 @@ def path(tmp_path_factory):
 @pytest.fixture
 def run_of(tmp_path, path, monkeypatch):
     """Return what makes a run with a judge; Ray is the test's own."""
-    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(Workers, "connect", lambda _: None)
 
     def make(**settings) -> Run:
         given = {"engine": "transformers", "model": path, "dtype": "float32", "gpus": 0, **settings}
@@ -69,7 +70,7 @@ def asked(run: Run, requests) -> list:
     ],
 )
 def test_mistakes_are_told_before_anything_starts(run_of, monkeypatch, settings, message):
-    monkeypatch.setattr(Run, "_connect", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr(Workers, "connect", lambda _: pytest.fail("Ray was started"))
     with pytest.raises(ValueError, match=message):
         asked(run_of(**settings), [])
     with pytest.raises(ValueError, match=message):
@@ -183,7 +184,7 @@ def test_our_client_reads_from_our_endpoint_what_the_judge_says_here(serving, ru
 
 def test_sigterm_stays_the_jobs_when_ray_starts(run_of, monkeypatch):
     """ray.init sets a handler of its own, which would end the process without a word."""
-    monkeypatch.setattr(Run, "_connect", lambda _: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
+    monkeypatch.setattr(Workers, "connect", lambda _: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
     FakeVLLM(monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     try:

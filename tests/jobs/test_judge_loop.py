@@ -168,7 +168,7 @@ def test_verdicts_reach_the_disk_before_the_end(tmp_path, monkeypatch):
 
 INTERRUPTED = """
 import sys, asyncio
-from jobs import command
+from jobs.core import command
 from jobs.judging.asking import verdicts
 from tests.jobs.judging import Mock
 from tests.jobs.test_judge_loop import texts

@@ -12,9 +12,11 @@ import pytest
 from actors.specs import Conversation, Known
 from cluster.pool import Outcome
 from cluster.tables import read_table
-from jobs import ablate
 from jobs.core.options import load_config
-from jobs.core.run import Run, Source, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
+from jobs.core.workers import Workers
+from jobs.ranking import calibration
 from jobs.ranking.measurements import Measurements
 from jobs.ranking.select import beam, evolve, mutants
 
@@ -148,10 +150,10 @@ def test_workers_load_an_embedder_where_answers_are_compared(tmp_path, monkeypat
         asked.append(embedder)
         yield SimpleNamespace(call=lambda method: 12)
 
-    monkeypatch.setattr(Run, "replicas", replicas)
-    monkeypatch.setattr(ablate, "calibration_samples", lambda *_: SAMPLES)
+    monkeypatch.setattr(Workers, "replicas", replicas)
+    monkeypatch.setattr(calibration, "calibration_samples", lambda *_: SAMPLES)
     run = Run(load_config("configs/derm-tiny.yaml", [("run_dir", str(tmp_path)), ("ablate.embedder", "no/such")]))
-    with ablate.measurements(run, Source("model-1", "x"), Source("data", "x"), [criterion]) as (_, layers):
+    with calibration.open_measurements(run, Source("model-1", "x"), Source("data", "x"), [criterion]) as (_, layers):
         assert layers == 12
     assert asked == (["no/such"] if criterion == "answer_similarity" else [None])
 

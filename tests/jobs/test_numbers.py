@@ -6,6 +6,7 @@ import pytest
 from actors.baseline import ClassName, baseline_score, name_verdict, named_classes
 from jobs import ablate, evaluate
 from jobs.config.schema import AblateConfig
+from jobs.ranking.calibration import draw_calibration
 from jobs.ranking.measurements import Losses
 from jobs.scoring.differences import differences
 
@@ -41,10 +42,10 @@ def test_a_limit_takes_images_of_all_classes():
 def test_questions_are_drawn_one_by_one_or_by_image(samples, per_image, questions, images):
     """Of four images with five questions each; in their order, each once, others with another seed."""
     given = [image for image in "abcd" for _ in range(5)]
-    picks = ablate.drawn(given, samples, 1, per_image)
+    picks = draw_calibration(given, samples, 1, per_image)
     assert picks == sorted(set(picks)) and len(picks) == questions
     assert images is None or len({given[i] for i in picks}) == images
-    assert samples == 99 or picks != ablate.drawn(given, samples, 2, per_image)
+    assert samples == 99 or picks != draw_calibration(given, samples, 2, per_image)
 
 
 def test_differences_are_paired_by_question():

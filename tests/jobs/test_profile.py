@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from jobs import profile
 from jobs.core.options import load_config
-from jobs.core.run import Source
+from jobs.core.stage import Source
 from tests.jobs.test_mistakes import ROOT, assert_says, run
 
 CHECKPOINT = "actors/derm_tiny/checkpoint"

@@ -7,7 +7,9 @@ import torch
 
 from jobs import prepare, quantize
 from jobs.core.options import load_config
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
+from jobs.core.workers import Workers
 from tests.jobs.here import Worker
 from tests.tiny import DERM_TINY, tiny_config
 
@@ -103,10 +105,10 @@ def test_awq_and_phi(tmp_path):
 )
 def test_how_many_share_the_search(tmp_path, monkeypatch, options, room, expected):
     """One worker on a CPU unless replicas are counted; with GPUs as many as the replicas' GPUs."""
-    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(Workers, "connect", lambda _: None)
     monkeypatch.setattr("cluster.connection.room", lambda cpus, gpus: room[cpus, gpus])
     run = run_with(tmp_path, **{f"replicas.{key}": value for key, value in options.items()})
-    assert run.worker_count() == expected
+    assert run.workers.count_workers() == expected
 
 
 @pytest.fixture
@@ -121,13 +123,13 @@ def one_thread():
 @pytest.mark.usefixtures("private_ray", "one_thread")
 def test_two_workers_of_which_each_is_killed_once(tmp_path, monkeypatch, capsys):
     """Bit for bit one worker's checkpoint; no finished layer is searched again, nor by a job that goes on."""
-    real = Run.worker
+    real = Workers.worker
 
     def worker(self, target, count=1, **kwargs):
         return real(self, target, count, **kwargs) if count > 1 else Worker(target, **kwargs)
 
-    monkeypatch.setattr(Run, "_connect", lambda _: None)
-    monkeypatch.setattr(Run, "worker", worker)
+    monkeypatch.setattr(Workers, "connect", lambda _: None)
+    monkeypatch.setattr(Workers, "worker", worker)
 
     def made(folder: Path, quantizer: str, **options) -> Path:
         monkeypatch.setattr(quantize, "QUANTIZER", quantizer)

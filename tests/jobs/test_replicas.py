@@ -6,18 +6,19 @@ import cluster.connection
 import cluster.pool
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.core.workers import Workers
 
 
 @pytest.mark.parametrize("gpus", [0.5, 2.0])
 def test_replicas_know_their_share(tmp_path, monkeypatch, gpus):
     """What Ray is asked for and what the model is loaded with are one number; other workers have one whole GPU."""
     asked = []
-    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(Workers, "connect", lambda _: None)
     monkeypatch.setattr(cluster.connection, "room", lambda *_: 4)
     monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
     overrides = [("run_dir", str(tmp_path)), ("replicas.gpus", str(gpus)), ("replicas.count", "2")]
     with Run(load_config(None, overrides)) as run:
-        run.replicas(run.base_model())
+        run.workers.replicas(run.model_spec(run.base_model()))
         assert run.model_spec(run.base_model()).gpus == 1
     _, kwargs, resources = asked[0][:3]
     assert kwargs["spec"].sharers == 1
@@ -37,11 +38,11 @@ def test_replicas_know_their_share(tmp_path, monkeypatch, gpus):
 def test_replicas_without_gpus_know_who_shares_their_machine(tmp_path, monkeypatch, count, cores, beside, sharers):
     """Of two cores each: as many as the largest node holds, or the count; in a search others have replicas there."""
     asked = []
-    monkeypatch.setattr(Run, "_connect", lambda _: None)
+    monkeypatch.setattr(Workers, "connect", lambda _: None)
     monkeypatch.setattr(cluster.connection, "is_private", lambda: False)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": number}} for number in cores])
     monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
     config = load_config(None, [("run_dir", str(tmp_path)), ("replicas.cpus", "2"), ("replicas.count", count)])
     with Run(config, beside_others=beside) as run:
-        run.replicas(run.base_model())
+        run.workers.replicas(run.model_spec(run.base_model()))
     assert asked[0][1]["spec"].sharers == sharers

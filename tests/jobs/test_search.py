@@ -7,10 +7,11 @@ import pytest
 
 import cluster.tuning
 from jobs import judge, search
-from jobs.core import run as run_module
+from jobs.core import sources
 from jobs.core.command import main
 from jobs.core.options import load_config
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.searching.rows import read_rows
 from jobs.searching.space import space
 from tests.jobs.searching import SPACE, Factory, Stopped, comparable, names, new_run
@@ -45,9 +46,9 @@ def test_every_stage_is_made_once_and_the_best_that_fits_is_the_answer(factory, 
 
 def test_the_hub_is_asked_once_and_the_others_are_told(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run_module, "_hub_commit", lambda *given: asked.append(given) or 40 * "a")
+    monkeypatch.setattr(sources, "hub_commit", lambda *given: asked.append(given) or 40 * "a")
     run = Run(load_config(None, [("run_dir", str(tmp_path)), ("model.path", "owner/name")]))
-    inner = Run(run.config, home=run)
+    inner = Run(run.config, parent_run=run)
     assert run.base_model() == inner.base_model() == run.base_model() and asked == [("owner/name", None)]
     told = Run(run.resolved())
     assert told.config.model.revision == 40 * "a" and told.base_model() == run.base_model()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from jobs import search
-from jobs.core.run import Run, Stage
+from jobs.core.run import Run
+from jobs.core.stage import Stage
 from jobs.searching.rows import _gpu_hours, _memory, busy, read_log, read_rows, rows_of, totals, write_log, write_rows
 from jobs.searching.space import Setting
 from jobs.searching.stages import ordered

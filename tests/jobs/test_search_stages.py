@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.core.options import load_config
-from jobs.core.run import Run, Source
+from jobs.core.run import Run
+from jobs.core.stage import Source
 from jobs.searching.rows import estimates
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import StageMaker, plans

@@ -6,7 +6,7 @@ import pytest
 
 from jobs import compress, report
 from jobs.core.options import load_config
-from jobs.core.run import Source, Stage
+from jobs.core.stage import Source, Stage
 from jobs.ranking.ranges import largest_outliers
 from jobs.reporting.figures import tradeoff_figure
 

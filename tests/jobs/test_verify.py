@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import prune, quantize, recover, verify
 from jobs.core import command
-from jobs.core.run import Run
+from jobs.core.workers import Workers
 from tests.jobs.here import Worker, run_here
 from tests.jobs.test_mistakes import assert_says, run
 from tests.tiny import DERM_TINY
@@ -140,7 +140,9 @@ def test_what_the_gate_refuses_is_not_published(job, words, tmp_path, monkeypatc
     kind = job.__name__.removeprefix("jobs.")
     broken, worker, options = BROKEN[kind]
     workers = {broken: worker}
-    monkeypatch.setattr(Run, "worker", lambda self, target, *_, **kwargs: workers.get(target, Worker)(target, **kwargs))
+    monkeypatch.setattr(
+        Workers, "worker", lambda self, target, *_, **kwargs: workers.get(target, Worker)(target, **kwargs)
+    )
     monkeypatch.setattr(sys, "argv", [kind, "--run_dir", str(tmp_path), *options])
     with pytest.raises(SystemExit) as stop:
         command.main("doc", job.job)

@@ -1,0 +1,54 @@
+"""Finding checkpoints that exist already: a folder is named by its content, a hub id by its commit."""
+
+import json
+import re
+from pathlib import Path
+
+from cluster.artifacts import MANIFEST, Fingerprints, digest
+from jobs.core.stage import Source
+
+
+class Sources:
+    """The checkpoints that a run was given. Files are read once, and the hub is asked once."""
+
+    def __init__(self, fingerprints: Fingerprints):
+        self.fingerprints = fingerprints
+        self._commits: dict[tuple[str, str | None], str] = {}
+
+    def find(self, path: str, field: str, revision: str | None = None) -> Source:
+        """Return the checkpoint at a folder or hub id; ValueError names `field`: there is none."""
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            manifest = folder / MANIFEST
+            if manifest.is_file():
+                return Source(json.loads(manifest.read_text())["name"], str(folder.resolve()))
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"{field} {path!r} is a folder without config.json: not a checkpoint.")
+            return Source(f"model-{self.fingerprints.folder(folder)}", str(folder.resolve()))
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise ValueError(f"No checkpoint at {field} {path!r}: give a folder or a hub id (owner/name).")
+        if (path, revision) not in self._commits:
+            self._commits[path, revision] = hub_commit(path, revision)
+        commit = self._commits[path, revision]
+        return Source(f"model-{digest([path, commit])}", path, commit)
+
+
+def hub_commit(repository: str, revision: str | None) -> str:
+    """Return the commit (40 hex digits) of a hub repository at a revision; ValueError: neither hub nor cache has it."""
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:
+        return str(HfApi().model_info(repository, revision=revision).sha)
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        reason = type(error).__name__
+    try:  # a node without network may have it in its cache, in a folder named by the commit
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
+    except (LocalEntryNotFoundError, OSError):
+        raise ValueError(
+            f"model.path {repository!r} is no folder here, the hub did not answer for it ({reason}), and it is not in "
+            "the hub's cache: check the spelling and the network, or give a local folder."
+        ) from None

@@ -1,0 +1,64 @@
+"""The calibration set: questions of the training split, on which layers are scored."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from actors.specs import Conversation
+from jobs import prepare
+from jobs.config.schema import Criterion
+from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
+from jobs.ranking.measurements import Measurements
+
+
+def calibration_settings(run: Run) -> dict:
+    """Return the settings that decide which questions `calibration_samples` draws."""
+    config = run.config.ablate
+    by_image = {} if config.per_image is None else {"per_image": config.per_image}
+    return {"samples": config.samples, "seed": run.config.seed, **by_image}
+
+
+def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
+    """Draw ablate.samples questions from the training split."""
+    rows = prepare.conversations(run.make(data), "train")
+    picks = draw_calibration([row["image"] for row in rows], **calibration_settings(run))
+    return [
+        Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"]) for i in picks
+    ]
+
+
+def draw_calibration(images: Sequence[str], samples: int, seed: int, per_image: int | None = None) -> list[int]:
+    """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
+
+    per_image: draw images, and at most so many questions about each; None: draw questions one by one.
+    """
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(len(images)).tolist()
+    if per_image is not None:
+        asked: dict[str, list[int]] = {}
+        for i in shuffled:
+            asked.setdefault(images[i], []).append(i)
+        turns = random.permutation(sorted(asked)).tolist()  # any image is as likely as another
+        shuffled = [i for image in turns for i in asked[image][:per_image]]
+    return sorted(shuffled[:samples])
+
+
+@contextmanager
+def open_measurements(
+    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[Criterion]
+) -> Iterator[tuple[Measurements, int]]:
+    """Yield what measures `model` on the calibration questions, and its number of layers.
+
+    criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
+    measured: its embedder cannot be loaded.
+    """
+    samples = calibration_samples(run, data)
+    critic = {
+        "max_new_tokens": run.config.generation.max_new_tokens,
+        "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,
+        "seed": run.config.seed,
+    }
+    with run.workers.replicas(run.model_spec(model), "actors.critic:LayerCritic", **critic) as pool:
+        yield Measurements(run, pool, model, data, samples), pool.call("layer_count")
