@@ -1,5 +1,6 @@
 """The import rules of the three rooms hold, and the contract can fail."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -69,3 +70,14 @@ def test_nothing_connects_at_import():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_test_module_imports_another():
+    """What tests share lives in helper modules, so that a test file can be moved or deleted alone."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{path}: {module}" for module in modules if module.split(".")[-1].startswith("test_")]
+    assert not found

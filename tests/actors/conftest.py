@@ -11,6 +11,7 @@ from actors.checkpoint.loading import quiet
 from actors.derm_tiny.draw import write_tree
 from actors.images import QUESTION, probe_image
 from actors.specs import Sample
+from tests.actors.local_judging import judge, path  # noqa: F401 (fixtures)
 from tests.tiny import rename_tensors, save_tiny
 
 quiet()
@@ -54,6 +55,6 @@ def wide_path(tiny_path, tmp_path_factory):
 @pytest.fixture(scope="session")
 def probe(tmp_path_factory):
     """A question that needs no drawn tree."""
-    path = tmp_path_factory.mktemp("probe") / "probe.png"
-    probe_image().save(path)
-    return Sample("probe", str(path), QUESTION)
+    image = tmp_path_factory.mktemp("probe") / "probe.png"
+    probe_image().save(image)
+    return Sample("probe", str(image), QUESTION)

@@ -12,7 +12,7 @@ from actors.checkpoint.pruning import prune_checkpoint, pruned_config, stored_by
 from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrowed, uniform
 from actors.memory import count_parameters, meta_model
 from actors.quantizers.storage import read_layers
-from tests.actors.test_table1 import ORDER, TABLE_1
+from tests.paper import ORDER, TABLE_1
 from tests.quantizing import PACKED, quantize
 from tests.tiny import LAYERS, draw_conversations, llava_7b, save_tiny, tiny_config
 

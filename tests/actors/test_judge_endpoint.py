@@ -11,7 +11,7 @@ from actors.judge.calls import Request
 from actors.judge.endpoint import JudgeEndpoint
 from actors.judge.local import Chat
 from actors.judge.openai import chat_body, read_completion
-from tests.actors.test_judge_local import REQUESTS, SETTINGS, ask_all, naive, path  # noqa: F401 (a fixture)
+from tests.actors.local_judging import REQUESTS, SETTINGS, ask_all, naive, path  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")

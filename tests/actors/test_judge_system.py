@@ -7,13 +7,9 @@ import pytest
 from actors.judge.calls import Failure, Reply, Request, folded
 from actors.judge.local import Chat, folds_system
 from actors.judge.prefix import SHORTEST
-from tests.actors.test_judge_local import REQUESTS, ask_all, judge_of, naive
+from tests.actors.local_judging import REQUESTS, ask_all, judge_of, naive
 from tests.judging import CHAT_ML, save_tiny_judge, tiny_tokenizer
-
-REFUSES = (  # as Gemma's
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_ML
-)
-DROPS = CHAT_ML.replace("in messages %}", "in messages if message['role'] != 'system' %}")
+from tests.templates import DROPS, REFUSES
 
 
 @pytest.fixture(scope="module")

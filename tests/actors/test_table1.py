@@ -4,11 +4,9 @@ import pytest
 
 from actors.checkpoint.pruning import pruned_config
 from actors.memory import count_parameters
+from tests.paper import ORDER, TABLE_1
 from tests.tiny import llava_7b
 
-# The authors' published removal order (zero-based), and the parameters in billions that Table 1 prints.
-ORDER = (23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5)
-TABLE_1 = {0: 7.063, 2: 6.659, 4: 6.254, 7: 5.647, 8: 5.444, 9: 5.242, 10: 5.040}
 # q, k, v, o: 4 x 4096^2; gate, up, down: 3 x 4096 x 11008; two norms of 4096
 BLOCK = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
 

@@ -3,6 +3,8 @@
 import pytest
 
 from tests.jobs.browsing import CHROMIUM
+from tests.jobs.engines import path, run_of  # noqa: F401 (fixtures)
+from tests.jobs.judging import hurried  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")

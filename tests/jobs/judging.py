@@ -9,11 +9,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
+
+from actors.judge import ladder
 from actors.judge.cache import JudgeIdentity
 from actors.judge.calls import Failure, Reply, Request
 from actors.judge.prompt import neutralise, parse_user_message
+from cluster.tables import write_table
+from jobs import evaluate
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.core.stage import Source, Stage
 
 IDENTITY = JudgeIdentity("mock@1", "none", "none", "mock 1", "float32", "greedy")
 
@@ -77,3 +84,56 @@ class Mock:
 def run_in(folder: Path, *options: tuple[str, str]) -> Run:
     """Return a run in `folder` with a judge."""
     return Run(load_config(None, [("run_dir", str(folder)), ("judge.engine", "transformers"), *options]))
+
+
+DISEASES = ("psoriasis", "melanoma", "rosacea", "eczema")
+
+
+def answer_rows(images: int = 12, right: float = 1.0, seed: int = 0) -> list[dict]:
+    """Three questions about every image; a share of the images is answered rightly, the others with another disease."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for image in range(images):
+        disease, said = DISEASES[image % 4], DISEASES[(image + (draw.random() >= right)) % 4]
+        for question in ("name", "treatment", "features"):
+            reference = f"The {question} is that of {disease}"
+            answer = f"The {question} is that of {said}"
+            rows.append(
+                {
+                    "sample_id": f"{image}:{question}",
+                    "question_id": question,
+                    "image": f"{image}.png",
+                    "group": f"series {image}",
+                    "class": disease,
+                    "question": f"What is the {question}?",
+                    "reference": reference,
+                    "answer": answer,
+                    "baseline": float(answer == reference),
+                    "verdict": ("right" if answer == reference else "wrong") if question == "name" else None,
+                    "method": "which model it was",
+                }
+            )
+    return rows
+
+
+def evaluation(run, name: str, rows: list[dict], **found) -> Stage:
+    """Return an evaluation that found `rows`, and other facts."""
+    model = Source(f"model-{name}", "/nowhere")
+
+    def build(r, folder, facts):
+        write_table(folder / evaluate.ANSWERS, rows)
+        facts |= {"metrics": {}, "profile": {}, **found}
+
+    made = Stage("evaluate", 0, {}, (model,), build)
+    run.make(made)
+    return made
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Retries wait a hundredth of a second instead of seconds."""
+    monkeypatch.setattr(ladder, "FIRST_WAIT", dict.fromkeys(ladder.FIRST_WAIT, 0.001))
+
+
+def texts(count: int) -> list[tuple[str, str, str]]:
+    return [("What?", f"It is {n}.", f"Maybe {n}.") for n in range(count)]

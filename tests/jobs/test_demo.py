@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.jobs.test_mistakes import ROOT
+from tests.jobs.commands import ROOT
 
 
 @pytest.mark.slow

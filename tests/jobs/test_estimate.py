@@ -9,7 +9,7 @@ import pytest
 from jobs import estimate
 from jobs.core.command import parse
 from jobs.core.run import Run
-from tests.jobs.test_mistakes import ROOT, assert_says, run
+from tests.jobs.commands import ROOT, assert_says, run
 from tests.tiny import DERM_TINY
 
 SEVEN_B = ("--config", str(ROOT / "configs/llava-1.5-7b-dermnet.yaml"))

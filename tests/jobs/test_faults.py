@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from cluster.tables import read_table
-from tests.jobs.test_mistakes import ROOT, run
-from tests.jobs.test_pipeline import options
+from tests.jobs.commands import ROOT, options, run
 
 UNITS = 360
 WORK = {

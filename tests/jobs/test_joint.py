@@ -17,9 +17,8 @@ from jobs.core.run import Run
 from jobs.core.stage import Stage
 from jobs.searching.rows import read_rows
 from tests.jobs.here import run_with
-from tests.jobs.judging import Mock, fair
+from tests.jobs.judging import DISEASES, Mock, fair
 from tests.jobs.searching import plan_of_rows
-from tests.jobs.test_judge import DISEASES
 
 
 def test_the_best_uniform_setting_is_what_others_are_compared_with():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from actors.judge.calls import Failure
-from cluster.tables import read_table, write_table
-from jobs import compress, evaluate, judge
+from cluster.tables import read_table
+from jobs import compress, judge
 from jobs.core.stage import Source, Stage
 from jobs.judging.tables import (
     NOT_JUDGED,
@@ -20,51 +20,15 @@ from jobs.judging.tables import (
 )
 from jobs.report import rendered
 from jobs.reporting import judge as report_judge
-from tests.jobs.judging import Mock, fair, run_in
+from tests.jobs.judging import (
+    Mock,
+    answer_rows,
+    evaluation,
+    fair,
+    hurried,  # noqa: F401 (a fixture)
+    run_in,
+)
 from tests.jobs.pages import content
-from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
-
-DISEASES = ("psoriasis", "melanoma", "rosacea", "eczema")
-
-
-def answer_rows(images: int = 12, right: float = 1.0, seed: int = 0) -> list[dict]:
-    """Three questions about every image; a share of the images is answered rightly, the others with another disease."""
-    draw = np.random.default_rng(seed)
-    rows = []
-    for image in range(images):
-        disease, said = DISEASES[image % 4], DISEASES[(image + (draw.random() >= right)) % 4]
-        for question in ("name", "treatment", "features"):
-            reference = f"The {question} is that of {disease}"
-            answer = f"The {question} is that of {said}"
-            rows.append(
-                {
-                    "sample_id": f"{image}:{question}",
-                    "question_id": question,
-                    "image": f"{image}.png",
-                    "group": f"series {image}",
-                    "class": disease,
-                    "question": f"What is the {question}?",
-                    "reference": reference,
-                    "answer": answer,
-                    "baseline": float(answer == reference),
-                    "verdict": ("right" if answer == reference else "wrong") if question == "name" else None,
-                    "method": "which model it was",
-                }
-            )
-    return rows
-
-
-def evaluation(run, name: str, rows: list[dict], **found) -> Stage:
-    """Return an evaluation that found `rows`, and other facts."""
-    model = Source(f"model-{name}", "/nowhere")
-
-    def build(r, folder, facts):
-        write_table(folder / evaluate.ANSWERS, rows)
-        facts |= {"metrics": {}, "profile": {}, **found}
-
-    made = Stage("evaluate", 0, {}, (model,), build)
-    run.make(made)
-    return made
 
 
 def test_evaluations_are_judged_in_one_session_and_only_once(tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """The configured judge: mistakes before anything starts, a name that tells judges apart, one answer everywhere."""
 
 import asyncio
-import json
 import re
 import signal
 import socket
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from ray import serve
@@ -15,45 +14,14 @@ from ray.exceptions import ActorDiedError
 import cluster.serving.service
 import cluster.serving.vllm
 from actors.judge.calls import Failure, Reply
-from actors.judge.ladder import RUNGS, next_step, request
+from actors.judge.ladder import next_step
 from actors.judge.local import LocalJudge
 from actors.judge.openai import OpenAIJudge
 from cluster.serving.service import Service
-from jobs.core.options import load_config
-from jobs.core.run import Run
 from jobs.core.workers import Workers
-from jobs.judging.engine import check, endpoint, judge_engine, judge_identity
+from jobs.judging.engine import check, endpoint, judge_identity
+from tests.jobs.engines import REQUESTS, FakeVLLM, asked, completion
 from tests.judging import save_tiny_judge
-
-REQUESTS = [request("What is it?", "Psoriasis.", "It is eczema. " * number, RUNGS[2]) for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_tiny_judge(tmp_path_factory.mktemp("judge"))
-
-
-@pytest.fixture
-def run_of(tmp_path, path, monkeypatch):
-    """Return what makes a run with a judge; Ray is the test's own."""
-    monkeypatch.setattr(Workers, "connect", lambda _: None)
-
-    def make(**settings) -> Run:
-        given = {"engine": "transformers", "model": path, "dtype": "float32", "gpus": 0, **settings}
-        overrides = [(f"judge.{key}", str(value)) for key, value in given.items()]
-        return Run(load_config(None, [("run_dir", str(tmp_path)), *overrides]))
-
-    return make
-
-
-def asked(run: Run, requests) -> list:
-    """Return what the run's judge says to each request."""
-
-    async def together():
-        async with judge_engine(run) as (ask, _):
-            return await asyncio.gather(*(ask(each) for each in requests))
-
-    return asyncio.run(together())
 
 
 @pytest.mark.parametrize(
@@ -192,57 +160,6 @@ def test_sigterm_stays_the_jobs_when_ray_starts(run_of, monkeypatch):
         assert signal.getsignal(signal.SIGTERM) is before
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class FakeVLLM:
-    """Stands in for ray.serve.llm, notes what it is given, and answers chat calls with `answers`."""
-
-    def __init__(self, monkeypatch, *answers: dict):
-        self.configs: list[dict] = []
-        self.requests: list[dict] = []
-        self.answers = list(answers)
-        llm, models = ModuleType("ray.serve.llm"), ModuleType("ray.serve.llm.openai_api_models")
-        llm.LLMConfig = lambda **settings: self.configs.append(settings) or settings
-        llm.LLMServer = type("LLMServer", (), {})
-        llm.build_llm_deployment = lambda config: ("handle", config)
-        llm.build_openai_app = lambda settings: ("http", settings)
-        llm.openai_api_models = models
-        ingress = ModuleType("ray.serve.llm.ingress")
-        ingress.OpenAiIngress = type("OpenAiIngress", (), {"__init__": lambda self, **given: vars(self).update(given)})
-        monkeypatch.setitem(sys.modules, "ray.serve.llm.ingress", ingress)
-        models.ChatCompletionRequest = lambda **body: body
-        monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
-        monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
-        monkeypatch.setattr(serve, "llm", llm, raising=False)
-        monkeypatch.setattr(cluster.serving.service, "hosted", self._hosted)
-        self.hosted: list[tuple] = []
-
-    def _hosted(self, name, application, scale, keep=False, port=None):
-        self.hosted.append((name, application, scale, keep, port))
-        handle = SimpleNamespace(options=lambda stream: SimpleNamespace(chat=SimpleNamespace(remote=self._chat)))
-
-        class Block:
-            async def __aenter__(self):
-                return Service(name, handle)
-
-            async def __aexit__(self, *_):
-                pass
-
-        return Block()
-
-    async def _chat(self, body: dict):
-        self.requests.append(body)
-        answer = self.answers[len(self.requests) - 1]
-        yield SimpleNamespace(model_dump_json=lambda: json.dumps(answer))
-
-
-def completion() -> dict:
-    likely = [{"token": str(k), "logprob": -float(k + 1)} for k in range(5)]
-    tokens = [
-        {"token": '{"label":', "logprob": -0.1, "top_logprobs": []},
-        {"token": "0", "logprob": -1.0, "top_logprobs": likely},
-    ]
-    return {"choices": [{"message": {"content": '{"label":0}'}, "logprobs": {"content": tokens}}]}
 
 
 def test_vllm_is_given_what_the_config_says(run_of, path, monkeypatch):

@@ -11,26 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from actors.judge import ladder
 from actors.judge.calls import Failure
 from actors.judge.openai import OpenAIJudge
 from cluster.tables import PartTable
 from jobs.judging import asking as module
 from jobs.judging.asking import GIVE_UP, PROBE, VerdictStore, ask_all, judge_one, probe, verdicts
-from tests.actors.test_judge_openai import WHOLE, Server, completion, http
-from tests.jobs.judging import Mock, run_in
+from tests.jobs.judging import Mock, run_in, texts
+from tests.openai_server import WHOLE, Server, completion, http
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def hurried(monkeypatch):
-    """Retries wait a hundredth of a second instead of seconds."""
-    monkeypatch.setattr(ladder, "FIRST_WAIT", dict.fromkeys(ladder.FIRST_WAIT, 0.001))
-
-
-def texts(count: int) -> list[tuple[str, str, str]]:
-    return [("What?", f"It is {n}.", f"Maybe {n}.") for n in range(count)]
 
 
 def test_each_different_answer_is_asked_once_and_a_second_run_asks_nothing(tmp_path, monkeypatch):
@@ -171,7 +160,7 @@ import sys, asyncio
 from jobs.core import command
 from jobs.judging.asking import verdicts
 from tests.jobs.judging import Mock
-from tests.jobs.test_judge_loop import texts
+from tests.jobs.judging import texts
 import pytest
 
 mock = Mock(delay=0.05).install(pytest.MonkeyPatch())

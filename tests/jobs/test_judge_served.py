@@ -14,8 +14,7 @@ from jobs import judge
 from jobs.judging.answer_tables import read_answers
 from jobs.judging.asking import VerdictStore
 from jobs.judging.tables import remarks
-from tests.jobs.judging import run_in
-from tests.jobs.test_judge import DISEASES, evaluation
+from tests.jobs.judging import DISEASES, evaluation, run_in
 from tests.judging import save_tiny_judge
 
 pytestmark = pytest.mark.usefixtures("private_ray")

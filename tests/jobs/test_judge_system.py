@@ -3,9 +3,9 @@
 import pytest
 
 from jobs.judging.engine import judge_identity
-from tests.actors.test_judge_system import DROPS, REFUSES
-from tests.jobs.test_judge_engine import REQUESTS, FakeVLLM, asked, completion, path, run_of  # noqa: F401 (fixtures)
+from tests.jobs.engines import REQUESTS, FakeVLLM, asked, completion, path, run_of  # noqa: F401 (fixtures)
 from tests.judging import CHAT_ML, save_tiny_judge
+from tests.templates import DROPS, REFUSES
 
 
 @pytest.mark.parametrize(("template", "folds"), [(CHAT_ML, False), (REFUSES, True), (DROPS, True)])

@@ -23,8 +23,7 @@ from jobs.core.command import main
 from jobs.judging import agreement
 from jobs.judging.answer_tables import read_answers
 from jobs.judging.tables import clusters
-from tests.jobs.judging import IDENTITY, Mock, fair
-from tests.jobs.test_judge import answer_rows
+from tests.jobs.judging import IDENTITY, Mock, answer_rows, fair
 from tests.judging import save_tiny_judge
 
 

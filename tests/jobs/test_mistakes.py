@@ -12,23 +12,7 @@ from PIL import Image
 
 from actors.derm_tiny.draw import write_tree
 from jobs.core import command
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/derm-tiny.yaml"
-
-
-def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
-    command_line = [sys.executable, "-m", f"jobs.{job}", "--config", CONFIG, *arguments]
-    return subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-
-
-def assert_says(result: subprocess.CompletedProcess, *words: str) -> None:
-    assert result.returncode not in (0, -9), result.stdout
-    assert "Traceback" not in result.stderr + result.stdout
-    said = result.stderr.strip().splitlines()[-1]
-    for word in words:
-        assert word in said, said
+from tests.jobs.commands import CONFIG, ROOT, assert_says, run
 
 
 @pytest.fixture(scope="module")

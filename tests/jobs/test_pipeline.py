@@ -9,30 +9,13 @@ from pathlib import Path
 import pytest
 
 from cluster.tables import read_table
-from tests.jobs.test_mistakes import ROOT, assert_says, run
+from tests.jobs.commands import ROOT, assert_says, options, run
 
 pytestmark = pytest.mark.timeout(1000)  # the first test waits for the whole pipeline
-SMALL = {
-    "data.draw_per_class": "5",
-    "ablate.samples": "8",
-    "prune.layers": "2",
-    "prune.search": "one_shot",
-    "replicas.count": "1",
-    "recover.epochs": "0.5",
-    "quantize.calibration_samples": "8",
-    "evaluate.warmup_runs": "0",
-    "evaluate.timed_runs": "2",
-    "evaluate.timed_tokens": "4",
-}
 REQUIRED = {
     *("method", "removed_layers", "bits", "quantizer", "params", "weight_bytes", "baseline_pct", "name_accuracy"),
     *("ms_per_token", "is_llm_judge", "judge_pct", "bits_per_weight", "simulated", "nominal_bytes"),
 }
-
-
-def options(folder: Path, **changes: str) -> list[str]:
-    chosen = {"run_dir": str(folder), **SMALL, **changes}
-    return [part for key, value in chosen.items() for part in (f"--{key}", value)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from jobs import profile
 from jobs.core.options import load_config
 from jobs.core.stage import Source
-from tests.jobs.test_mistakes import ROOT, assert_says, run
+from tests.jobs.commands import ROOT, assert_says, run
 
 CHECKPOINT = "actors/derm_tiny/checkpoint"
 QUICK = ("--evaluate.warmup_runs", "1", "--evaluate.timed_runs", "4", "--evaluate.timed_tokens", "8")

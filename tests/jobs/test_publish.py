@@ -13,7 +13,7 @@ from cluster.artifacts import MANIFEST
 from jobs import prune, publish, verify
 from jobs.reporting import card
 from tests.jobs.here import run_here
-from tests.jobs.test_verify import UP, spoil
+from tests.jobs.spoiling import UP, spoil
 from tests.tiny import DERM_TINY, plain_model
 
 FILES = {

@@ -9,10 +9,13 @@ from actors.judge.calls import Failure
 from jobs import search
 from jobs.searching.budget import compared
 from jobs.searching.rows import read_rows
-from tests.jobs.judging import Mock, fair
+from tests.jobs.judging import (
+    DISEASES,
+    Mock,
+    fair,
+    hurried,  # noqa: F401 (a fixture)
+)
 from tests.jobs.searching import Factory, names, new_run
-from tests.jobs.test_judge import DISEASES
-from tests.jobs.test_judge_loop import hurried  # noqa: F401 (a fixture)
 
 WRONG = {"original": 0, "lora": 12, "awq 4 bit": 24, "lora, awq 4 bit": 36}  # of sixty answers
 OPTIONS = {

@@ -15,8 +15,7 @@ import pytest
 
 from cluster.head import Head, private_head
 from jobs.searching.rows import MEASURED
-from tests.jobs.test_mistakes import ROOT
-from tests.jobs.test_pipeline import SMALL
+from tests.jobs.commands import ROOT, SMALL
 
 WORK = {
     **SMALL,

@@ -11,8 +11,8 @@ from jobs.core.stage import Source
 from jobs.searching.rows import estimates
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import StageMaker, plans
+from tests.jobs.commands import ROOT
 from tests.jobs.here import run_here
-from tests.jobs.test_mistakes import ROOT
 
 SPACE = {
     "data__draw_per_class": "2",

@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from jobs import prune, quantize, recover, verify
 from jobs.core import command
 from jobs.core.workers import Workers
+from tests.jobs.commands import assert_says, run
 from tests.jobs.here import Worker, run_here
-from tests.jobs.test_mistakes import assert_says, run
+from tests.jobs.spoiling import UP, spoil
 from tests.tiny import DERM_TINY
 
 
@@ -21,13 +20,6 @@ def copy(tmp_path):
     return shutil.copytree(DERM_TINY, tmp_path / "copy")
 
 
-def spoil(folder, name: str, value: float = torch.nan) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].view(-1)[0] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-UP = "language_model.model.layers.4.mlp.up_proj.weight"
 TOWER = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
 
 
