@@ -11,10 +11,8 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import kendalltau
-
-from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_intervals
+from actors.maths.losses import Losses, count_apart, rank_losses
+from actors.maths.ranks import compute_kendall_tau
 from cluster.tables import read_table, write_table
 from jobs import prepare
 from jobs.config.schema import AblateConfig, Criterion
@@ -23,7 +21,6 @@ from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking.calibration import calibration_settings, open_measurements
 from jobs.ranking.criteria import PLUS_FIRST, PLUS_LAST, READINGS
-from jobs.ranking.measurements import Losses
 from jobs.reporting.figures import importance_figure
 
 SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
@@ -71,7 +68,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     (folder / FIGURE).write_text(importance_figure(scores, label=READINGS[config.criterion].label))
     facts["order"] = [row["layer"] for row in sorted(scores, key=lambda row: row["rank"])]
     facts["outliers"] = outliers
-    facts["pairs_apart"], facts["pairs"] = pairs_apart(losses)
+    facts["pairs_apart"], facts["pairs"] = count_apart(losses)
     facts["failed"] = measured.failed
 
 
@@ -112,40 +109,28 @@ def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> l
     not hold 0.
     """
     reading = READINGS[criterion]
-    means = losses.means_K
-    draws = cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N)
-    low, high = percentile_interval(draws)
-    first, last = rank_intervals(draws)
-    lost = losses.ranked_K
-    order = sorted(range(len(candidates)), key=lambda k: (lost[k], candidates[k]))
-    differs = apart(draws)
+    ranking = rank_losses(losses, candidates)
+    order, means, lost = ranking.order, losses.means_K.tolist(), losses.ranked_K.tolist()
     rows = []
     for k, layer in enumerate(candidates):
         rank = order.index(k)
-        shown = sorted((reading.shown(float(low[k])), reading.shown(float(high[k]))))
+        shown = sorted((reading.shown(float(ranking.low_K[k])), reading.shown(float(ranking.high_K[k]))))
         rows.append(
             {
                 "criterion": criterion,
                 "layer": layer,
-                "loss": float(lost[k]),
-                "score": reading.shown(float(means[k])),
+                "loss": lost[k],
+                "score": reading.shown(means[k]),
                 "low": shown[0],
                 "high": shown[1],
                 "rank": rank + 1,
-                "rank_low": int(first[k]),
-                "rank_high": int(np.ceil(last[k])),
-                "apart_from_next": rank + 1 < len(order) and bool(differs[k, order[rank + 1]]),
+                "rank_low": int(ranking.first_K[k]),
+                "rank_high": int(ranking.last_K[k]),
+                "apart_from_next": rank + 1 < len(order) and bool(ranking.apart_KK[k, order[rank + 1]]),
                 "samples": len(losses.values_NK),
             }
         )
     return rows
-
-
-def pairs_apart(losses: Losses) -> tuple[int, int]:
-    """Return how many pairs of layers differ at 95 % (paired by image), and how many there are."""
-    differs = apart(cluster_bootstrap_means(losses.values_NK, losses.weights_NK, losses.clusters_N))
-    layers = len(differs)
-    return int(differs.sum()) // 2, layers * (layers - 1) // 2
 
 
 def agreement_rows(scores: list[dict]) -> list[dict]:
@@ -154,15 +139,10 @@ def agreement_rows(scores: list[dict]) -> list[dict]:
     for row in scores:
         losses.setdefault(row["criterion"], []).append(row["loss"])
     return [
-        {"criterion": one, "other": other, "tau": _tau(losses[one], losses[other])}
+        {"criterion": one, "other": other, "tau": compute_kendall_tau(losses[one], losses[other])}
         for one in losses
         for other in losses
     ]
-
-
-def _tau(one: list[float], other: list[float]) -> float | None:
-    tau = float(kendalltau(one, other).statistic)
-    return None if np.isnan(tau) else tau
 
 
 def shown_tau(tau: float | None) -> str:

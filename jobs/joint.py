@@ -21,8 +21,7 @@ import time
 from collections.abc import Sequence
 from math import isfinite
 
-from scipy.stats import spearmanr
-
+from actors.maths.ranks import compute_spearman_rho
 from cluster.artifacts import write_text
 from jobs import ablate, judge, prepare, prune
 from jobs.allocation import mixed
@@ -142,8 +141,7 @@ def additivity(rows: Sequence[dict], damage: str) -> dict:
     first = [row for row in rows if row["round"] == 1 and row["predicted"] is not None and isfinite(row[damage])]
     pairs = [(row["predicted"], row[damage]) for row in first]
     predicted, measured = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    varied = len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
-    rank = float(spearmanr(*zip(*pairs, strict=True)).statistic) if varied else None
+    rank = compute_spearman_rho(*zip(*pairs, strict=True))
     return {"choices": len(pairs), "mean_predicted": predicted, "mean_measured": measured, "spearman": rank}
 
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from actors.maths.sampling import draw_places
 from actors.specs import Conversation, QuantizeSettings
 from jobs import prepare, verify
 from jobs.core.command import main
@@ -76,7 +75,7 @@ def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
     if quantize.method != "awq":
         return []
     drawn = training_conversations(run.make(data))
-    picks = np.random.default_rng(run.config.seed).permutation(len(drawn))[: quantize.calibration_samples]
+    picks = draw_places(len(drawn), quantize.calibration_samples, run.config.seed)
     return [drawn[i] if quantize.calibration_images else replace(drawn[i], image=None) for i in picks]
 
 

@@ -29,6 +29,8 @@ def test_rooms_keep_their_rules():
         ("cluster", "import torch"),
         ("cluster", "import transformers"),
         ("jobs", "import torch"),
+        ("jobs", "import numpy as np"),
+        ("jobs", "from scipy.stats import kendalltau"),
     ],
 )
 def test_a_planted_violation_is_caught(tmp_path, room, line):

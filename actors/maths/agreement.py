@@ -1,9 +1,11 @@
 """Agreement of two raters on a scale of labels, with the image as the unit. numpy only."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 
-from actors.maths.statistics import cluster_draws
+from actors.maths.statistics import bootstrap_mean, cluster_draws
 
 
 def mean_kappa(
@@ -32,6 +34,17 @@ def mean_kappa(
         return value, np.nan, np.nan
     low, high = np.nanquantile(drawn_B, [(1 - level) / 2, (1 + level) / 2])
     return value, float(low), float(high)
+
+
+def measure_signed_error(
+    labels: Sequence[int], ratings: Sequence[Sequence[int]], clusters_N: Int[np.ndarray, "n"]
+) -> tuple[float, float, float]:
+    """Return the mean of label - mean of an answer's ratings, and its interval, in labels; whole images are resampled.
+
+    labels and ratings: a label and at least one rating for each of N answers.
+    """
+    errors_N = np.array([label - np.mean(given) for label, given in zip(labels, ratings, strict=True)])
+    return bootstrap_mean(errors_N, clusters_N)
 
 
 def _kappa(sums_PM: Float[np.ndarray, "*b p 6"]) -> Float[np.ndarray, "*b"]:

@@ -51,6 +51,14 @@ def macro_f1_draws(
     return _macro(chosen @ hits, chosen @ asked, chosen @ given)
 
 
+def bootstrap_macro_f1(
+    truth_N: Int[np.ndarray, "n"], given_N: Int[np.ndarray, "n"], classes: int, clusters_N: Int[np.ndarray, "n"]
+) -> tuple[float, Float[np.ndarray, "draws"]]:
+    """Return macro F1 as `macro_f1` does (a fraction), and its draws as `macro_f1_draws` does."""
+    counts = confusion(truth_N, given_N, classes, max(classes, int(given_N.max()) + 1))
+    return macro_f1(counts), macro_f1_draws(truth_N, given_N, classes, clusters_N)
+
+
 def _macro(hits_BK: np.ndarray, asked_BK: np.ndarray, given_BK: np.ndarray) -> np.ndarray:
     f1_BK = 2 * hits_BK / np.maximum(asked_BK + given_BK, 1)
     return (f1_BK * (asked_BK > 0)).sum(axis=1) / (asked_BK > 0).sum(axis=1)

@@ -2,10 +2,11 @@
 Pisinger 2004, chapter 11), solved as an integer program by HiGHS through scipy.
 
 minimise sum_l damage[l, choice_l] subject to sum_l bytes[m, l, choice_l] <= budget[m] in every moment m: what is in
-memory differs from one moment of the work to another, and none may exceed its budget.
+memory differs from one moment of the work to another, and none may exceed its budget. What it is given are tables of
+single changes: an option for one layer, and the others as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +14,38 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 INFEASIBLE = 2  # scipy's status for a program without a solution
 SCALE = 1e3  # of the largest damage: HiGHS takes differences below 1e-6 for ties
+
+
+def tabulate_bytes(
+    held: Sequence[Sequence[Sequence[int]]], base: Sequence[int], budget: int
+) -> tuple[Int[np.ndarray, "m l o"], list[int]]:
+    """Return bytes_MLO of every option, and what each moment leaves for the layers (bytes).
+
+    base: what each moment holds with all layers at one option; held: by layer and option, what it holds with that
+    option for that layer instead. The program's bytes are the differences, so `base` itself counts 0.
+    """
+    bytes_MLO = np.array([[np.array(option) - np.array(base) for option in layer] for layer in held], dtype=np.int64)
+    return np.ascontiguousarray(np.moveaxis(bytes_MLO, -1, 0)), [int(budget - moment) for moment in base]
+
+
+def tabulate_damage(
+    at: float, measured: Mapping[tuple[int, int], float], centre: Sequence[int], options: Sequence[int]
+) -> Float[np.ndarray, "l o"]:
+    """Return what a change of one layer costs beside `centre`, which loses `at` (the damage's unit).
+
+    measured: the loss of every single change, by (layer, number of the option). The centre's own option costs 0; one
+    that was not measured (it would remove the last layer that is left) is no choice: infinite.
+    """
+    own_LO = np.array(centre)[:, None] == np.array(options)
+    damage_LO = np.where(own_LO, 0.0, np.inf)
+    for place, loss in measured.items():
+        damage_LO[place] = loss - at
+    return damage_LO
+
+
+def predict_damage(at: float, damage_LO: Float[np.ndarray, "l o"], picked: Sequence[int]) -> float:
+    """Return the loss of a choice (a column per layer) if single changes add up: `at` and the damage of each layer."""
+    return at + float(sum(damage_LO[layer, option] for layer, option in enumerate(picked)))
 
 
 def best_choices(

@@ -1,15 +1,73 @@
 """Comparing two models on the same answers, with the image as the unit. numpy and scipy only."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from actors.maths.statistics import cluster_bootstrap_interval, percentile_interval
+from actors.maths.statistics import bound_draws, cluster_bootstrap_interval, cluster_bootstrap_means
 
 MAX_EXACT = 20  # images up to which all sign flips are counted
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of scores - others over the same answers, its interval, p value (of this comparison alone) and power.
+
+    detectable: what 80 % power would find; None where nothing differs, and with one image.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    detectable: float | None
+    identical: bool
+
+
+def compare_pairs(
+    scores_N: Float[np.ndarray, "n"], others_N: Float[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"]
+) -> PairedDifference:
+    """Compare two models' scores of the same answers, with the image as the unit; all but p in the scores' unit."""
+    gained_N = scores_N - others_N
+    identical, several = not gained_N.any(), clusters_N.max() > clusters_N.min()
+    return PairedDifference(
+        float(gained_N.mean()),
+        *paired_interval(scores_N, others_N, clusters_N),
+        sign_flip_p(gained_N, clusters_N),
+        detectable_difference(gained_N, clusters_N) if several and not identical else None,
+        identical,
+    )
+
+
+def bootstrap_difference(
+    scores_N: Float[np.ndarray, "n"], others_N: Float[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"]
+) -> tuple[float, float, float]:
+    """Return the mean of scores - others, same answers in both, and its interval (`paired_interval`)."""
+    return float((scores_N - others_N).mean()), *paired_interval(scores_N, others_N, clusters_N)
+
+
+def compute_ratio(
+    value: float, original: float, draws_B: Float[np.ndarray, "b"], others_B: Float[np.ndarray, "b"]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Return value / original, None where that is 0, and the ratio's interval (`ratio_interval`)."""
+    return float(value / original) if original else None, ratio_interval(draws_B, others_B)
+
+
+def bootstrap_ratio(
+    scores_N: Float[np.ndarray, "n"], originals_N: Float[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Return the ratio of two models' mean scores of the same answers, and its interval, as `compute_ratio` does.
+
+    Both models have the same draws of whole images.
+    """
+    values_NK = np.array([scores_N, originals_N], dtype=float).T
+    draws_KB = cluster_bootstrap_means(values_NK, np.ones_like(values_NK), clusters_N).T
+    mean, original = values_NK.mean(axis=0).tolist()
+    return compute_ratio(mean, original, draws_KB[0], draws_KB[1])
 
 
 def paired_interval(
@@ -30,8 +88,7 @@ def ratio_interval(
     """Return the interval of a ratio of two models' numbers from the same draws; None where the lower one can be 0."""
     if (others_B == 0).any():
         return None
-    low, high = percentile_interval((draws_B / others_B)[:, None], level)
-    return float(low[0]), float(high[0])
+    return bound_draws(draws_B / others_B, level)
 
 
 def sign_flip_p(

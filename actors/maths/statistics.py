@@ -1,8 +1,12 @@
 """Intervals for scores whose unit is the image, not the answer. numpy and scipy only."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest, norm, rankdata
+
+from actors.maths.columns import Number
 
 # Modified z-score above which a value is an outlier, and the factors that scale it (Iglewicz and Hoaglin 1993).
 OUTLIER_Z, MAD_SCALE, MEAN_SCALE = 3.5, 1.4826, 1.2533
@@ -79,6 +83,28 @@ def cluster_bootstrap_interval(
     """Return the percentile interval of the mean when whole clusters (images) are resampled."""
     column = values.astype(float)[:, None]
     low, high = percentile_interval(cluster_bootstrap_means(column, np.ones_like(column), clusters, draws, seed), level)
+    return float(low[0]), float(high[0])
+
+
+def average(values: Sequence[Number]) -> float:
+    """Return the mean of at least one number, in its unit."""
+    return float(np.mean(values))
+
+
+def bootstrap_mean(
+    values_N: Float[np.ndarray, "n"],
+    clusters_N: Int[np.ndarray, "n"],
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return the mean and its interval when whole clusters (images) are resampled, in the values' unit."""
+    return float(values_N.mean()), *cluster_bootstrap_interval(values_N, clusters_N, level, draws, seed)
+
+
+def bound_draws(draws_B: Float[np.ndarray, "b"], level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of one number's draws."""
+    low, high = percentile_interval(draws_B[:, None], level)
     return float(low[0]), float(high[0])
 
 

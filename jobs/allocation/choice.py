@@ -6,11 +6,11 @@ best choice so far: every single change of it is measured again, and the program
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
-import numpy as np
-
-from actors.maths.knapsack import best_choices
+from actors.maths.columns import Array
+from actors.maths.knapsack import best_choices, predict_damage, tabulate_bytes, tabulate_damage
 from jobs.config.schema import Criterion
 from jobs.ranking.measurements import ChoiceMeasurements, check_ranked
 
@@ -32,16 +32,16 @@ class Memory:
     options: tuple[int, ...]
     context: int
 
-    def moments(self, choice: Choice) -> np.ndarray:
+    def moments(self, choice: Choice) -> list[int]:
         """Return the bytes of the weights and of what each moment of the work holds beside them, a moment each."""
         from actors.estimate import estimate
 
         found = estimate(self.shapes, replace(self.setting, bits=choice))
-        return np.array([found["weight_bytes"] + self.context + held for held in found["phases"].values()])
+        return [found["weight_bytes"] + self.context + held for held in found["phases"].values()]
 
     def total(self, choice: Choice) -> int:
         """Return the bytes of the largest moment."""
-        return int(self.moments(choice).max())
+        return max(self.moments(choice))
 
     @property
     def least(self) -> Choice:
@@ -52,21 +52,19 @@ class Memory:
         alone = (tuple(fewest if layer == kept else REMOVED for layer in range(layers)) for kept in range(layers))
         return min(alone, key=self.total)
 
-    def program(self, budget: int) -> tuple[np.ndarray, list[int]]:
-        """Return bytes_MLO of every option and what each moment leaves for the layers.
+    def program(self, budget: int) -> tuple[Array, list[int]]:
+        """Return bytes_MLO of every option and what each moment leaves for the layers (`tabulate_bytes`).
 
         What does not depend on a layer alone (a linear while it is unpacked) is taken as it is with all layers at the
         fewest bits, where it is largest.
         """
         fewest = next(bits for bits in self.options if bits)
-        layers = len(self.shapes.layers)
-        base = (fewest,) * layers
-        at = self.moments(base)
-        bytes_MLO = np.empty((len(at), layers, len(self.options)), dtype=np.int64)
-        for layer in range(layers):
-            for option, bits in enumerate(self.options):
-                bytes_MLO[:, layer, option] = self.moments((*base[:layer], bits, *base[layer + 1 :])) - at
-        return bytes_MLO, [int(budget - held) for held in at]
+        base = (fewest,) * len(self.shapes.layers)
+        held = [
+            [self.moments((*base[:layer], bits, *base[layer + 1 :])) for bits in self.options]
+            for layer in range(len(base))
+        ]
+        return tabulate_bytes(held, self.moments(base), budget)
 
 
 def single_changes(choice: Choice, options: Sequence[int]) -> dict[tuple[int, int], Choice]:
@@ -105,7 +103,7 @@ class Search:
         One that says nothing, whose damage is no finite number, is not among them.
         """
         damage = self._joint.damage
-        known = [choice for choice, row in self.tried.items() if np.isfinite(row[damage])]
+        known = [choice for choice, row in self.tried.items() if isfinite(row[damage])]
         return sorted(known, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
 
     def run(self, uniform: Sequence[Choice]) -> None:
@@ -124,14 +122,7 @@ class Search:
         at, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
         check_ranked(damage, [at])
         check_ranked(damage, losses)
-        damage_LO = np.zeros((len(centre), len(self._options)))
-        unmeasured = {(layer, option) for layer in range(len(centre)) for option in range(len(self._options))}
-        for key, loss in zip(changes, losses, strict=True):
-            damage_LO[key] = loss - at
-            unmeasured.discard(key)
-        for layer, option in unmeasured:
-            if self._options[option] != centre[layer]:  # the last layer that is left
-                damage_LO[layer, option] = np.inf
+        damage_LO = tabulate_damage(at, dict(zip(changes, losses, strict=True)), centre, self._options)
         if number == 1:
             self._note_singles(changes)
         nothing = (self._options.index(REMOVED),) * len(centre) if REMOVED in self._options else None
@@ -141,8 +132,8 @@ class Search:
         )
         choices = [tuple(self._options[option] for option in picked) for picked in found]
         choices += [choice for choice in others if choice not in choices]
-        sums = {choice: at + float(self._sum(damage_LO, choice)) for choice in choices}
-        predicted = {choice: total for choice, total in sums.items() if np.isfinite(total)}
+        sums = {choice: predict_damage(at, damage_LO, [*map(self._options.index, choice)]) for choice in choices}
+        predicted = {choice: total for choice, total in sums.items() if isfinite(total)}
         if number > 1:
             choices += [changed for changed in changes.values() if self.fits(changed) and changed not in choices]
         values = self.losses(choices, damage, f"{label}, {damage} of choices")
@@ -158,9 +149,6 @@ class Search:
         for each in BOTH:
             for choice, value in zip(choices, self.losses(choices, each, f"{each} of the best"), strict=True):
                 self.tried[choice][each] = value
-
-    def _sum(self, damage_LO: np.ndarray, choice: Choice) -> float:
-        return sum(damage_LO[layer, self._options.index(bits)] for layer, bits in enumerate(choice))
 
     def _note_singles(self, changes: dict[tuple[int, int], Choice]) -> None:
         values = {each: self.losses(list(changes.values()), each, f"{each} of single changes") for each in BOTH}

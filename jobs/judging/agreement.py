@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-
-import numpy as np
+from math import isnan
 
 from actors.judge.cache import JudgeIdentity
 from actors.judge.prompt import RUBRIC_VERSION
 from actors.judge.verdict import TOP_LABEL
-from actors.maths.agreement import mean_kappa
-from actors.maths.statistics import cluster_bootstrap_interval
+from actors.maths.agreement import mean_kappa, measure_signed_error
+from actors.maths.columns import number_names, to_floats
 from cluster.artifacts import file_sha256, write_text
 from jobs.core.run import Run
 from jobs.judging.answer_tables import REQUIRED, AnswerTable, read_table_of
@@ -125,8 +124,11 @@ def compared(ratings: Sequence[Rating], labels: Mapping[Hashable, int]) -> dict:
     for rating in ratings:
         people.setdefault(rating.item, {})[rating.rater] = rating.rating
     items = [item for item in people if item in labels]
-    errors = np.array([labels[item] - np.mean(list(people[item].values())) for item in items])
-    low, high = cluster_bootstrap_interval(errors, _index([cluster[item] for item in items]))
+    error, low, high = measure_signed_error(
+        [labels[item] for item in items],
+        [list(people[item].values()) for item in items],
+        number_names([cluster[item] for item in items]),
+    )
     judge = [(labels[r.item], r.rating, r.rater, r.cluster) for r in scored]
     pairs = [
         (given[one], given[other], f"{one}\n{other}", cluster[item])
@@ -137,7 +139,7 @@ def compared(ratings: Sequence[Rating], labels: Mapping[Hashable, int]) -> dict:
         "answers": len(items),
         "clusters": len({cluster[item] for item in items}),
         **_kappa("kappa", judge),
-        "signed_error": float(errors.mean()),
+        "signed_error": error,
         "signed_error_interval": [low, high],
         **_kappa("people_kappa", pairs),
     }
@@ -147,14 +149,9 @@ def _kappa(name: str, entries: Sequence[tuple[int, int, str, str]]) -> dict:
     if not entries:
         return {name: None, f"{name}_interval": None}
     first, second, pairs, names = zip(*entries, strict=True)
-    labels, others = np.array(first, dtype=float), np.array(second, dtype=float)
-    value, low, high = mean_kappa(labels, others, _index(pairs), _index(names))
-    undefined = np.isnan(value)
+    value, low, high = mean_kappa(to_floats(first), to_floats(second), number_names(pairs), number_names(names))
+    undefined = isnan(value)
     return {name: None if undefined else value, f"{name}_interval": None if undefined else [low, high]}
-
-
-def _index(names: Sequence[str]) -> np.ndarray:
-    return np.unique(names, return_inverse=True)[1]
 
 
 def _who(identity: JudgeIdentity) -> dict:

@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from actors.judge.cache import JudgeIdentity
 from actors.judge.controls import Control, controls, misses, unbuilt
 from actors.judge.verdict import TOP_LABEL, tally
-from actors.maths.statistics import cluster_bootstrap_interval
+from actors.maths.columns import number_names, to_percent
+from actors.maths.statistics import average, bootstrap_mean
 from jobs.core.run import Run
 from jobs.judging.agreement import sentence
 from jobs.judging.asking import BAD_OUTPUT, Judged, Text, judge_columns, verdicts
@@ -100,20 +99,19 @@ def _tally(rows: Sequence[Mapping], own: Sequence[Judged]) -> dict:
     labels = [one.verdict.label for one in own]
     found = tally(labels)
     names, unit = clusters(rows)
-    index = np.unique(names, return_inverse=True)[1]
     interval = expected = None
     if found["judge_pct"] is not None:
-        scored = np.array([label is not None for label in labels])
-        points = np.array([label for label in labels if label is not None], dtype=float) * 100 / TOP_LABEL
-        interval = list(cluster_bootstrap_interval(points, index[scored]))
+        scored = [(label, name) for label, name in zip(labels, names, strict=True) if label is not None]
+        points = to_percent([label for label, _ in scored], TOP_LABEL)
+        interval = list(bootstrap_mean(points, number_names([name for _, name in scored]))[1:])
         means = [one.verdict.expected for one in own if one.verdict.expected is not None]
-        if len(means) == len(points):  # of all scored answers, or of none: no mean over a part that chose itself
-            expected = 100 / TOP_LABEL * float(np.mean(means))
+        if len(means) == len(scored):  # of all scored answers, or of none: no mean over a part that chose itself
+            expected = 100 / TOP_LABEL * average(means)
     return {
         **found,
         "judge_interval_pct": interval,
         "judge_expected_pct": expected,
-        "clusters": int(index.max()) + 1 if len(index) else 0,
+        "clusters": len(set(names)),
         "unit": unit,
     }
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
+from actors.maths.sampling import draw_calibration
 from actors.specs import Conversation
 from jobs import prepare
 from jobs.config.schema import Criterion
@@ -27,22 +26,6 @@ def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
     return [
         Conversation(rows[i]["sample_id"], rows[i]["image"], rows[i]["question"], rows[i]["reference"]) for i in picks
     ]
-
-
-def draw_calibration(images: Sequence[str], samples: int, seed: int, per_image: int | None = None) -> list[int]:
-    """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
-
-    per_image: draw images, and at most so many questions about each; None: draw questions one by one.
-    """
-    random = np.random.default_rng(seed)
-    shuffled = random.permutation(len(images)).tolist()
-    if per_image is not None:
-        asked: dict[str, list[int]] = {}
-        for i in shuffled:
-            asked.setdefault(images[i], []).append(i)
-        turns = random.permutation(sorted(asked)).tolist()  # any image is as likely as another
-        shuffled = [i for image in turns for i in asked[image][:per_image]]
-    return sorted(shuffled[:samples])
 
 
 @contextmanager

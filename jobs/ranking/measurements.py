@@ -8,10 +8,9 @@ the numbers>. Every way to rank and to search reads from it, so none measures ag
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from math import isfinite
 
-import numpy as np
-
+from actors.maths.losses import Losses, tabulate_losses
 from actors.maths.statistics import loss_outliers
 from actors.specs import Conversation, Known
 from cluster.artifacts import digest
@@ -26,32 +25,13 @@ VERSION = 1
 Removed = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Losses of N questions (those that have all) without K sets of layers; clusters_N numbers their images."""
-
-    values_NK: np.ndarray
-    weights_NK: np.ndarray
-    clusters_N: np.ndarray
-
-    @property
-    def means_K(self) -> np.ndarray:
-        """Weighted mean of every column."""
-        return (self.values_NK * self.weights_NK).sum(0) / self.weights_NK.sum(0)
-
-    @property
-    def ranked_K(self) -> np.ndarray:
-        """The means to rank by: what is no number is the largest."""
-        return np.where(np.isnan(self.means_K), np.inf, self.means_K)
-
-
 class NothingRanked(RuntimeError):
     """No loss is a finite number, so that none is the least."""
 
 
-def check_ranked(criterion: Criterion, losses: Sequence[float] | np.ndarray) -> None:
+def check_ranked(criterion: Criterion, losses: Sequence[float]) -> None:
     """Refuse losses of which none is a finite number (NothingRanked)."""
-    if not np.isfinite(losses).any():
+    if not any(isfinite(loss) for loss in losses):
         raise NothingRanked(
             f"The {criterion} of all {len(losses)} candidates of a search is NaN or infinite, so none can be chosen: "
             "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by something "
@@ -93,10 +73,11 @@ class Measurements:
         if not whole:
             raise RuntimeError(f"No question could be measured; the first failure: {next(iter(self.failed.values()))}")
         table = [[known[sample.id, removed] for removed in sets] for sample in whole]
-        values = np.array([[row[reading.column] for row in rows] for rows in table], dtype=float)
-        weights = np.array([[row[reading.weights] if reading.weights else 1 for row in rows] for rows in table], float)
-        images = np.unique([sample.image for sample in whole], return_inverse=True)[1]
-        return Losses(values, weights, images)
+        return tabulate_losses(
+            [[row[reading.column] for row in rows] for rows in table],
+            [[row[reading.weights] if reading.weights else 1 for row in rows] for rows in table],
+            [sample.image for sample in whole],
+        )
 
     def key(self, removed: Iterable[int]) -> Removed:
         """Return what identifies a set of layers."""

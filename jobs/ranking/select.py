@@ -9,9 +9,8 @@ criterion itself decides among the survivors. What `jobs.ablate` measured is not
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from actors.maths.statistics import cluster_bootstrap_means, percentile_interval
+from actors.maths.losses import compare_losses
+from actors.maths.subsets import extend_set, mutate_set, select_best, select_earliest, start_stream
 from cluster.tables import write_table
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
@@ -57,9 +56,9 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
         measured.failed.update(run.facts(scores)["failed"])
         steps: list[dict] = []
 
-        def note(kind: str, sets: list[Removed], losses: np.ndarray) -> None:
+        def note(kind: str, sets: list[Removed], losses: list[float]) -> None:
             steps.extend(
-                {"round": kind, "removed": list(removed), "loss": float(loss)}
+                {"round": kind, "removed": list(removed), "loss": loss}
                 for removed, loss in zip(sets, losses, strict=True)
             )
 
@@ -70,15 +69,14 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
         pair = measured.losses(criterion, [found, ranked], label="against one shot")
     write_table(folder / STEPS, steps)
     shown = READINGS[criterion].shown
-    means = pair.means_K
-    draws = cluster_bootstrap_means(pair.values_NK, pair.weights_NK, pair.clusters_N)
-    low, high = (float(bound[0]) for bound in percentile_interval(draws[:, 1:] - draws[:, :1]))
+    score, one_shot_score = pair.means_K.tolist()
+    gain, low, high = compare_losses(pair)
     facts.update(
         removed=list(found),
         one_shot=list(ranked),
-        score=shown(float(means[0])),
-        one_shot_score=shown(float(means[1])),
-        gain=float(means[1] - means[0]),
+        score=shown(score),
+        one_shot_score=shown(one_shot_score),
+        gain=gain,
         gain_interval=[low, high],
         sets_measured=len({tuple(step["removed"]) for step in steps}),
         failed=measured.failed,
@@ -99,47 +97,32 @@ def beam(run: Run, measured: Measurements, order: list[int], width: int, note: C
         label = f"{run.config.prune.search} {done + 1}/{layers}"
         children: dict[Removed, None] = {}
         for parent in sets:
-            own = [tuple(sorted((*parent, layer))) for layer in order if layer not in parent]
+            own = extend_set(parent, order)
             measured.losses(criterion, own, base=parent, label=label)
             children.update(dict.fromkeys(own))
-        losses = measured.losses(criterion, list(children), label=label).ranked_K
+        losses = measured.losses(criterion, list(children), label=label).ranked_K.tolist()
         note(label, list(children), losses)
         check_ranked(criterion, losses)
-        sets = [removed for _, removed in sorted(zip(losses.tolist(), children, strict=True))[:width]]
+        sets = select_best(losses, list(children), width)
     return sets[0]
 
 
 def evolve(run: Run, measured: Measurements, order: list[int], start: Removed, note: Callable) -> Removed:
     """Mutate the best set, `offspring` times a generation; the best of the survivors replaces it if it loses less."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
-    random = np.random.default_rng(run.config.seed)
+    random = start_stream(run.config.seed)
     best = start
     for generation in range(prune.generations):
         label = f"evolution {generation + 1}/{prune.generations}"
-        children = mutants(random, best, order, prune.offspring)
+        children = mutate_set(random, best, order, prune.offspring)
         if not children:  # there is no other set
             break
         if criterion == "answer_similarity":
-            cheap = measured.losses("kl", children, base=best, label=f"{label}, KL").ranked_K
+            cheap = measured.losses("kl", children, base=best, label=f"{label}, KL").ranked_K.tolist()
             note(f"{label}, KL", children, cheap)
-            children = [children[i] for i in np.argsort(cheap, kind="stable")[: prune.survivors]]
-        losses = measured.losses(criterion, [best, *children], base=best, label=label).ranked_K
+            children = select_earliest(cheap, children, prune.survivors)
+        losses = measured.losses(criterion, [best, *children], base=best, label=label).ranked_K.tolist()
         note(label, [best, *children], losses)
         check_ranked(criterion, losses)
-        best = [best, *children][int(np.argmin(losses))]  # the first of equals: the old one stays
+        (best,) = select_earliest(losses, [best, *children], 1)  # of equals, the old one stays
     return best
-
-
-def mutants(random: np.random.Generator, parent: Removed, order: list[int], count: int) -> list[Removed]:
-    """Return up to `count` different sets, each with one to three of the parent's layers swapped for kept ones."""
-    kept = [layer for layer in order if layer not in parent]
-    found: dict[Removed, None] = {}
-    if not kept:
-        return []
-    for _ in range(20 * count):
-        if len(found) == count:
-            break
-        swaps = min(*random.integers(1, 4, size=2), len(parent), len(kept))
-        out, back = random.choice(parent, swaps, replace=False), random.choice(kept, swaps, replace=False)
-        found[tuple(sorted({*map(int, back), *parent} - {*map(int, out)}))] = None
-    return list(found)

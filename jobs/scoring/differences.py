@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from actors.maths.paired import detectable_difference, finding, holm, mcnemar_p, paired_interval, sign_flip_p
+from actors.maths.columns import number_names, to_flags, to_percent
+from actors.maths.paired import compare_pairs, finding, holm, mcnemar_p
 
 _UNKNOWN = {"interval_pct": None, "p_holm": None, "detectable_pct": None, "finding": None}
 
@@ -40,8 +39,7 @@ def name_tests(models: Sequence[Mapping[str, bool]]) -> list[float | None]:
     raw = []
     for model in models[1:]:
         shared = _shared(models[0], model)
-        right, others = (np.array([one[s] for s in shared], dtype=bool) for one in (model, models[0]))
-        raw.append(mcnemar_p(right, others))
+        raw.append(mcnemar_p(to_flags([right for _, _, right in shared]), to_flags([right for _, right, _ in shared])))
     return [None, *(holm(raw) if models[0] else [None] * len(raw))]
 
 
@@ -52,19 +50,22 @@ def _difference(
     shared = _shared(first, other)
     if not shared:
         return {**_UNKNOWN, "pct": None, "pairs": 0}
-    images = np.unique([groups[s] for s in shared], return_inverse=True)[1]
-    scores, others = (np.array([one[s] for s in shared], dtype=float) * 100 / top for one in (other, first))
-    gained = scores - others
-    identical, several = not gained.any(), images.max() > 0
+    found = compare_pairs(
+        to_percent([score for _, _, score in shared], top),
+        to_percent([score for _, score, _ in shared], top),
+        number_names([groups[sample] for sample, _, _ in shared]),
+    )
     return {
-        "pct": float(gained.mean()),
-        "interval_pct": list(paired_interval(scores, others, images)),
-        "p_holm": sign_flip_p(gained, images),
-        "detectable_pct": detectable_difference(gained, images) if several and not identical else None,
-        "finding": "identical" if identical else "unresolved",
+        "pct": found.mean,
+        "interval_pct": [found.low, found.high],
+        "p_holm": found.p,
+        "detectable_pct": found.detectable,
+        "finding": "identical" if found.identical else "unresolved",
         "pairs": len(shared),
     }
 
 
-def _shared(first: Mapping, other: Mapping) -> list[str]:
-    return sorted(s for s in first if first[s] is not None and other.get(s) is not None)
+def _shared(first: Mapping, other: Mapping) -> list[tuple]:
+    """Return the sample_ids that both scored, sorted, with both scores."""
+    pairs = ((sample, first[sample], other.get(sample)) for sample in sorted(first))
+    return [pair for pair in pairs if None not in pair]

@@ -6,19 +6,13 @@ The unit of every interval is the image: answers about one image, or about near-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from actors.baseline import ClassName, baseline_score, name_given, name_verdict
 from actors.judge.verdict import TOP_LABEL
-from actors.maths.confusion import confusion, macro_f1, macro_f1_draws
-from actors.maths.paired import paired_interval, ratio_interval
+from actors.maths.columns import Array, number_names, to_flags, to_floats, to_places
+from actors.maths.confusion import bootstrap_macro_f1, confusion
+from actors.maths.paired import bootstrap_difference, bootstrap_ratio, compute_ratio
 from actors.maths.repetition import loop_length
-from actors.maths.statistics import (
-    cluster_bootstrap_interval,
-    cluster_bootstrap_means,
-    cluster_share_interval,
-    percentile_interval,
-)
+from actors.maths.statistics import bootstrap_mean, bound_draws, cluster_share_interval
 from jobs.config.schema import ClassConfig
 
 NAME_QUESTION = "name"
@@ -71,16 +65,15 @@ def mean(label: str, rows: list[dict]) -> dict:
     """Return the mean of a column from 0 to 1, and its bootstrap interval, None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
-    values = np.array([row[label] for row in rows], dtype=float)
-    low, high = cluster_bootstrap_interval(values, _groups(rows))
-    return {f"{label}_pct": 100 * float(values.mean()), f"{label}_interval_pct": [100 * low, 100 * high]}
+    value, low, high = bootstrap_mean(to_floats([row[label] for row in rows]), _groups(rows))
+    return {f"{label}_pct": 100 * value, f"{label}_interval_pct": [100 * low, 100 * high]}
 
 
 def share(label: str, hits: Sequence[bool], rows: list[dict]) -> dict:
     """Return the share of rows that are hits, and its interval, None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
-    low, high = cluster_share_interval(np.array(hits), _groups(rows))
+    low, high = cluster_share_interval(to_flags(hits), _groups(rows))
     return {f"{label}_pct": 100 * sum(hits) / len(rows), f"{label}_interval_pct": [100 * low, 100 * high]}
 
 
@@ -101,7 +94,7 @@ def _names(rows: list[dict], classes: Sequence[str]) -> dict:
     return {
         **found,
         "macro_f1_pct": 100 * value,
-        "macro_f1_interval_pct": _interval_pct(draws),
+        "macro_f1_interval_pct": [100 * bound for bound in bound_draws(draws)],
         "confusion": {"classes": list(classes), "unnamed": list(UNNAMED), "counts": counts.tolist()},
     }
 
@@ -153,60 +146,48 @@ def retention(original: list[dict], rows: list[dict], classes: Sequence[str]) ->
     for label, score in GOOD.items():
         if chosen := named if label == "name_accuracy" else pairs:
             own, before = zip(*chosen, strict=True)
-            found[label] = retained([score(row) for row in own], [score(row) for row in before], _groups(before))
+            groups = [row["group"] for row in before]
+            found[label] = retained([score(row) for row in own], [score(row) for row in before], groups)
     if named:
         own, before = zip(*named, strict=True)
         (value, draws), (base, base_draws) = (_macro_f1(side, classes, _groups(before)) for side in (own, before))
-        found["macro_f1"] = _ratio(value, base, draws, base_draws)
+        found["macro_f1"] = _ratio(*compute_ratio(value, base, draws, base_draws))
     return found
 
 
-def retained(scores: Sequence[float], original: Sequence[float], groups: Sequence | np.ndarray) -> dict:
+def retained(scores: Sequence[float], original: Sequence[float], groups: Sequence) -> dict:
     """Return the ratio of two models' mean scores on the same questions, and its interval, as `retention` does."""
-    values = np.array([scores, original], dtype=float).T
-    clusters = np.unique(groups, return_inverse=True)[1]
-    return _ratio(*values.mean(axis=0), *cluster_bootstrap_means(values, np.ones_like(values), clusters).T)
+    return _ratio(*bootstrap_ratio(to_floats(scores), to_floats(original), number_names(groups)))
 
 
 def fall(label: str, before: Sequence[float], after: Sequence[float], rows: list[dict]) -> dict:
     """Return how far the mean of a score falls on the same questions, and its interval (points), None without rows."""
     if not rows:
         return {f"{label}_fall_pct": None, f"{label}_fall_interval_pct": None}
-    pair = np.array(before, dtype=float), np.array(after, dtype=float)
-    low, high = paired_interval(*pair, _groups(rows))
-    return {
-        f"{label}_fall_pct": 100 * float((pair[0] - pair[1]).mean()),
-        f"{label}_fall_interval_pct": [100 * low, 100 * high],
-    }
+    value, low, high = bootstrap_difference(to_floats(before), to_floats(after), _groups(rows))
+    return {f"{label}_fall_pct": 100 * value, f"{label}_fall_interval_pct": [100 * low, 100 * high]}
 
 
-def _macro_f1(rows: Sequence[dict], classes: Sequence[str], groups: np.ndarray) -> tuple[float, np.ndarray]:
+def _macro_f1(rows: Sequence[dict], classes: Sequence[str], groups: Array) -> tuple[float, Array]:
     """Return macro F1, and its draws when whole groups are resampled (fractions)."""
     truth, given = _numbered(rows, classes)
-    counts = confusion(truth, given, len(classes), len(classes) + len(UNNAMED))
-    return macro_f1(counts), macro_f1_draws(truth, given, len(classes), groups)
+    return bootstrap_macro_f1(truth, given, len(classes), groups)
 
 
-def _ratio(value: float, original: float, draws: np.ndarray, original_draws: np.ndarray) -> dict:
-    bounds = ratio_interval(draws, original_draws)
+def _ratio(value: float | None, bounds: tuple[float, float] | None) -> dict:
     return {
-        "pct": 100 * float(value / original) if original else None,
+        "pct": None if value is None else 100 * value,
         "interval_pct": [100 * bound for bound in bounds] if bounds else None,
     }
 
 
-def _interval_pct(draws: np.ndarray) -> list[float]:
-    low, high = percentile_interval(draws[:, None])
-    return [100 * float(low[0]), 100 * float(high[0])]
-
-
-def _numbered(rows: Sequence[dict], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _numbered(rows: Sequence[dict], classes: Sequence[str]) -> tuple[Array, Array]:
     """Return truth and what was named as columns of the confusion matrix."""
     place = {name: i for i, name in enumerate(classes)}
     behind = {kind: len(classes) + i for i, kind in enumerate(UNNAMED)}
     given = [behind[row["verdict"]] if row["named"] is None else place[row["named"]] for row in rows]
-    return np.array([place[row["class"]] for row in rows]), np.array(given)
+    return to_places([place[row["class"]] for row in rows]), to_places(given)
 
 
-def _groups(rows: Sequence[dict]) -> np.ndarray:
-    return np.unique([row["group"] for row in rows], return_inverse=True)[1]
+def _groups(rows: Sequence[dict]) -> Array:
+    return number_names([row["group"] for row in rows])

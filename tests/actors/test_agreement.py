@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from actors.maths.agreement import mean_kappa
+from actors.maths.agreement import mean_kappa, measure_signed_error
 
 
 def kappa(first, second, **settings) -> tuple[float, float, float]:
@@ -72,3 +72,9 @@ def test_interval_covers_over_images_and_not_over_answers():
             covered[column] += low <= truth <= high
     assert 0.89 <= covered[0] / 150 <= 0.99
     assert covered[1] / 150 < 0.88
+
+
+def test_signed_error_by_hand():
+    """Labels 4 and 1; people gave 2 and 3, and 1: 4 - 2.5 and 0, a mean of 0.75; drawn are 0, 0.75 and 1.5."""
+    assert measure_signed_error([4, 1], [[2, 3], [1]], np.arange(2)) == (0.75, 0.0, 1.5)
+    assert measure_signed_error([4, 1], [[2, 3], [1]], np.zeros(2, dtype=int)) == (0.75, 0.75, 0.75)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from actors.maths.confusion import confusion, macro_f1, macro_f1_draws
+from actors.maths.confusion import bootstrap_macro_f1, confusion, macro_f1, macro_f1_draws
 
 # Two classes, and a third column for answers that name none: F1 = 2*2/(3+2) and 2*1/(2+2).
 TRUTH, GIVEN = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 2])
@@ -39,3 +39,12 @@ def test_draws_are_the_macro_f1_of_resampled_images():
         rows = np.concatenate([np.flatnonzero(clusters == [2, 5, 9][one]) for one in pick])
         assert value == pytest.approx(macro_f1(confusion(TRUTH[rows], GIVEN[rows], 2, 3)))
     assert len(np.unique(draws)) > 3
+
+
+def test_macro_f1_with_its_draws():
+    """Truth 0 0 1 1, given 0 1 1 and nothing: F1 of 2/3 and 2/4; also where the last class is never given."""
+    truth, given = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 4])
+    value, draws = bootstrap_macro_f1(truth, given, 2, np.arange(4))
+    assert value == pytest.approx((2 / 3 + 2 / 4) / 2)
+    assert (draws == macro_f1_draws(truth, given, 2, np.arange(4))).all()
+    assert bootstrap_macro_f1(truth, np.zeros(4, dtype=int), 2, np.arange(4))[0] == pytest.approx((2 * 2 / 6 + 0) / 2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.maths.knapsack import best_choices
+from actors.maths.knapsack import best_choices, predict_damage, tabulate_bytes, tabulate_damage
 
 
 def test_a_case_counted_by_hand():
@@ -70,3 +70,25 @@ def test_it_is_exact(data):
     for each, budget in zip(sizes, budgets, strict=True):
         assert all(each[every, c].sum() <= budget for c in found)
     assert [damage[every, c].sum() for c in found] == pytest.approx([d for d, _ in expected[:4]], abs=1e-9)
+
+
+def test_bytes_by_hand():
+    """Two layers, options 0 and 4, two moments; the base holds 10 and 12 with both layers at 4."""
+    held = [[[7, 8], [10, 12]], [[9, 9], [10, 12]]]
+    bytes_MLO, left = tabulate_bytes(held, [10, 12], 15)
+    assert bytes_MLO.dtype == np.int64 and left == [5, 3]
+    assert bytes_MLO.tolist() == [[[-3, 0], [-1, 0]], [[-4, 0], [-3, 0]]]
+
+
+def test_damage_by_hand():
+    """Beside (4, 0), which loses 1: layer 0 may have 16 bits, and may not go, as it is the last one left."""
+    measured = {(0, 2): 0.25, (1, 1): 0.75, (1, 2): float("nan")}
+    damage = tabulate_damage(1.0, measured, (4, 0), (0, 4, 16))
+    assert damage[0].tolist() == [np.inf, 0, -0.75]
+    assert damage[1, :2].tolist() == [0, -0.25] and np.isnan(damage[1, 2])
+    assert tabulate_damage(1.0, {(0, 0): 3.0}, (16,), (4,)).tolist() == [[2.0]], "the centre's own is no option"
+
+
+def test_predicted_damage_by_hand():
+    assert predict_damage(1.0, np.array([[np.inf, 0.0, -0.75], [0.0, -0.25, 2.0]]), (2, 1)) == 0
+    assert predict_damage(1.0, np.array([[np.inf, 0.5]]), (0,)) == np.inf

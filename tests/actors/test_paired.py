@@ -8,6 +8,10 @@ import pytest
 from scipy import stats
 
 from actors.maths.paired import (
+    bootstrap_difference,
+    bootstrap_ratio,
+    compare_pairs,
+    compute_ratio,
     detectable_difference,
     finding,
     holm,
@@ -167,3 +171,33 @@ def test_a_ratio_of_the_same_draws():
     assert ratio_interval(0.9 * draws, draws) == pytest.approx((0.9, 0.9))
     assert ratio_interval(draws, np.ones(500)) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
     assert ratio_interval(draws, np.append(draws[1:], 0)) is None
+
+
+def test_two_models_are_compared():
+    """2, 3 and -1 more on three images: a mean of 4/3, of 8 flips 4 are as extreme; the same twice is identical."""
+    others = np.array([0.0, 5.0, 1.0])
+    found = compare_pairs(others + np.array([2.0, 3.0, -1.0]), others, np.arange(3))
+    assert found.mean == pytest.approx(4 / 3) and found.p == 4 / 8 and not found.identical
+    assert found.low < found.mean < found.high
+    assert found.detectable == pytest.approx(detectable_difference(np.array([2.0, 3.0, -1.0]), np.arange(3)))
+    same = compare_pairs(others, others, np.arange(3))
+    assert (same.mean, same.low, same.high, same.p, same.detectable, same.identical) == (0, 0, 0, 1, None, True)
+    assert compare_pairs(others + 1, others, np.full(3, 7)).detectable is None, "one image has no spread"
+
+
+def test_a_paired_difference():
+    second = np.random.default_rng(0).normal(size=len(CLUSTERS))
+    assert bootstrap_difference(second - 0.5, second, CLUSTERS) == pytest.approx((-0.5, -0.5, -0.5))
+    first = np.random.default_rng(1).normal(size=len(CLUSTERS))
+    assert bootstrap_difference(first, second, CLUSTERS)[1:] == paired_interval(first, second, CLUSTERS)
+
+
+def test_a_ratio_of_means():
+    """(1 + 0 + 2) / (2 + 2 + 2), always a half of 4 where both stand still; 0 has no ratio."""
+    ratio, bounds = bootstrap_ratio(np.array([1.0, 0.0, 2.0]), np.full(3, 2.0), np.arange(3))
+    assert ratio == 0.5 and bounds is not None and bounds[0] == 0 and bounds[1] == 1
+    assert bootstrap_ratio(np.ones(3), np.zeros(3), np.arange(3)) == (None, None)
+    original = np.random.default_rng(2).uniform(1, 2, 6)
+    assert bootstrap_ratio(0.9 * original, original, np.arange(6) // 2)[1] == pytest.approx((0.9, 0.9))
+    assert compute_ratio(1.0, 4.0, np.ones(3), np.full(3, 4.0)) == (0.25, (0.25, 0.25))
+    assert compute_ratio(1.0, 0.0, np.ones(3), np.ones(3))[0] is None

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from actors.maths.statistics import cluster_bootstrap_interval, cluster_share_interval, wilson_interval
+from actors.maths.statistics import (
+    average,
+    bootstrap_mean,
+    bound_draws,
+    cluster_bootstrap_interval,
+    cluster_share_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (7, 20), (94, 117)])
@@ -105,3 +112,16 @@ def test_a_share_where_every_image_is_half_right():
     """No spread between images: the interval is that of all answers, not of none."""
     hits, images = np.array([True, False] * 10), np.repeat(np.arange(10), 2)
     assert cluster_share_interval(hits, images) == pytest.approx(wilson_interval(10, 20), abs=1e-9)
+
+
+def test_a_mean_and_its_interval():
+    """0 and 1 of two images: one draw in four has both the same, so the interval is all there is."""
+    assert bootstrap_mean(np.array([0.0, 1.0]), np.arange(2)) == (0.5, 0.0, 1.0)
+    values, clusters = np.random.default_rng(0).normal(size=40), np.arange(40) // 2
+    assert bootstrap_mean(values, clusters)[1:] == cluster_bootstrap_interval(values, clusters)
+    assert average([1, 2, 6]) == 3
+
+
+def test_the_interval_of_one_numbers_draws():
+    """Of 0 to 100: 2.5 % lie below 2.5, 2.5 % above 97.5."""
+    assert bound_draws(np.arange(101.0)) == pytest.approx((2.5, 97.5))

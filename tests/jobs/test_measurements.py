@@ -18,7 +18,7 @@ from jobs.core.stage import Source, Stage
 from jobs.core.workers import Workers
 from jobs.ranking import calibration
 from jobs.ranking.measurements import Measurements
-from jobs.ranking.select import beam, evolve, mutants
+from jobs.ranking.select import beam, evolve
 
 SAMPLES = [Conversation(f"s{i}", f"image{i // 2}", "What?", "word " * (1 + i % 4)) for i in range(10)]
 # Alone, layers 0 to 3 cost the least; together, 0 and 1 cost much, as one can stand in for the other.
@@ -208,7 +208,7 @@ def test_a_set_is_measured_with_its_survivors_answers_as_drafts(tmp_path, search
     width = 1 if search == "greedy" else 3
 
     def note(kind, sets, losses):
-        survivors.append([removed for _, removed in sorted(zip(losses.tolist(), sets, strict=True))[:width]])
+        survivors.append([removed for _, removed in sorted(zip(losses, sets, strict=True))[:width]])
 
     beam(measured._run, measured, list(range(6)), width, note)
     for measure, part, sets, base, known in pool.units:
@@ -260,12 +260,3 @@ def test_evolution_measures_answers_of_the_survivors_only(tmp_path):
     evolve(measured._run, measured, list(range(6)), (0, 1, 2), lambda *_: None)
     kinds = Counter(measure for measure, _, _ in pool.asked)
     assert kinds["answers"] <= len(SAMPLES) * (2 + 2 * 2) < kinds["reference"]
-
-
-def test_mutants_swap_layers_and_never_repeat():
-    random = np.random.default_rng(0)
-    found = mutants(random, (1, 4), [0, 1, 2, 3, 4, 5], 8)
-    assert len(found) == len(set(found)) == 8 and (1, 4) not in found
-    assert all(len(removed) == 2 and list(removed) == sorted(removed) for removed in found)
-    assert mutants(random, (0, 1), [0, 1], 4) == []
-    assert len(mutants(random, (0,), [0, 1, 2], 9)) == 2, "there are only two others"

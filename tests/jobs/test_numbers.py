@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from actors.baseline import ClassName, baseline_score, name_verdict, named_classes
+from actors.maths.losses import Losses
 from jobs import ablate, evaluate
 from jobs.config.schema import AblateConfig
-from jobs.ranking.calibration import draw_calibration
-from jobs.ranking.measurements import Losses
 from jobs.scoring.differences import differences
 
 NESTED = [ClassName("dermatitis"), ClassName("seborrheic dermatitis"), ClassName("melanoma")]
@@ -33,19 +32,6 @@ def test_a_limit_takes_images_of_all_classes():
     rows = [{"image": f"{label}{i}", "class": label} for label in "abc" for i in range(4)]
     assert evaluate.chosen_images(rows, 4) == ["a0", "b0", "c0", "a1"]
     assert len(evaluate.chosen_images(rows, None)) == 12
-
-
-@pytest.mark.parametrize(
-    ("samples", "per_image", "questions", "images"),
-    [(6, None, 6, None), (99, None, 20, 4), (6, 3, 6, 2), (7, 3, 7, 3), (99, 3, 12, 4), (3, 1, 3, 3), (6, 9, 6, 2)],
-)
-def test_questions_are_drawn_one_by_one_or_by_image(samples, per_image, questions, images):
-    """Of four images with five questions each; in their order, each once, others with another seed."""
-    given = [image for image in "abcd" for _ in range(5)]
-    picks = draw_calibration(given, samples, 1, per_image)
-    assert picks == sorted(set(picks)) and len(picks) == questions
-    assert images is None or len({given[i] for i in picks}) == images
-    assert samples == 99 or picks != draw_calibration(given, samples, 2, per_image)
 
 
 def test_differences_are_paired_by_question():
@@ -90,7 +76,6 @@ def test_layers_are_ranked_by_what_is_lost_and_only_sure_differences_are_called_
     assert rows[5]["apart_from_next"] and not rows[2]["apart_from_next"]
     ranks = {layer: (row["rank_low"], row["rank_high"]) for layer, row in rows.items()}
     assert ranks == {5: (1, 1), 2: (2, 3), 7: (2, 3)}
-    assert ablate.pairs_apart(found) == (2, 3)
 
 
 def test_losses_are_weighted_by_tokens():
@@ -116,21 +101,12 @@ def test_a_loss_that_is_no_number_goes_last():
     assert [(row["rank"], row["rank_low"], row["rank_high"]) for row in rows] == [(3, 3, 3), (2, 2, 2), (1, 1, 1)]
 
 
-def test_kendalls_tau_between_criteria():
-    """Of three pairs of layers, the second criterion orders one differently: tau = (2 - 1) / 3."""
-    given = {"a": [1, 2, 3], "b": [1, 3, 2], "c": [3, 2, 1]}
-    rows = [{"criterion": c, "loss": float(loss)} for c, each in given.items() for loss in each]
-    tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(rows)}
-    assert tau["a", "a"] == 1 and tau["a", "c"] == -1
-    assert tau["a", "b"] == tau["b", "a"] == pytest.approx(1 / 3)
-
-
-def test_kendalls_tau_with_ties():
-    """tau-b of 1, 2, 3 and 0, 0, 5: two pairs agree, one is tied: 2 / sqrt(3 * 2). All tied: undefined."""
+def test_criteria_agree_by_kendalls_tau():
+    """Every two of them, either way; undefined where one loses the same by all layers."""
     scores = []
     for criterion, each in {"answer_similarity": [1.0, 2.0, 3.0], "kl": [0.0, 0.0, 5.0], "random": [0.0] * 3}.items():
         scores += ablate.score_rows(criterion, [0, 1, 2], losses(np.tile(each, (3, 1))))
     tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(scores)}
-    assert tau["answer_similarity", "kl"] == pytest.approx(2 / 6**0.5)
+    assert tau["answer_similarity", "kl"] == tau["kl", "answer_similarity"] == pytest.approx(2 / 6**0.5)
     assert tau["answer_similarity", "random"] is tau["random", "random"] is None
     assert [ablate.shown_tau(tau[one]) for one in (("kl", "kl"), ("kl", "random"))] == ["+1.00", "undefined"]
