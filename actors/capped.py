@@ -47,7 +47,7 @@ class Capped:
             folder = Path(name)
             (folder / "request").write_text(json.dumps(request))
             resident, ended = _watched(folder, None if spec.gpus else cap_bytes)
-            said = _said(folder)
+            said = _read_notes(folder)
             cry = (folder / "stderr").read_text().strip().splitlines()
         if "error" in said:
             raise ValueError(said["error"])
@@ -81,7 +81,7 @@ def _watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
     return most, child.returncode
 
 
-def _said(folder: Path) -> dict:
+def _read_notes(folder: Path) -> dict:
     """Return what the process noted about itself, the latest word on each."""
     said = {"stage": "starting", "answers": 0, "baseline_bytes": None}
     path = folder / "notes"

@@ -14,7 +14,7 @@ from actors.checkpoint.loading import language_model
 from actors.conversations import reply_ids
 from actors.critic import LayerCritic, reply_losses, reply_states
 from actors.quantizers.mixed import read_option
-from actors.specs import Conversation, Known, ModelSpec
+from actors.specs import Conversation, DraftContext, ModelSpec
 
 Choice = tuple[int, ...]
 REMOVED, WHOLE = 0, 16
@@ -41,7 +41,7 @@ class ChoiceCritic:
         samples: Sequence[Conversation],
         choices: Sequence[Sequence[int]],
         base: Sequence[int] = (),
-        known: Sequence[Known] | None = None,
+        known: Sequence[DraftContext] | None = None,
     ) -> list[dict]:
         """Return rows {sample_id, choice, <columns of the measure>}, one per sample and choice.
 
@@ -57,7 +57,7 @@ class ChoiceCritic:
     def _answers(self, samples, choices: list[Choice], known) -> list[dict]:
         if known is None:
             asked = self.replica.answers(samples, [()], self._tokens)
-            known = [Known(row["answer"], row["token_ids"]) for row in asked]
+            known = [DraftContext(row["answer"], row["token_ids"]) for row in asked]
         whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
         rows = []
         for choice, removed in self._each(choices):

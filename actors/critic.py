@@ -13,11 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from actors.checkpoint.loading import language_model, pick_device, pixel_dtype
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
-from actors.engine.replica import LlavaReplica, together
+from actors.engine.replica import LlavaReplica, group_by_image
 from actors.engine.rows import PromptPass
-from actors.engine.verification import LOGITS_AT_ONCE, Verification, packed
+from actors.engine.verification import LOGITS_AT_ONCE, Verification, pack_prompts
 from actors.maths.criteria import token_cosines, token_kl, token_nll
-from actors.specs import Conversation, Known, ModelSpec
+from actors.specs import Conversation, DraftContext, ModelSpec
 
 FLOAT16_LOSS_SCALE = 2.0**10
 
@@ -52,7 +52,7 @@ class LayerCritic:
         samples: Sequence[Conversation],
         removed_sets: Sequence[Sequence[int]],
         base: Sequence[int] = (),
-        known: Sequence[Known] | None = None,
+        known: Sequence[DraftContext] | None = None,
     ) -> list[dict]:
         """Return rows {sample_id, removed, <columns of the measure>}, one per sample and removed set.
 
@@ -99,7 +99,7 @@ class LayerCritic:
             found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
             return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
-        groups = together(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
+        groups = group_by_image(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
         found = dict(replica.batched(groups, list(range(len(sets))), run))
         return [
             {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
@@ -164,7 +164,7 @@ def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, 
 def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]:
     """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
     found: dict[int, torch.Tensor] = {}
-    for pack in packed(model, prompts, replies):
+    for pack in pack_prompts(model, prompts, replies):
         check = Verification(model, pack, prompts, base_L, keep_SL)
         for n in check.inputs:
             rows, first = [check.row(n, v) for v in range(len(keep_SL))], check.end(n)

@@ -123,7 +123,7 @@ def architecture(config, trust_remote_code: bool = False) -> Architecture:
     return Architecture(config, parts, layers)
 
 
-def narrowed(config, width: float, group_size: int):
+def narrow_config(config, width: float, group_size: int):
     """Return a copy of a config that keeps the share `width` of every MLP's channels and of the attention's heads.
 
     Channels are rounded down to whole groups, heads to whole groups of queries that share keys and values.

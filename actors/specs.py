@@ -58,7 +58,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Known:
+class DraftContext:
     """What an earlier round found out about a question: the whole model's answer, and the base's token ids."""
 
     whole: str

@@ -44,7 +44,7 @@ def protect() -> None:
 
 
 @contextmanager
-def connected(cpus: int | None = None) -> Iterator[None]:
+def connect(cpus: int | None = None) -> Iterator[None]:
     """Connect this process to Ray for the length of the block; one that is connected (a worker is) stays so.
 
     With RAY_ADDRESS set (as in every submitted job) that cluster is used and left running. Otherwise a

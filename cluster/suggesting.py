@@ -45,7 +45,7 @@ class Suggestions(Searcher):
             if len(self._ends) < self._batch:
                 return None
             self._learn()
-        trial, key = self._asked()
+        trial, key = self._ask_optuna()
         del self._left[key]
         self._still -= 1
         self._running[trial_id] = trial, key
@@ -72,7 +72,7 @@ class Suggestions(Searcher):
         self._running.clear()
         self._ends.clear()
 
-    def _asked(self) -> tuple[optuna.trial.Trial, Key]:
+    def _ask_optuna(self) -> tuple[optuna.trial.Trial, Key]:
         """Return a trial of Optuna's and its setting, one of those that are left."""
         busy = {key for _, key in self._running.values()}
         for _ in range(ASKS):

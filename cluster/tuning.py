@@ -79,7 +79,7 @@ class _Broker:
     async def make(self, task: Task) -> dict:
         """Return {"error": None or the reason, ...what the maker returned}, when somebody has made the stage."""
         if task.name not in self._ends:
-            self._ends[task.name] = asyncio.ensure_future(self._made(task))
+            self._ends[task.name] = asyncio.ensure_future(self._make_task(task))
         return await asyncio.shield(self._ends[task.name])
 
     async def news(self) -> list[dict]:
@@ -87,14 +87,14 @@ class _Broker:
         news, self._news = self._news, []
         return news
 
-    async def _made(self, task: Task) -> dict:
+    async def _make_task(self, task: Task) -> dict:
         worker = await self._workers.get()
         try:
-            return await self._tried(worker, task)
+            return await self._try_task(worker, task)
         finally:
             self._workers.put_nowait(worker)
 
-    async def _tried(self, worker: Pool, task: Task) -> dict:
+    async def _try_task(self, worker: Pool, task: Task) -> dict:
         started, reason, tries = time.time(), "", 0
         self._news.append({"event": "started", "name": task.name})
         while tries < ATTEMPTS:

@@ -47,7 +47,11 @@ def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage
     criteria = [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
     settings = {"criteria": criteria}
     return Stage(
-        "compare", 2, settings, (model, data, scores), lambda r, f, facts: compare(r, model, data, scores, criteria, f)
+        "compare",
+        2,
+        settings,
+        (model, data, scores),
+        lambda r, f, facts: build_comparison(r, model, data, scores, criteria, f),
     )
 
 
@@ -72,7 +76,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     facts["failed"] = measured.failed
 
 
-def compare(
+def build_comparison(
     run: Run, model: Stage | Source, data: Stage, scores: Stage, criteria: list[Criterion], folder: Path
 ) -> None:
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
@@ -114,13 +118,13 @@ def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> l
     rows = []
     for k, layer in enumerate(candidates):
         rank = order.index(k)
-        shown = sorted((reading.shown(float(ranking.low_K[k])), reading.shown(float(ranking.high_K[k]))))
+        shown = sorted((reading.to_unit(float(ranking.low_K[k])), reading.to_unit(float(ranking.high_K[k]))))
         rows.append(
             {
                 "criterion": criterion,
                 "layer": layer,
                 "loss": lost[k],
-                "score": reading.shown(means[k]),
+                "score": reading.to_unit(means[k]),
                 "low": shown[0],
                 "high": shown[1],
                 "rank": rank + 1,
@@ -145,7 +149,7 @@ def agreement_rows(scores: list[dict]) -> list[dict]:
     ]
 
 
-def shown_tau(tau: float | None) -> str:
+def format_tau(tau: float | None) -> str:
     """Return Kendall's tau as tables show it."""
     return "undefined" if tau is None else f"{tau:+.2f}"
 
@@ -165,7 +169,7 @@ def job(run: Run) -> None:
         others = Path(run.make(comparison_stage(run, model, data, scored)))
         for row in read_table(others / AGREEMENT):
             if row["criterion"] == criterion != row["other"]:
-                print(f"Kendall's tau with {row['other']}: {shown_tau(row['tau'])}")
+                print(f"Kendall's tau with {row['other']}: {format_tau(row['tau'])}")
     print(f"ablate: scores and figure are in {folder}", flush=True)
 
 

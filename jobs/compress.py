@@ -22,7 +22,7 @@ from jobs.judging.asking import check_judge
 from jobs.judging.tables import NOT_JUDGED, remarks
 from jobs.ranking import ranges
 from jobs.scoring.differences import differences, name_tests
-from jobs.scoring.metrics import judge_given_name, retained, retention
+from jobs.scoring.metrics import compute_retention, judge_given_name, retention
 
 SUMMARY = "summary.json"
 _PCT = ("_pct", "_interval_pct")
@@ -75,7 +75,7 @@ def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
     return [judge.stage(run, evaluated) for _, evaluated in planned.values()]
 
 
-def summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[dict]:
+def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[dict]:
     """Return one row per method, from artifacts that exist; failure: what ended the judge, whose scores may lack."""
     removed = run.facts(planned["prune"][0])["removed"]
     rows: list[dict] = []
@@ -118,7 +118,7 @@ def summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception 
             }
         )
     judges = judgements(run, planned)
-    found = _compared(run, tables, [] if run.missing(judges) else judges)
+    found = _compare_methods(run, tables, [] if run.missing(judges) else judges)
     told = {"judge_failure": None if failure is None else str(failure)}
     return [row | told | columns for row, columns in zip(rows, found, strict=True)]
 
@@ -137,7 +137,7 @@ def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
     return {"bits": stored, **known}
 
 
-def _compared(run: Run, tables: list[dict[str, dict]], judges: list[Stage]) -> list[dict]:
+def _compare_methods(run: Run, tables: list[dict[str, dict]], judges: list[Stage]) -> list[dict]:
     """Return what the judge says of every model, and the models' differences to the first; tables: by sample_id."""
     groups = {s: row["group"] for s, row in tables[0].items()}
     baseline = differences([{s: row["baseline"] for s, row in rows.items()} for rows in tables], groups, 1.0)
@@ -162,7 +162,7 @@ def _judge_retention(first: dict[str, int | None], labels: dict[str, int | None]
     """Return what a model retains of the first one's labels; None where none are on both sides, or no headline is."""
     both = [(label, first[s], groups[s]) for s, label in labels.items() if None not in (label, first.get(s))]
     scores, before, images = zip(*both, strict=True) if both else ((), (), ())
-    return retained(scores, before, images) if both else None
+    return compute_retention(scores, before, images) if both else None
 
 
 def write_summary(run: Run, rows: list[dict]) -> Path:
@@ -172,7 +172,7 @@ def write_summary(run: Run, rows: list[dict]) -> Path:
     return path
 
 
-def table(rows: list[dict]) -> str:
+def format_rows(rows: list[dict]) -> str:
     """Lay the rows out for a terminal."""
     heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
     judged, failure = (rows[0][key] for key in ("is_llm_judge", "judge_failure"))
@@ -196,7 +196,7 @@ def table(rows: list[dict]) -> str:
         lines.append(f"LLM judge: FAILED, {'these are its older verdicts' if judged else 'no scores of it'}: {failure}")
     if judged:
         by_method = {row["method"]: row for row in rows}
-        lines += [judge.table(by_method, by_method), *remarks(rows)]
+        lines += [judge.format_rows(by_method, by_method), *remarks(rows)]
     if any(row["simulated"] for row in rows):
         lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
     for row in rows:
@@ -219,14 +219,14 @@ def job(run: Run) -> None:
         judge.refresh_card(run, model, evaluated)
     failure = None
     if run.config.judge.engine != "none":
-        failure = judge.tried(run, [evaluated for _, evaluated in planned.values()])
+        failure = judge.judge_or_error(run, [evaluated for _, evaluated in planned.values()])
         for model, evaluated in planned.values():
             judge.refresh_card(run, model, evaluated)
     for study in studies(run) if failure is None else []:
         run.make(study)
-    rows = summary(run, planned, failure)
+    rows = make_summary(run, planned, failure)
     path = write_summary(run, rows)
-    print(table(rows))
+    print(format_rows(rows))
     if failure is not None:
         print(f"compress: rows are in {path}; the same command goes on with the judge", flush=True)
         raise failure

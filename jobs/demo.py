@@ -39,8 +39,8 @@ def demo() -> None:
         else:
             print("demo: every artifact exists already; nothing to compute", flush=True)
             report.job(run)
-        rows = compress.summary(run, compress.plan(run))
-    print(f"\n{compress.table(rows)}")
+        rows = compress.make_summary(run, compress.plan(run))
+    print(f"\n{compress.format_rows(rows)}")
     print(f"\nThe report: {run_dir}/{report.HTML}  (took {time.monotonic() - started:.0f} s)\n{NEXT}")
 
 

@@ -117,13 +117,13 @@ def checked_bits(config: Config, model, method: str) -> int:
 
 def rows(run: Run) -> list[dict]:
     """Return a row per setting, sizes in GiB."""
-    from actors.estimate import architecture, estimate, narrowed, uniform
+    from actors.estimate import architecture, estimate, narrow_config, uniform
 
     config = run.config
     model, source = model_config(run)
     shapes = architecture(model, config.model.trust_remote_code)
     if config.estimate.width < 1:
-        model = narrowed(model, config.estimate.width, config.quantize.group_size)
+        model = narrow_config(model, config.estimate.width, config.quantize.group_size)
         shapes = architecture(model, config.model.trust_remote_code)
     wanted = config.quantize.method if config.estimate.quantizer is None else config.estimate.quantizer
     methods = [(each, checked_bits(config, model, each)) for each in (wanted if isinstance(wanted, list) else [wanted])]
@@ -165,7 +165,7 @@ def row(sizes: dict, seeing: dict, asked, bits: int, config: Config, source: str
     }
 
 
-def table(found: Sequence[dict]) -> str:
+def format_rows(found: Sequence[dict]) -> str:
     """Lay rows out for a terminal."""
     lines = [["removed", "quantizer", "bits", "params B", "weights", "cache", "activations", "total GiB", "with image"]]
     several = found[0]["assumptions"]["devices"] > 1
@@ -205,7 +205,7 @@ def job(run: Run) -> None:
         for each in found:
             print(json.dumps(each), flush=True)
     else:
-        print(table(found), flush=True)
+        print(format_rows(found), flush=True)
 
 
 if __name__ == "__main__":

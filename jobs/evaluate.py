@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.images import blank_image
-from actors.maths.latency import merged
+from actors.maths.latency import merge_rounds
 from actors.specs import Sample
 from cluster.artifacts import digest
 from cluster.tables import PartTable, write_table
@@ -24,7 +24,7 @@ from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
 from jobs.reporting import card
 from jobs.scoring.image_controls import blank_rows, blank_samples, summary, swapped_rows
-from jobs.scoring.metrics import metrics, scored
+from jobs.scoring.metrics import metrics, score_answers
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
@@ -69,8 +69,10 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     blank: dict[str, dict] = {}
     failed: dict[str, str] = {}
     with run.workers.replicas(run.model_spec(model)) as pool:
-        profile = merged([profiled(pool, samples[0], evaluate, evaluate.timed_runs)])
-        for part, answers in _answered(run, pool, [one for one in samples if one.id not in given], "evaluate", failed):
+        profile = merge_rounds([measure_round(pool, samples[0], evaluate, evaluate.timed_runs)])
+        for part, answers in _answer_units(
+            run, pool, [one for one in samples if one.id not in given], "evaluate", failed
+        ):
             table.add(digest([sample.id for sample in part]), answers)
             given |= {row["sample_id"]: row for row in answers}
         if not given:
@@ -79,23 +81,23 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
         if evaluate.controls:
             blank_image().save(folder / BLANK_IMAGE)
             asked = blank_samples(rows, str(folder / BLANK_IMAGE))
-            for _, answers in _answered(run, pool, asked, "blank image", failed):
+            for _, answers in _answer_units(run, pool, asked, "blank image", failed):
                 blank |= {row["sample_id"]: row for row in answers}
     answered = [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given]
-    found = _scored(run, answered)
+    found = _score_answers(run, answered)
     write_table(folder / ANSWERS, found)
     names = [kind.name for kind in run.config.data.classes]
     facts["metrics"] = {**metrics(found, names), "unanswered": len(samples) - len(given)}
     facts["controls"] = None
     if evaluate.controls:
-        controls = _scored(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
+        controls = _score_answers(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
         if controls:
             write_table(folder / CONTROLS, controls)
         facts["controls"] = summary(found, controls)
     facts["profile"] = profile
 
 
-def _answered(
+def _answer_units(
     run: Run, pool: "Pool", samples: list[Sample], label: str, failed: dict[str, str]
 ) -> Iterator[tuple[list[Sample], list[dict]]]:
     """Yield units of samples with their rows as they come; what fails three times goes to `failed` instead."""
@@ -112,7 +114,7 @@ def _answered(
 def test_rows(run: Run, data: Stage) -> list[dict]:
     """Return the test split's conversations about the images that evaluate.limit allows."""
     rows = prepare.conversations(run.make(data), "test")
-    images = set(chosen_images(rows, run.config.evaluate.limit))
+    images = set(choose_images(rows, run.config.evaluate.limit))
     return [row for row in rows if row["image"] in images]
 
 
@@ -121,13 +123,13 @@ def questions(rows: list[dict]) -> list[Sample]:
     return [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
 
 
-def profiled(pool: "Pool", sample: Sample, evaluate: EvaluateConfig, timed_runs: int) -> dict:
+def measure_round(pool: "Pool", sample: Sample, evaluate: EvaluateConfig, timed_runs: int) -> dict:
     """Return one round of measurements on one question, by the first process of a pool of replicas."""
     settings = (evaluate.warmup_runs, timed_runs, evaluate.timed_tokens, evaluate.decode)
     return pool.call("profile", sample, *settings)
 
 
-def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
+def choose_images(rows: list[dict], limit: int | None) -> list[str]:
     """Return at most `limit` images, the classes taking turns (None: all)."""
     by_class: dict[str, list[str]] = {}
     for image, label in sorted({(row["image"], row["class"]) for row in rows}):
@@ -136,9 +138,11 @@ def chosen_images(rows: list[dict], limit: int | None) -> list[str]:
     return [image for _, _, image in turns][:limit]
 
 
-def _scored(run: Run, rows: list[dict]) -> list[dict]:
+def _score_answers(run: Run, rows: list[dict]) -> list[dict]:
     pairs = [(row["answer"], row["reference"]) for row in rows]
-    return scored(rows, run.workers.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes)
+    return score_answers(
+        rows, run.workers.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes
+    )
 
 
 def job(run: Run) -> None:

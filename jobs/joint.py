@@ -25,8 +25,8 @@ from actors.maths.ranks import compute_spearman_rho
 from cluster.artifacts import write_text
 from jobs import ablate, judge, prepare, prune
 from jobs.allocation import mixed
-from jobs.allocation.build import UNIFORM, build, pruning, rows_of
-from jobs.allocation.choice import REMOVED, WHOLE, Choice, Memory, Search, shown
+from jobs.allocation.build import UNIFORM, build, make_rows, pruning
+from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice, Memory, format_choice
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
@@ -37,9 +37,9 @@ from jobs.ranking import calibration, select
 from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
 from jobs.report import size
 from jobs.searching.budget import judge_lines
-from jobs.searching.memory import context_bytes, device_gib, setting, shapes_of
+from jobs.searching.memory import context_bytes, device_gib, shapes_of, size_setting
 from jobs.searching.rows import MEASURED_FOR, joint_rows, write_log, write_rows
-from jobs.searching.stages import ordered
+from jobs.searching.stages import order_stages
 
 ROWS = "joint.json"
 
@@ -47,7 +47,7 @@ ROWS = "joint.json"
 def memory_of(run: Run) -> Memory:
     """Return what choices for the config's model take."""
     shapes = shapes_of(run)
-    given = setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
+    given = size_setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
     return Memory(shapes, given, tuple(run.config.joint.options), given.devices * context_bytes(run.config))
 
 
@@ -111,7 +111,7 @@ def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int, 
 
 def search(
     run: Run, base: Source, data: Stage, memory: Memory, budget: int, uniform: Sequence[Choice], before: Sequence[Stage]
-) -> Search:
+) -> AllocationSearch:
     """Measure on the calibration questions and choose. before: what was made for it, which the log is told."""
     config = run.config
     rounded = mixed.options_stage(run, base, data, [bits for bits in memory.options if bits not in (REMOVED, WHOLE)])
@@ -125,13 +125,18 @@ def search(
     started = time.time()
     with run.workers.replicas(run.model_spec(base), "actors.choices:ChoiceCritic", **critic) as pool:
         measured = ChoiceMeasurements(run, pool, base, data, samples, rounded)
-        found = Search(measured, memory, budget, config.joint)
+        found = AllocationSearch(measured, memory, budget, config.joint)
         found.run(uniform)
         found.measure_both([*named_choices(found, uniform, config.joint.candidates).values()])
     took = {"started": started, "seconds": round(time.time() - started, 3), "gpu_seconds": round(pool.gpu_seconds, 3)}
     write_log(
         run,
-        {"event": MEASURED_FOR, "name": "joint", **took, "stages": [one.name for one in ordered([rounded, *before])]},
+        {
+            "event": MEASURED_FOR,
+            "name": "joint",
+            **took,
+            "stages": [one.name for one in order_stages([rounded, *before])],
+        },
     )
     return found
 
@@ -145,7 +150,7 @@ def additivity(rows: Sequence[dict], damage: str) -> dict:
     return {"choices": len(pairs), "mean_predicted": predicted, "mean_measured": measured, "spearman": rank}
 
 
-def table(rows: Sequence[dict], damage: str, failure: Exception | None = None) -> str:
+def format_rows(rows: Sequence[dict], damage: str, failure: Exception | None = None) -> str:
     """Lay the choices that were built out for a terminal; failure: what ended the judge."""
     score = "judge %" if rows[0]["score_kind"] == "judge" else "baseline %"
     lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "to best uniform", ""]]
@@ -162,7 +167,7 @@ def table(rows: Sequence[dict], damage: str, failure: Exception | None = None) -
                 f"{row[row['score_kind'] + '_pct']:.1f}{flag(row)}" if done else "failed",
                 "" if interval is None else f"{row['difference_pct']:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]",
                 "best uniform" if row["best_uniform"] else row["difference_finding"] or "",
-                shown(row["choice"]),
+                format_choice(row["choice"]),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -172,7 +177,7 @@ def table(rows: Sequence[dict], damage: str, failure: Exception | None = None) -
     return "\n".join(text + (judged or ["LLM judge: not run"]))
 
 
-def check(run: Run, memory: Memory) -> None:
+def check_config(run: Run, memory: Memory) -> None:
     """Refuse what cannot be before anything is measured. ValueError: method, package, budget, or the judge."""
     mixed.check(run)
     if run.config.judge.engine != "none":
@@ -189,11 +194,12 @@ def check_budget(memory: Memory, budget: int) -> None:
     if memory.total(least) > budget:
         raise ValueError(
             f"The budget is {budget / GIB:.4g} GiB, but the least that joint.options {list(memory.options)} can take "
-            f"is {memory.total(least) / GIB:.4g} GiB ({shown(least)}): raise joint.budget_gib, or allow fewer bits."
+            f"is {memory.total(least) / GIB:.4g} GiB ({format_choice(least)}): raise joint.budget_gib, or allow "
+            "fewer bits."
         )
 
 
-def named_choices(found: Search, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
+def named_choices(found: AllocationSearch, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
     """Return what is built: the choices of least damage that are no uniform settings, and all uniform settings."""
     named = {}
     for number, choice in enumerate([one for one in found.best if one not in uniform][:candidates], 1):
@@ -205,7 +211,7 @@ def named_choices(found: Search, uniform: Sequence[Choice], candidates: int) -> 
 def job(run: Run) -> None:
     """Search, build the best few, evaluate, compare, and write everything down."""
     memory = memory_of(run)
-    check(run, memory)
+    check_config(run, memory)
     base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
     layers = len(memory.shapes.layers)
     most = min(layers - 1, max(layers // 2, run.config.prune.layers, *run.config.search.depths))
@@ -214,17 +220,17 @@ def job(run: Run) -> None:
     check_budget(memory, budget)
     uniform = uniform_choices(memory, sets, budget, joint.candidates)
     print(
-        f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(shown, uniform)) or 'none'}",
+        f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(format_choice, uniform)) or 'none'}",
         flush=True,
     )
     found = search(run, base, data, memory, budget, uniform, before)
     built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
     evaluated = [one.plan.evaluation for one in built if one.failure is None]
-    failure = judge.tried(run, evaluated) if run.config.judge.engine != "none" else None
+    failure = judge.judge_or_error(run, evaluated) if run.config.judge.engine != "none" else None
     for one in built:
         if one.failure is None:
             judge.refresh_card(run, one.plan.model, one.plan.evaluation)
-    rows = rows_of(run, built, found)
+    rows = make_rows(run, built, found)
     sizes = [device_gib(run.config, memory.shapes, "mixed", one.choice) for one in built]
     write_rows(run, joint_rows(run, [one.plan for one in built], sizes, [one.failure for one in built]))
     added = additivity(list(found.tried.values()), joint.damage)
@@ -239,7 +245,7 @@ def job(run: Run) -> None:
     }
     path = run.folder / ROWS
     write_text(path, json.dumps(content, indent=1))
-    print(table(rows, joint.damage, failure))
+    print(format_rows(rows, joint.damage, failure))
     print(
         f"Predicted {joint.damage} of the first round's {added['choices']} choices: {added['mean_predicted']:.4f} on "
         f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}"

@@ -87,7 +87,7 @@ def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
     return stages
 
 
-def tried(run: Run, evaluated: Sequence[Stage]) -> Exception | None:
+def judge_or_error(run: Run, evaluated: Sequence[Stage]) -> Exception | None:
     """Judge several evaluations; return what ended it, for the job to raise when it has shown what was computed."""
     try:
         make_all(run, evaluated)
@@ -122,7 +122,7 @@ def labels(run: Run, made: Stage) -> dict[str, int | None]:
     return JudgedTable(read_table(run.store.root / made.name / VERDICTS), run.facts(made)).labels
 
 
-def table(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | None = None) -> str:
+def format_rows(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | None = None) -> str:
     """Lay judged tables out for a terminal; `compared`: their differences to the first."""
     width = max(16, *map(len, rows))
     layout = f"{{:<{width}}} {{:>11}} {{:>16}} {{:>14}} {{:>10}}  {{}}"
@@ -149,7 +149,7 @@ def finding(difference: Mapping) -> str:
     return words + (f", detectable {able:.1f}" if able is not None else "")
 
 
-def compared(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
+def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
     """Compare all tables with the first, on common sample_ids with the same question and reference; or say why not."""
     if len(tables) < 2:
         return {}, ""
@@ -183,7 +183,7 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
         print(f"judge: {agreement.sentence(measured)}", flush=True)
     calibration = agreement.calibration(run, asdict(identity))
     shown = {name: summary_columns(made.facts, calibration) for name, made in judged.items()}
-    differ, reason = compared({one.name: judged[one.name] for one in tables})
+    differ, reason = compare_tables({one.name: judged[one.name] for one in tables})
     for one in tables:
         made = judged[one.name]
         write_table(one.parquet, made.rows)
@@ -203,7 +203,7 @@ def show(
     rows: Mapping[str, Mapping], facts: Sequence[Mapping], differ: Mapping[str, Mapping], reason: str = ""
 ) -> None:
     """Print judged tables with all that has to be said about them."""
-    print(table(rows, differ))
+    print(format_rows(rows, differ))
     for name, one in zip(rows, facts, strict=True):
         counted = one["tally"]
         unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from actors.maths.latency import merged
+from actors.maths.latency import merge_rounds
 from actors.specs import Sample
 from cluster.artifacts import write_text
 from jobs import evaluate, prepare
@@ -47,31 +47,31 @@ def turns(models: Sequence[Source], rounds: int) -> list[int]:
     return [number for _ in range(rounds) for number in range(len(models))]
 
 
-def compare(run: Run, models: Sequence[Source], sample: Sample) -> list[dict]:
+def compare_models(run: Run, models: Sequence[Source], sample: Sample) -> list[dict]:
     """Return one row per model: memory and times of the same question, over all rounds."""
     config = run.config
     found: list[list[dict]] = [[] for _ in models]
     runs = -(-config.evaluate.timed_runs // config.profile.rounds)
     for number in turns(models, config.profile.rounds):
         with run.workers.replicas(run.model_spec(models[number])) as pool:
-            found[number].append(evaluate.profiled(pool, sample, config.evaluate, runs))
-        measured = merged(found[number][-1:])
+            found[number].append(evaluate.measure_round(pool, sample, config.evaluate, runs))
+        measured = merge_rounds(found[number][-1:])
         print(
             f"profile: round {len(found[number])} of {config.profile.rounds}, {models[number].path}: "
             f"{measured['ms_per_token']:.2f} ms/token",
             flush=True,
         )
-    return [{"checkpoint": model.path, **merged(rounds)} for model, rounds in zip(models, found, strict=True)]
+    return [{"checkpoint": model.path, **merge_rounds(rounds)} for model, rounds in zip(models, found, strict=True)]
 
 
-def capped(run: Run, model: Source, questions: Sequence[Sample], cap_gib: float) -> dict:
+def run_capped(run: Run, model: Source, questions: Sequence[Sample], cap_gib: float) -> dict:
     """Return whether the questions are answered within the cap (see `actors.capped`)."""
     spec = run.model_spec(model, run.config.replicas.gpus)
     with run.workers.worker("actors.capped:Capped") as worker:
         return worker.call("answers", spec, questions, run.config.generation.max_new_tokens, int(cap_gib * GIB))
 
 
-def table(rows: Sequence[dict]) -> str:
+def format_rows(rows: Sequence[dict]) -> str:
     """Lay the rows out for a terminal, like the paper's Table 4; memory is the peak of the runs."""
     first = rows[0]
     kinds = list(first["steady_peak_bytes"])
@@ -128,12 +128,12 @@ def job(run: Run) -> None:
         raise ValueError(f"profile.cap_gib caps one whole GPU, or the CPU: replicas.gpus is {config.replicas.gpus:g}.")
     models = sources(run)
     asked = samples(run)
-    rows = compare(run, models, asked[0])
+    rows = compare_models(run, models, asked[0])
     write_text(run.folder / ROWS, json.dumps(rows, indent=1))
-    print(table(rows), flush=True)
+    print(format_rows(rows), flush=True)
     if cap is not None:
         for row, model in zip(rows, models, strict=True):
-            row["cap"] = capped(run, model, asked, cap)
+            row["cap"] = run_capped(run, model, asked, cap)
             write_text(run.folder / ROWS, json.dumps(rows, indent=1))
             print(verdict(row), flush=True)
     print(f"profile: rows are in {run.folder / ROWS}", flush=True)

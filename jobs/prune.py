@@ -76,12 +76,12 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
     with run.workers.worker("actors.checkpoint.pruning:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
     facts["gate"] = verify.passed(run, folder, model, facts["removed"])
-    step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _chosen(run)}
+    step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _describe_choice(run)}
     card.finish(run, model, folder, facts, step)
     print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
 
 
-def _chosen(run: Run) -> str:
+def _describe_choice(run: Run) -> str:
     prune, criterion = run.config.prune, run.config.ablate.criterion
     if prune.order is not None:
         return "a list that was given"

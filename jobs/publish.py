@@ -37,7 +37,7 @@ def job(run: Run) -> None:
     target = run.config.publish.to
     if target is None:
         raise ValueError("publish.to is unset: give a folder, a storage URI, or hf://owner/name.")
-    folder = verify.chosen(run)
+    folder = verify.require_folder(run)
     if verify.known_sums(folder) is None or not (folder / card.CARD).is_file():
         raise ValueError(
             f"{str(folder)!r} is not what Prunella made: publish a folder that jobs.prune, jobs.recover or "
@@ -45,7 +45,7 @@ def job(run: Run) -> None:
         )
     place = _place(target)
     place.refuse_what_is_there()
-    sums = verify.verified(run, folder)["sums"]
+    sums = verify.verify_checkpoint(run, folder)["sums"]
     with tempfile.TemporaryDirectory() as text:
         staged = Path(text)
         stage(folder, staged, sums)
@@ -149,7 +149,7 @@ class Hub:
         self._repository, self._api = repository, HfApi()
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def _explain_hub_errors(self) -> Iterator[None]:
         """ValueError: the hub refuses what is asked of it in the block, or does not answer."""
         from huggingface_hub.errors import HTTPError  # that of the client underneath, which hub versions change
 
@@ -164,7 +164,7 @@ class Hub:
 
     def refuse_what_is_there(self) -> None:
         """ValueError: the repository holds files, or the hub refuses."""
-        with self._asked():
+        with self._explain_hub_errors():
             exists = self._api.repo_exists(self._repository)
             files = self._api.list_repo_files(self._repository) if exists else []
         if found := [name for name in files if name != ".gitattributes"]:
@@ -172,7 +172,7 @@ class Hub:
 
     def receive(self, staged: Path) -> None:
         """Upload everything in one commit. ValueError: the hub refuses."""
-        with self._asked():
+        with self._explain_hub_errors():
             self._api.create_repo(self._repository, private=True, exist_ok=True)
             self._api.upload_folder(repo_id=self._repository, folder_path=staged, commit_message="Made by Prunella")
 

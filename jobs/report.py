@@ -44,15 +44,15 @@ def job(run: Run) -> None:
             f"Nothing to report yet: {len(open_stages)} artifacts of this config do not exist in {run.folder} "
             f"(first: {open_stages[0].kind}). Run jobs.compress with the same options."
         )
-    rows = compress.summary(run, planned)
+    rows = compress.make_summary(run, planned)
     compress.write_summary(run, rows)
     content = _content(run, planned, rows)
     for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
-        write_text(run.folder / name, rendered(template, content))
+        write_text(run.folder / name, render_page(template, content))
     print(f"report: {run.folder / HTML}", flush=True)
 
 
-def rendered(template: str, content: dict, script_name: str = "report.js") -> str:
+def render_page(template: str, content: dict, script_name: str = "report.js") -> str:
     """Fill in a template; the page's script is allowed to run by its digest, and no other is."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -80,7 +80,7 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "rows": [shown({**row, "given_name": metrics[row["method"]]["given_name"]}) for row in rows],
+        "rows": [format_row({**row, "given_name": metrics[row["method"]]["given_name"]}) for row in rows],
         "first": original,
         "removed": removed,
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
@@ -91,13 +91,13 @@ def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
         "tradeoff": tradeoff_figure(rows),
         "names": report_metrics.names(metrics),
         "loops": report_metrics.LOOPS,
-        "retained": report_metrics.retained(rows),
+        "retained": report_metrics.tabulate_retention(rows),
         "samples": report_answers.samples(by_method),
         "viewer": report_answers.viewer(by_method, verdicts),
         "detectable": _detectable(rows),
         "name_tests": ", ".join(f"{r['method']} {r['name_p_holm']:.2g}" for r in rows if r["name_p_holm"] is not None),
         "refusals": REFUSALS,
-        "judge": report_judge.told(rows) if verdicts else None,
+        "judge": report_judge.describe_verdicts(rows) if verdicts else None,
         "methods": list(planned),
         "profile": run.config.evaluate,
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
@@ -115,7 +115,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     others = compress.comparison(run)
     pairs = read_table(run.store.root / others.name / ablate.AGREEMENT) if others else []
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
-    tau = {(row["criterion"], row["other"]): ablate.shown_tau(row["tau"]) for row in pairs}
+    tau = {(row["criterion"], row["other"]): ablate.format_tau(row["tau"]) for row in pairs}
     found = next((run.facts(p) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None)
     label = READINGS[criterion].label
     return {
@@ -144,7 +144,7 @@ def _ranges(run: Run, recorded: Stage) -> dict:
     }
 
 
-def shown(row: dict) -> dict:
+def format_row(row: dict) -> dict:
     """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
     finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]

@@ -6,18 +6,19 @@
     ray job submit --working-dir . -- python -m jobs.search --config configs/llava-1.5-7b-dermnet.yaml \\
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet --search.budget.memory_gib 4
 
-Settings share stages, and every stage is made once. Those whose estimated memory misses the budget are listed, not run.
-Of more than search.max_trials others Optuna suggests so many, each once.
-With search.screen_images all others are evaluated on a part of the test images first; a setting to which another one
-is better that takes no more (the same kernels, no fewer layers removed, no more memory) is not evaluated further. The
-rest is evaluated on all, and judged if judge.engine is set. A setting that fails is a row with its reason.
+Settings share stages, and every stage is made once. A setting whose estimated memory misses the budget is listed, not
+run. If more than search.max_trials settings remain, Optuna suggests that many of them, each once.
+With search.screen_images the search first evaluates every setting on a part of the test images. A setting that another
+one dominates there is stopped: the other one scores better with the same kernels, no fewer layers removed and no more
+memory. The other settings are evaluated on all test images, and judged if judge.engine is set. A setting that fails is
+a row with its reason.
 
-The memory of a row is what the driver saw on the GPU (the fullest, of several); on a CPU, where a process is mostly
-interpreter, it is the estimate. What jobs.joint built is counted packed then, but timed unpacked: it is no answer where
-the time is limited, too. The rows go to run_dir/search/rows.json, the report to run_dir/search/report.html, what was
-made when to run_dir/search/log.jsonl. What jobs.joint built, and what earlier searches found in the same run_dir, takes
-part. Stopped, however it was, the search goes on with the same command: what is finished is not made again.
---resolve-only answers for another budget from the rows.
+The memory of a row is the driver's number for the GPU (of several GPUs: the fullest one). On a CPU a process is mostly
+interpreter, so the memory is the estimate. There a checkpoint of jobs.joint is counted packed but timed unpacked, so it
+is no answer where time is limited, too. The search writes its rows to run_dir/search/rows.json, its report to
+run_dir/search/report.html, and the times of its stages to run_dir/search/log.jsonl. Checkpoints of jobs.joint and rows
+of earlier searches in the same run_dir take part. After any stop the same command continues; finished stages are not
+made again. --resolve-only answers for another budget from the rows.
 """
 
 import os
@@ -33,7 +34,7 @@ from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.reporting import card
 from jobs.reporting.search import write_report
-from jobs.searching.budget import Entrant, compared, front, judge_lines, resolve, said, screened_out
+from jobs.searching.budget import Entrant, compare_rows, dominated, format_answer, judge_lines, pareto_front, resolve
 from jobs.searching.rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import SEARCH, Plan, plans
@@ -42,7 +43,7 @@ OBJECTIVES = {"score": "max", "memory_gib": "min", "ms_per_token": "min"}
 Key = tuple[str, ...]
 
 
-class Search:
+class SettingSearch:
     """A search in progress: what is planned, what failed, who lost."""
 
     def __init__(self, run: Run):
@@ -74,7 +75,7 @@ class Search:
     def build(self) -> None:
         """Make the checkpoints, and their first, cheap evaluations: all, or those that Optuna suggests."""
         work = {plan.setting.key: (plan, plan.first) for plan in self.open}
-        self._rung("screen" if self._screens else "build", work, parallel=_beside(self.run), sampled=self.sampled)
+        self._rung("screen" if self._screens else "build", work, parallel=_count_makers(self.run), sampled=self.sampled)
 
     def narrow(self) -> None:
         """Screen and evaluate; again where a setting failed that others had lost to, for it is no rival any more."""
@@ -96,7 +97,7 @@ class Search:
             Entrant(p.setting, size[p.setting.key], {s: r["baseline"] for s, r in tables[p.setting.key].items()})
             for p in seen
         ]
-        self.lost = screened_out(entrants, groups)
+        self.lost = dominated(entrants, groups)
         self.open = [plan for plan in seen if plan.setting.key not in self.lost]
         print(
             f"search: {len(self.lost)} of {len(seen)} settings lose in the screen, {len(self.open)} go on", flush=True
@@ -107,12 +108,12 @@ class Search:
         left = [plan for plan in self.open if plan.setting.key not in self.failures]
         work = {plan.setting.key: (plan, [plan.evaluation]) for plan in left}
         wanted = self.run.config.replicas
-        self._rung("evaluate", work, parallel=_beside(self.run) if wanted.gpus >= 1 else 1)
+        self._rung("evaluate", work, parallel=_count_makers(self.run) if wanted.gpus >= 1 else 1)
 
     def judge(self) -> Exception | None:
         """Let one session of the judge score all that were evaluated, whenever that was; return what ended it."""
         done = [plan.evaluation for plan in self.plans if self.run.store.find(plan.evaluation.name)]
-        return judge.tried(self.run, done) if self.run.config.judge.engine != "none" and done else None
+        return judge.judge_or_error(self.run, done) if self.run.config.judge.engine != "none" and done else None
 
     @property
     def _screens(self) -> bool:
@@ -147,21 +148,21 @@ class Search:
         folder = self.run.folder / SEARCH
         with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
             finished = {key: stages[-1] for key, (_, stages) in work.items() if stages and not missing[key]}
-            heard = _Heard(self, progress, finished)
+            heard = _TrialListener(self, progress, finished)
             ends = run_trials(chains, maker, folder / name, folder / LOG, heard, config.search.loggers, trials)
         self.failures |= {key: end["error"] for key, end in ends.items() if end.get("error")}
 
 
-class _Heard:
+class _TrialListener:
     """Says in one line what happened, and keeps the table up to date."""
 
-    def __init__(self, search: Search, progress: Progress, finished: dict[Key, Stage]):
+    def __init__(self, search: SettingSearch, progress: Progress, finished: dict[Key, Stage]):
         self._search, self._progress = search, progress
         self._labels = {setting.key: setting.label for setting in search.settings}
         self._best: tuple[float, str] | None = None
         for key, stage in finished.items():
             if stage.kind == "evaluate":
-                self._scored(search.run.facts(stage)["metrics"]["baseline_pct"], key)
+                self._note_score(search.run.facts(stage)["metrics"]["baseline_pct"], key)
 
     def __call__(self, event: dict) -> None:
         if event["event"] == "started":
@@ -178,19 +179,19 @@ class _Heard:
         if error:
             self._search.failures[event["key"]] = error
         elif "score" in event:
-            self._scored(event["score"], event["key"])
+            self._note_score(event["score"], event["key"])
         best = f"{label} {'failed' if error else 'done'}" + (
             f"; best {self._best[0]:.1f}, {self._best[1]}" if self._best else ""
         )
         self._progress.step(best)
         write_rows(self._search.run, self._search.rows())
 
-    def _scored(self, score: float, key: Key) -> None:
+    def _note_score(self, score: float, key: Key) -> None:
         if self._best is None or score > self._best[0]:
             self._best = score, self._labels[key]
 
 
-def _beside(run: Run) -> int:
+def _count_makers(run: Run) -> int:
     """Return how many stages are made at a time: as many as there is room for workers, or replicas are asked for."""
     from cluster.connection import room
 
@@ -201,9 +202,9 @@ def _beside(run: Run) -> int:
     )
 
 
-def table(rows: Sequence[dict], failure: Exception | None = None) -> str:
+def format_rows(rows: Sequence[dict], failure: Exception | None = None) -> str:
     """Lay the rows out for a terminal; failure: what ended the judge."""
-    fronts = {cost: {row["setting"] for row in front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
+    fronts = {cost: {row["setting"] for row in pareto_front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
     for row in rows:
         kind = " (simulated)" if row["simulated"] else " (unpacked)" if row["unpacked"] else ""
@@ -246,9 +247,9 @@ def job(run: Run) -> None:
     if not config.resolve_only:
         own, failure = searched(run)
         recorded = read_rows(run)  # those of the joint choice are among them
-    found = resolve(recorded, config.budget, lambda best, second: compared(run, best, second))
-    print(table(recorded, failure))
-    print(said(found, config.budget))
+    found = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
+    print(format_rows(recorded, failure))
+    print(format_answer(found, config.budget))
     print(f"search: {write_report(run, recorded, found, failure)}", flush=True)
     if not config.resolve_only:
         check_any(own)
@@ -266,7 +267,7 @@ def check_any(rows: Sequence[dict]) -> None:
 def searched(run: Run) -> tuple[list[dict], Exception | None]:
     """Do what is not done yet; write the rows, and return them, with what ended the judge."""
     started = time.monotonic()
-    search = Search(run)
+    search = SettingSearch(run)
     path = write_rows(run, search.rows())
     print(
         f"search: {len(search.plans)} settings, {len(search.plans) - len(search.open)} over budget; rows are in {path}",

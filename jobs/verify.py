@@ -28,7 +28,7 @@ def passed(
     return _checked(run, folder, run.model_spec(parent), removed, None, True, trained)
 
 
-def verified(run: Run, folder: Path) -> dict:
+def verify_checkpoint(run: Run, folder: Path) -> dict:
     """Return what the gate finds out about a checkpoint that exists, its sums included; RuntimeError: it is refused."""
     return _checked(run, folder, None, None, known_sums(folder), False)
 
@@ -39,7 +39,7 @@ def known_sums(folder: Path) -> dict[str, str] | None:
     return made.get("gate", made).get("sums")
 
 
-def chosen(run: Run) -> Path:
+def require_folder(run: Run) -> Path:
     """Return the folder model.path; ValueError: it is none."""
     folder = Path(run.config.model.path).expanduser().resolve()
     if not folder.is_dir():
@@ -59,8 +59,8 @@ def _checked(run: Run, folder: Path, *arguments) -> dict:
 
 def job(run: Run) -> None:
     """Check the folder `model.path` and print what was found."""
-    folder = chosen(run)
-    found = verified(run, folder)
+    folder = require_folder(run)
+    found = verify_checkpoint(run, folder)
     found["sums"] = "those that were published" if known_sums(folder) else "nothing to compare with"
     for check, said in found.items():
         print(f"{check:<10} {said}")

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from cluster.connection import connected, protect
+from cluster.connection import connect, protect
 
 os.environ.pop("RAY_ADDRESS", None)
 protect()
@@ -15,5 +15,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 @pytest.fixture(scope="session")
 def private_ray():
     """A private local Ray with two cores, started by the first test that asks for it."""
-    with connected(cpus=2):
+    with connect(cpus=2):
         yield

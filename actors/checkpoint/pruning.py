@@ -224,7 +224,7 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
     pruned_config(config, removed).save_pretrained(target)
     seen: set[int] = set()
 
-    def kept() -> Iterator[tuple[str, torch.Tensor]]:
+    def iterate_kept() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in iterate_tensors(source):
             match = _LAYER.match(name)
             if match is None:
@@ -235,7 +235,7 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
             if number in renumbered:
                 yield f"{match[1]}{renumbered[number]}{match[3]}", tensor
 
-    write_tensors(target, kept())
+    write_tensors(target, iterate_kept())
     if seen != set(range(before)):
         raise ValueError(
             f"{path!r} holds tensors of {len(seen)} decoder layers but its config.json says {before}: "

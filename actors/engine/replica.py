@@ -22,7 +22,7 @@ from actors.checkpoint.loading import (
 from actors.checkpoint.pruning import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
 from actors.engine.threads import threads_for
-from actors.engine.verification import Limits, verified
+from actors.engine.verification import Limits, verify_drafts
 from actors.images import open_image
 from actors.memory import cached_bytes, count_parameters, free_bytes, out_of_memory
 from actors.profiler import device_facts, measure
@@ -89,13 +89,13 @@ class LlavaReplica:
         found: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
-            groups = together(samples, list(map(len, prompts)))
+            groups = group_by_image(samples, list(map(len, prompts)))
             own = dict(self.batched(groups, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
             drafts = [own[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
                 found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
                 open_variants.remove(v)
-        groups = together(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
+        groups = group_by_image(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
         check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
         if open_variants:
             found.update(self.batched(groups, open_variants, check))
@@ -130,13 +130,13 @@ class LlavaReplica:
 
     def _base_answers(self, prompts, guesses, base_L, limits, part: list[int], _: list[int]) -> _Found:
         given = [prompts[i] for i in part], [guesses[i] if guesses else [] for i in part]
-        answers, counts = verified(self.model, *given, base_L, base_L[None], limits)
+        answers, counts = verify_drafts(self.model, *given, base_L, base_L[None], limits)
         self.counts["layer_tokens_run"] += counts["layer_tokens_run"]
         return [((i, -1), answer) for i, [answer] in zip(part, answers, strict=True)]
 
     def _checked_answers(self, prompts, drafts, base_L, keep_VL, limits, part: list[int], chosen: list[int]) -> _Found:
         given = [prompts[i] for i in part], [drafts[i] for i in part]
-        answers, counts = verified(self.model, *given, base_L, keep_VL[chosen], limits)
+        answers, counts = verify_drafts(self.model, *given, base_L, keep_VL[chosen], limits)
         self.counts.update(counts)
         return [((i, v), answers[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
@@ -255,7 +255,7 @@ class LlavaReplica:
         return {**inputs, "pixel_values": inputs["pixel_values"].to(pixel_dtype(self.model))}
 
 
-def together(samples: Sequence[Sample], lengths: Sequence[int]) -> list[list[int]]:
+def group_by_image(samples: Sequence[Sample], lengths: Sequence[int]) -> list[list[int]]:
     """Return the samples' places in groups of those about one image; shorter groups first, and samples in them."""
     groups: dict[str, list[int]] = {}
     for i in sorted(range(len(samples)), key=lengths.__getitem__):

@@ -49,7 +49,7 @@ class Limits:
 
 
 @torch.inference_mode()
-def verified(
+def verify_drafts(
     model: Llava,
     prompts: Sequence[torch.Tensor],
     drafts: Sequence[Sequence[int]],
@@ -70,12 +70,12 @@ def verified(
     answers: list[list[list[int]]] = [[[] for _ in keep_VL] for _ in prompts]
     parts, open_answers = [], []
     counts = Counter(rows=len(prompts) * len(keep_VL), rows_verified_whole=0, layer_rows_run=0, layer_tokens_run=0)
-    for pack in packed(model, prompts, drafts):
+    for pack in pack_prompts(model, prompts, drafts):
         check = Verification(model, pack, prompts, base_L, keep_VL)
         asked = [(n, v) for n in check.inputs for v in range(len(keep_VL))]
         count = max(1, *(len(drafts[n]) for n in check.inputs))
         rows, slots = [], []
-        for (n, v), found in zip(asked, _best_after(model, check, asked, count), strict=True):
+        for (n, v), found in zip(asked, _predict_after(model, check, asked, count), strict=True):
             answer = answers[n][v] = _accept(drafts[n], found)
             counts["rows_verified_whole"] += answer == drafts[n] and limits.ended(answer)
             if not limits.ended(answer):  # its last token was not fed yet
@@ -93,7 +93,7 @@ def verified(
     return answers, counts
 
 
-def packed(model: Llava, prompts: Sequence[torch.Tensor], drafts: Sequence[Sequence[int]]) -> list[Pack]:
+def pack_prompts(model: Llava, prompts: Sequence[torch.Tensor], drafts: Sequence[Sequence[int]]) -> list[Pack]:
     """Return the packs of all prompts, each with its draft but for the last token: what follows that is never asked."""
     embed = language_model(model).embed_tokens
     fed = [
@@ -138,7 +138,7 @@ class Verification:
         return self._pack.last(self._place[n][1], len(self._prompts[n]))
 
 
-def _best_after(model: Llava, check: Verification, asked: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
+def _predict_after(model: Llava, check: Verification, asked: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     """Return the best token at each of `count` places from the prompt's end on, for inputs and variants."""
     found: list[list[int]] = []
     hidden = check.hidden_RQD

@@ -61,7 +61,7 @@ class Gate:
         trusted = spec.trust_remote_code
         config = loaded(lambda: check_llava(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)))
         if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
-            spec = replace(spec, dtype=_stored(folder))
+            spec = replace(spec, dtype=_name_stored_dtype(folder))
         found: dict = {"tensors": check_tensors(folder, config)}
         found["sums"] = check_sums(folder, sums)
         found["names"] = check_names(folder)
@@ -81,11 +81,18 @@ class Gate:
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         said, off = [], None
         if before and not trained:
-            found["layers"], off, close = _compared(before, model, processor, config, spec, removed is not None, logits)
+            found["layers"], off, close = _compare_with_parent(
+                before, model, processor, config, spec, removed is not None, logits
+            )
             said.append(close)
         if (folder / PROBE).is_file():
             kept, computed = kept_probe(folder)
-            types = {"float16", spec.dtype, _stored(folder), computed}  # kernels of some formats compute in float16
+            types = {
+                "float16",
+                spec.dtype,
+                _name_stored_dtype(folder),
+                computed,
+            }  # kernels of some formats compute in float16
             allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
             said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
@@ -98,7 +105,7 @@ class Gate:
         return found
 
 
-def _compared(
+def _compare_with_parent(
     before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
 ) -> tuple[str, str | None, str]:
     """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far.
@@ -109,7 +116,7 @@ def _compared(
     if pruned:
         layers, off = check_layers(before, model, processor, None, same)
         return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
-    layers, off = check_layers(before, model, processor, config, max(same, SAME[_stored(Path(spec.path))]))
+    layers, off = check_layers(before, model, processor, config, max(same, SAME[_name_stored_dtype(Path(spec.path))]))
     allowed = ROUNDED[weight_bits(config, 16)]
     return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
 
@@ -124,7 +131,7 @@ def _is_int8(config) -> bool:
     return quant_method(config) == "bitsandbytes" and weight_bits(config, 16) == 8
 
 
-def _stored(folder: Path) -> str:
+def _name_stored_dtype(folder: Path) -> str:
     return str(stored_dtype(str(folder))).removeprefix("torch.")
 
 

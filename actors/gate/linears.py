@@ -83,7 +83,7 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     if quant_method(config) == "awq":
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
     elif quant_method(config) == PACKED_CHECKPOINT:
-        weights, allowed, what = _packed(folder, config), KERNEL, "its stored numbers"
+        weights, allowed, what = _iterate_packed(folder, config), KERNEL, "its stored numbers"
     elif parent is not None and (quant_method(config) or simulated) and not may_be_scaled(config):
         weights, allowed = (
             _decoder_weights(parent, tuple(linear_shapes(config))),
@@ -127,7 +127,7 @@ def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
                 parts.clear()
 
 
-def _packed(folder: Path, config) -> Iterator[tuple[int, str, torch.Tensor]]:
+def _iterate_packed(folder: Path, config) -> Iterator[tuple[int, str, torch.Tensor]]:
     held: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors_of(folder):
         if (match := LAYER.search(name)) and name.endswith(PARTS):

@@ -45,14 +45,14 @@ def check_vllm(folder: Path, config, own: bool) -> str:
     vLLM runs in a process of its own, which takes most of a GPU: nothing else should be on it.
     """
     try:
-        return _tried(folder, config)
+        return _run_vllm(folder, config)
     except GateError as error:
         if own:
             raise
         return str(error)
 
 
-def _tried(folder: Path, config) -> str:
+def _run_vllm(folder: Path, config) -> str:
     if not config.architectures:
         return "not run; config.json names no architectures, by which vLLM chooses the model's class"
     if config.text_config.model_type not in TEXTS:

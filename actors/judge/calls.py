@@ -26,7 +26,7 @@ class Request:
         return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
 
-def folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return a chat without a system's message: its text stands before that of the user's which follows it."""
     if [message["role"] for message in messages[:2]] != ["system", "user"]:
         return messages

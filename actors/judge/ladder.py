@@ -54,7 +54,7 @@ def next_step(came: Sequence[Reply | Failure], jitter: float) -> Ask | Verdict:
         return _after_failure(came, came[-1], replies, jitter)
     if replies:
         try:
-            return _scored(came, replies)
+            return _read_verdict(came, replies)
         except ValueError as error:
             if len(replies) == len(RUNGS):
                 return _unscored(came, replies, f"bad output {len(RUNGS)} times, at last: {error}")
@@ -74,7 +74,7 @@ def _after_failure(
     return Ask(RUNGS[len(replies)], asked + backoff)
 
 
-def _scored(came: Sequence[Reply | Failure], replies: list[Reply]) -> Verdict:
+def _read_verdict(came: Sequence[Reply | Failure], replies: list[Reply]) -> Verdict:
     read = read_output(replies[-1].text, RUNGS[len(replies) - 1].output).model_dump()
     expected, mass = None, None
     if replies[-1].probabilities is not None:

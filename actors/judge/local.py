@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from actors.checkpoint.loading import check_complete, check_finite, check_source, placement, quiet
 from actors.checkpoint.pruning import stored_bytes
-from actors.judge.calls import Failure, Reply, Request, folded
+from actors.judge.calls import Failure, Reply, Request, fold_system
 from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix
 from actors.memory import GIB, claim_devices, free_bytes, out_of_memory
@@ -98,7 +98,7 @@ class LocalJudge:
             raise RuntimeError(self._broken)
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        messages = folded(messages) if self._folds else messages
+        messages = fold_system(messages) if self._folds else messages
         made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(made["input_ids"])
 

@@ -87,11 +87,11 @@ class OpenAIJudge:
     async def ask(self, request: Request) -> Reply | Failure:
         """Return the judge's output, or why none came; never raises."""
         try:
-            return await self._asked(request)
+            return await self._request(request)
         except Exception as error:
-            return Failure("server_error", self._shown(f"{type(error).__name__}: {error}"))
+            return Failure("server_error", self._excerpt(f"{type(error).__name__}: {error}"))
 
-    async def _asked(self, request: Request) -> Reply | Failure:
+    async def _request(self, request: Request) -> Reply | Failure:
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._client.post(
@@ -100,15 +100,15 @@ class OpenAIJudge:
         except TimeoutError:
             return Failure("timeout", f"no whole answer within {self._timeout:g} s")
         except httpx2.RequestError as error:
-            return Failure("closed", self._shown(f"{type(error).__name__}: {error}"))
+            return Failure("closed", self._excerpt(f"{type(error).__name__}: {error}"))
         if response.status_code != 200:
-            message = self._shown(f"HTTP {response.status_code}: {response.text}")
+            message = self._excerpt(f"HTTP {response.status_code}: {response.text}")
             return Failure(
                 failure_kind(response.status_code), message, _retry_after(response.headers.get("retry-after"))
             )
         return read_completion(response.content)
 
-    def _shown(self, message: str) -> str:
+    def _excerpt(self, message: str) -> str:
         """Return the beginning of a message, without the key."""
         return (message.replace(self._key, "***") if self._key else message)[:_LONGEST_MESSAGE]
 

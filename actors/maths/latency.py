@@ -43,7 +43,7 @@ def p5_p95(values: Sequence[float]) -> list[float]:
     return [cuts[0], cuts[-1]]
 
 
-def merged(rounds: Sequence[dict]) -> dict:
+def merge_rounds(rounds: Sequence[dict]) -> dict:
     """Return one row from the rounds of one checkpoint (`LlavaReplica.profile`), each from a process of its own.
 
     Times are summarised over the runs of all rounds; of memory (bytes) the largest round counts.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from actors.maths.columns import Number, number_names
-from actors.maths.statistics import apart, cluster_bootstrap_means, percentile_interval, rank_intervals
+from actors.maths.statistics import cluster_bootstrap_means, mark_differing_pairs, percentile_interval, rank_intervals
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ def rank_losses(losses: Losses, names: Sequence[int]) -> Ranking:
     low_K, high_K = percentile_interval(draws_BK)
     first_K, last_K = rank_intervals(draws_BK)
     order = sorted(range(len(names)), key=lambda k: (lost_K[k], names[k]))
-    return Ranking(order, low_K, high_K, first_K.astype(int), np.ceil(last_K).astype(int), apart(draws_BK))
+    return Ranking(
+        order, low_K, high_K, first_K.astype(int), np.ceil(last_K).astype(int), mark_differing_pairs(draws_BK)
+    )
 
 
 def count_apart(losses: Losses) -> tuple[int, int]:
     """Return how many pairs of sets differ at 95 % (paired by image), and how many pairs there are."""
-    apart_KK = apart(losses.draws_BK)
+    apart_KK = mark_differing_pairs(losses.draws_BK)
     count = len(apart_KK)
     return int(apart_KK.sum()) // 2, count * (count - 1) // 2
 

@@ -120,7 +120,7 @@ def rank_intervals(
     return percentile_interval(first_BK, level)[0], percentile_interval(last_BK, level)[1]
 
 
-def apart(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:
+def mark_differing_pairs(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:
     """Tell which pairs of columns differ: the interval of their paired difference does not hold 0."""
     columns = draws_BK.shape[1]
     found = np.zeros((columns, columns), dtype=bool)

@@ -21,14 +21,14 @@ from actors.checkpoint.loading import quiet
 from actors.maths.rounding import dequantize, round_to_nearest
 from actors.quantizers.awq import inputs_for, searched_layers
 from actors.quantizers.storage import (
+    cast_tensor,
     check_rounded,
     keep_blocks_apart,
-    narrowed,
     other_tensors,
     read_layers,
     write_rounded,
 )
-from actors.quantizers.structure import linear_shapes, opened
+from actors.quantizers.structure import linear_shapes, open_checkpoint
 from actors.specs import NOT_ROUNDED, PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
 
 FORMAT = "pack-quantized"
@@ -106,7 +106,7 @@ def rounded_layers(
                     stem + name: value for name, value in packed(tensor, bits[number], settings.group_size).items()
                 }
             else:
-                made[part] = narrowed(NAME.format(number, part), tensor, STORED)
+                made[part] = cast_tensor(NAME.format(number, part), tensor, STORED)
         yield number, made
 
 
@@ -173,7 +173,7 @@ class MixedQuantizer:
         actors.quantizers.storage.check_rounded. ValueError: bits for another number of layers, or the method cannot.
         """
         packer()
-        source, config = opened(spec, settings)
+        source, config = open_checkpoint(spec, settings)
         layers = config.text_config.num_hidden_layers
         if len(bits) != layers:
             raise ValueError(f"Bits were given for {len(bits)} layers, the model has {layers}.")
@@ -203,7 +203,7 @@ class MixedQuantizer:
         They are what `quantize` would write of them; `read_option` reads one.
         """
         packer()
-        source, config = opened(spec, settings)
+        source, config = open_checkpoint(spec, settings)
         layers, size = config.text_config.num_hidden_layers, 0
         for each in bits:
             made = rounded_layers(spec, source, config, settings, [each] * layers, calibration)

@@ -6,7 +6,7 @@ from pathlib import Path
 from actors.checkpoint.loading import quiet
 from actors.quantizers.awq import quantize_awq, search_to_files, write_searched
 from actors.quantizers.storage import check_rounded, keep_blocks_apart
-from actors.quantizers.structure import opened
+from actors.quantizers.structure import open_checkpoint
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
 
@@ -25,7 +25,7 @@ class Quantizer:
         `calibration` (training split only) is read by AWQ alone. The facts are those of
         actors.quantizers.storage.check_rounded, and AWQ's calibration_tokens. ValueError: the method cannot do this.
         """
-        source, config = opened(spec, settings)
+        source, config = open_checkpoint(spec, settings)
         facts = _quantize(spec, source, config, settings, calibration, Path(out))
         return {**facts, **check_rounded(Path(out), config, settings)}
 
@@ -39,14 +39,14 @@ class Quantizer:
         folder: str,
     ) -> dict:
         """Search the layers of part 0 <= `part` < `parts`; see actors.quantizers.awq.search_to_files."""
-        source, config = opened(spec, settings)
+        source, config = open_checkpoint(spec, settings)
         layers = config.text_config.num_hidden_layers
         share = range(layers * part // parts, layers * (part + 1) // parts)
         return search_to_files(spec, source, config, settings, calibration, share, Path(folder))
 
     def finish(self, spec: ModelSpec, settings: QuantizeSettings, folder: str, out: str) -> dict:
         """Write the checkpoint from what `search` has written to `folder` of all layers; returns facts about it."""
-        source, config = opened(spec, settings)
+        source, config = open_checkpoint(spec, settings)
         write_searched(source, config, settings, Path(folder), Path(out))
         return check_rounded(Path(out), config, settings)
 

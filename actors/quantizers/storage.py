@@ -108,13 +108,13 @@ def write_rounded(
                     yield name.removesuffix("weight") + part, value
                 release()
             else:
-                yield name, narrowed(name, tensor, dtype)
+                yield name, cast_tensor(name, tensor, dtype)
 
     write_tensors(out, rounded(), SHARD_BYTES)
     return count
 
 
-def narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor as `dtype` if it holds floats; ValueError if a value is too large for it."""
     if not tensor.is_floating_point():
         return tensor

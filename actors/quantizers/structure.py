@@ -66,7 +66,7 @@ def linear_shapes(config) -> dict[str, tuple[int, int]]:
     return {name: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def opened(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
+def open_checkpoint(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
     """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
     source = local_folder(spec.path, spec.revision)
     config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)

@@ -107,7 +107,7 @@ async def answered(send: Callable[[], Awaitable], name: str, timeout: float) -> 
 
 
 @asynccontextmanager
-async def served(
+async def serve_class(
     label: str, target: str, kwargs: dict, scale: Scale, keep: bool = False, port: int | None = None
 ) -> AsyncIterator[Service]:
     """Host the class `target` ("package.module:Class"), built with `kwargs` in every replica.
@@ -119,12 +119,12 @@ async def served(
     options = {"ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": scale.gpus}, **scale.options()}
     application = serve.deployment(_Replica, name="replica", **options).bind(target, kwargs, scale.gpus)
     name = application_name(label, target, {"kwargs": kwargs, "scale": asdict(scale), "port": port})
-    async with hosted(name, application, scale, keep, port) as service:
+    async with host_application(name, application, scale, keep, port) as service:
         yield service
 
 
 @asynccontextmanager
-async def hosted(
+async def host_application(
     name: str, application: Any, scale: Scale, keep: bool = False, port: int | None = None
 ) -> AsyncIterator[Service]:
     """Run a Serve application while the block lasts, and yield it when all its replicas are up.

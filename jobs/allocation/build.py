@@ -8,7 +8,7 @@ from actors.judge.verdict import TOP_LABEL
 from cluster.tables import read_table
 from jobs import evaluate, judge, prune, recover
 from jobs.allocation import mixed
-from jobs.allocation.choice import REMOVED, WHOLE, Choice, Search
+from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.report import size
@@ -68,7 +68,7 @@ def build(run: Run, base: Source, data: Stage, named: Mapping[str, Choice], budg
     return found
 
 
-def rows_of(run: Run, built: Sequence[Built], search: Search) -> list[dict]:
+def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> list[dict]:
     """Return the rows of choices that were tried, compared with the best uniform one; a failed one has its reason."""
     rows, answers, labels = [], [], []
     for one in built:
@@ -99,10 +99,10 @@ def rows_of(run: Run, built: Sequence[Built], search: Search) -> list[dict]:
         rows.append(row)
         answers.append(given)
         labels.append(judged)
-    return compared(rows, answers, labels)
+    return add_differences(rows, answers, labels)
 
 
-def compared(
+def add_differences(
     rows: Sequence[dict], answers: Sequence[Mapping[str, dict]], labels: Sequence[Mapping[str, int | None]]
 ) -> list[dict]:
     """Return the rows, each with its difference from the uniform setting of the best score.

@@ -78,7 +78,7 @@ def single_changes(choice: Choice, options: Sequence[int]) -> dict[tuple[int, in
     return {key: changed for key, changed in found.items() if any(changed)}
 
 
-class Search:
+class AllocationSearch:
     """The rounds of one search. `tried`: all choices within the budget that were measured, with their rows."""
 
     def __init__(self, measured: ChoiceMeasurements, memory: Memory, budget: int, joint):
@@ -111,7 +111,9 @@ class Search:
         centre: Choice = self._measured.whole
         for number in range(1, self._joint.rounds + 1):
             proposed = self._round(number, centre, uniform if number == 1 else ())
-            print(f"joint: round {number} tried {proposed} choices; best so far {shown(self.best[0])}", flush=True)
+            print(
+                f"joint: round {number} tried {proposed} choices; best so far {format_choice(self.best[0])}", flush=True
+            )
             if self.best[0] == centre:
                 return
             centre = self.best[0]
@@ -157,6 +159,6 @@ class Search:
             self.singles.append(row | {each: values[each][place] for each in BOTH})
 
 
-def shown(choice: Sequence[int]) -> str:
+def format_choice(choice: Sequence[int]) -> str:
     """Write a choice as a line: a layer's bits, - for a removed one."""
     return " ".join(str(bits) if bits else "-" for bits in choice)

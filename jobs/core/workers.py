@@ -61,9 +61,9 @@ class Workers:
         if self._parent is not None:
             self._parent.connect()
         elif not self._connected:
-            from cluster.connection import connected
+            from cluster.connection import connect
 
-            self._cleanup.enter_context(connected())
+            self._cleanup.enter_context(connect())
             self._connected = True
 
     @contextmanager

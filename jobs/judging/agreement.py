@@ -105,13 +105,13 @@ def record(
         "raters": len({rating.rater for rating in ratings}),
         "ratings_count": len(ratings),
         "unscored": sum(label is None for label in labels.values()),
-        **compared(ratings, {item: label for item, label in labels.items() if label is not None}),
+        **measure_agreement(ratings, {item: label for item, label in labels.items() if label is not None}),
     }
     write_text(run.folder / FILE, json.dumps(measured, indent=1))
     return measured
 
 
-def compared(ratings: Sequence[Rating], labels: Mapping[Hashable, int]) -> dict:
+def measure_agreement(ratings: Sequence[Rating], labels: Mapping[Hashable, int]) -> dict:
     """Return kappa (judge with person, person with person) and signed error (judge - mean of people, labels 0-4).
 
     Intervals at 95 % resample images. kappa is None where it is undefined. ValueError: no rated answer has a label.
@@ -173,14 +173,16 @@ def sentence(measured: Mapping | None) -> str:
     if measured is None:
         return "uncalibrated: its agreement with people is unknown (jobs.judge --agreement)"
     low, high = measured["signed_error_interval"]
-    words = f"against {measured['answers']} answers rated by people: weighted kappa {_shown(measured, 'kappa')}, "
+    words = (
+        f"against {measured['answers']} answers rated by people: weighted kappa {_format_kappa(measured, 'kappa')}, "
+    )
     words += f"judge - people {measured['signed_error']:+.2f} [{low:+.2f}, {high:+.2f}] on 0-{TOP_LABEL}"
     if measured["raters"] > 1:
-        words += f"; people among themselves: weighted kappa {_shown(measured, 'people_kappa')}"
+        words += f"; people among themselves: weighted kappa {_format_kappa(measured, 'people_kappa')}"
     return words
 
 
-def _shown(measured: Mapping, name: str) -> str:
+def _format_kappa(measured: Mapping, name: str) -> str:
     if measured[name] is None:
         return "undefined"
     return "{:.2f} [{:.2f}, {:.2f}]".format(measured[name], *measured[f"{name}_interval"])

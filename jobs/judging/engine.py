@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.judge.cache import JudgeIdentity
-from actors.judge.calls import Failure, Reply, Request, folded
+from actors.judge.calls import Failure, Reply, Request, fold_system
 from cluster.artifacts import digest
 from jobs.config.judge import JudgeConfig
 from jobs.core.run import Run
@@ -45,7 +45,7 @@ async def judge_engine(run: Run) -> AsyncIterator[tuple[Ask, JudgeIdentity]]:
         if settings.engine == "openai":
             yield (await stack.enter_async_context(_remote(settings))).ask, identity
             return
-        hosted = _Hosted(run)
+        hosted = _ServedJudge(run)
         if settings.engine == "vllm":
             yield await stack.enter_async_context(hosted.vllm()), identity
         else:
@@ -59,7 +59,7 @@ def check(run: Run) -> None:
     if settings.engine == "openai":
         _remote(settings)
         return
-    hosted = _Hosted(run)
+    hosted = _ServedJudge(run)
     hosted.scale()
     if settings.engine == "vllm":
         hosted.vllm_model()
@@ -81,7 +81,7 @@ async def endpoint(run: Run) -> AsyncIterator[str]:
     if settings.engine == "openai":
         raise ValueError("judge.engine openai is an endpoint already: serve a judge of engine transformers or vllm.")
     judge_identity(run)
-    async with _Hosted(run).http():
+    async with _ServedJudge(run).http():
         yield f"http://127.0.0.1:{settings.port}/v1"
 
 
@@ -154,7 +154,7 @@ def _vllm_name(label: str, model: "VLLM", scale: "Scale") -> str:
 
 
 @dataclass(frozen=True)
-class _Hosted:
+class _ServedJudge:
     """The judge on Ray Serve, asked through a handle or over HTTP."""
 
     run: Run
@@ -165,18 +165,18 @@ class _Hosted:
 
     @asynccontextmanager
     async def transformers(self) -> AsyncIterator[Ask]:
-        from cluster.serving.service import served
+        from cluster.serving.service import serve_class
 
         kwargs, scale = self._kwargs(), self.scale()
         self._connect()
-        async with served("judge", "actors.judge.local:LocalJudge", kwargs, scale, self.settings.keep) as service:
+        async with serve_class("judge", "actors.judge.local:LocalJudge", kwargs, scale, self.settings.keep) as service:
             yield lambda request: self._through(lambda: _call(service, request, self.settings.timeout))
 
     @asynccontextmanager
     async def vllm(self) -> AsyncIterator[Ask]:
         from actors.judge.local import folds_system
         from actors.judge.openai import chat_body, read_completion
-        from cluster.serving.service import hosted
+        from cluster.serving.service import host_application
         from cluster.serving.vllm import chat, handle_application
 
         model, scale, folds = self.vllm_model(), self.scale(), folds_system(_tokenizer(self.run))
@@ -187,18 +187,18 @@ class _Hosted:
         async def ask(request: Request) -> Reply | Failure:
             body = chat_body(request, model.name, logprobs=True) | {"structured_outputs": {"json": request.schema}}
             del body["response_format"]
-            body["messages"] = folded(body["messages"]) if folds else body["messages"]
+            body["messages"] = fold_system(body["messages"]) if folds else body["messages"]
             content = await chat(service, body, self.settings.timeout)
             answer = _error_of(content) or read_completion(content)
             # vLLM applies the schema to the logits before it takes their logarithms, whatever logprobs_mode says.
             return replace(answer, masked=True) if isinstance(answer, Reply) else answer
 
-        async with hosted(name, application, scale, self.settings.keep) as service:
+        async with host_application(name, application, scale, self.settings.keep) as service:
             yield lambda request: self._through(lambda: ask(request))
 
     @asynccontextmanager
     async def http(self) -> AsyncIterator[None]:
-        from cluster.serving.service import hosted, served
+        from cluster.serving.service import host_application, serve_class
 
         scale, port = self.scale(), self.settings.port
         if self.settings.engine == "vllm":
@@ -207,12 +207,12 @@ class _Hosted:
             model = self.vllm_model()
             self._connect()
             name = _vllm_name("judge-endpoint", model, scale)
-            async with hosted(name, http_application(model, scale), scale, port=port):
+            async with host_application(name, http_application(model, scale), scale, port=port):
                 yield
         else:
             kwargs = {"name": self.settings.model, **self._kwargs()}
             self._connect()
-            async with served("judge-endpoint", "actors.judge.endpoint:JudgeEndpoint", kwargs, scale, port=port):
+            async with serve_class("judge-endpoint", "actors.judge.endpoint:JudgeEndpoint", kwargs, scale, port=port):
                 yield
 
     def _connect(self) -> None:

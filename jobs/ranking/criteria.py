@@ -16,7 +16,7 @@ class Reading:
     label: str
     show: str = "as it is"
 
-    def shown(self, loss: float) -> float:
+    def to_unit(self, loss: float) -> float:
         """Return a loss in the unit of the label."""
         return {"as it is": loss, "1 - x": 1 - loss, "exp": math.exp(min(loss, 700.0))}[self.show]
 

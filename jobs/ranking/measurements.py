@@ -12,7 +12,7 @@ from math import isfinite
 
 from actors.maths.losses import Losses, tabulate_losses
 from actors.maths.statistics import loss_outliers
-from actors.specs import Conversation, Known
+from actors.specs import Conversation, DraftContext
 from cluster.artifacts import digest
 from cluster.tables import PartTable
 from jobs.config.schema import Criterion
@@ -89,7 +89,7 @@ class Measurements:
         return [layer for (layer,), is_far in zip(singles, far, strict=True) if is_far]
 
     def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
-        known = self._known(measure)
+        known = self._read_rows(measure)
         if measure == "answers":  # the whole model's answers are what all others are compared with
             sets = [self.whole, *sets]
         missing = {
@@ -116,32 +116,32 @@ class Measurements:
                 continue
             new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in known]
             self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
-            known.update(self._keyed(new))
+            known.update(self._index_rows(new))
 
     def _drafts(self, measure: str, part: list[Conversation], base: Removed):
         known = self._rows[measure]
         needed = [((sample.id, self.whole), (sample.id, base)) for sample in part]
         if measure != "answers" or not all(key in known for keys in needed for key in keys):
             return None
-        return [Known(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
+        return [DraftContext(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
 
-    def _known(self, measure: str) -> dict[tuple[str, Removed], dict]:
+    def _read_rows(self, measure: str) -> dict[tuple[str, Removed], dict]:
         if measure not in self._rows:
-            recipe = {**self._made_from, "measure": measure, **self._decides(measure)}
+            recipe = {**self._made_from, "measure": measure, **self._deciding_settings(measure)}
             folder = self._run.folder / "measurements" / f"{measure}-{digest(recipe)}"
             self._tables[measure] = PartTable(folder)
             (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-            self._rows[measure] = self._keyed(self._tables[measure].all_rows())
+            self._rows[measure] = self._index_rows(self._tables[measure].all_rows())
         return self._rows[measure]
 
-    def _decides(self, measure: str) -> dict:
+    def _deciding_settings(self, measure: str) -> dict:
         config = self._run.config
         if measure == "answers":
             embedder = self._run.embedder_identity(config.ablate.embedder)
             return {"max_new_tokens": config.generation.max_new_tokens, "embedder": embedder}
         return {"seed": config.seed} if measure == "random" else {}
 
-    def _keyed(self, rows: Iterable[dict]) -> dict[tuple[str, Removed], dict]:
+    def _index_rows(self, rows: Iterable[dict]) -> dict[tuple[str, Removed], dict]:
         return {(row["sample_id"], tuple(row[self.column])): row for row in rows}
 
 

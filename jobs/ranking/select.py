@@ -68,7 +68,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
         pair = measured.losses(criterion, [found, ranked], label="against one shot")
     write_table(folder / STEPS, steps)
-    shown = READINGS[criterion].shown
+    shown = READINGS[criterion].to_unit
     score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(

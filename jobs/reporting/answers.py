@@ -29,7 +29,7 @@ def samples(by_method: Answers) -> list[dict]:
         for method, rows in by_method.items():
             answers.setdefault(rows[sample]["answer"], []).append(method)
         score = {rows[sample]["answer"]: rows[sample]["baseline"] for rows in by_method.values()}
-        grouped = [(", ".join(methods), shortened(answer), score[answer]) for answer, methods in answers.items()]
+        grouped = [(", ".join(methods), shorten(answer), score[answer]) for answer, methods in answers.items()]
         picked.append({**row, "thumbnail": thumbnail(row["image"]), "answers": grouped})
         if len(picked) == SAMPLES_SHOWN:
             break
@@ -45,7 +45,7 @@ def viewer(by_method: Answers, verdicts: Mapping[str, Sequence[Mapping]]) -> dic
     ordered = sorted(known.values(), key=lambda row: (row["class"], row["image"]))
     images = list(dict.fromkeys((row["image"], row["class"]) for row in ordered))
     questions = list(dict.fromkeys((row["question_id"], row["question"]) for row in ordered))
-    thumbnails = bounded([path for path, _ in images], THUMBNAIL_BYTES)
+    thumbnails = encode_thumbnails([path for path, _ in images], THUMBNAIL_BYTES)
     image_number = {path: number for number, (path, _) in enumerate(images)}
     question_number = {question: number for number, question in enumerate(questions)}
     return {
@@ -62,7 +62,7 @@ def viewer(by_method: Answers, verdicts: Mapping[str, Sequence[Mapping]]) -> dic
             {
                 "image": image_number[row["image"]],
                 "question": question_number[row["question_id"], row["question"]],
-                "reference": shortened(row["reference"]),
+                "reference": shorten(row["reference"]),
                 "answers": [
                     _answer(rows.get(row["sample_id"]), labels.get(method, {}).get(row["sample_id"]))
                     for method, rows in by_method.items()
@@ -77,25 +77,25 @@ def _answer(row: Mapping | None, verdict: Mapping | None) -> dict | None:
     if row is None:
         return None
     return {
-        "answer": shortened(row["answer"]),
+        "answer": shorten(row["answer"]),
         "baseline": round(row["baseline"], 4),
         "verdict": row["verdict"],
         "named": row["named"],
         "loop": row["loop_tokens"] > 0,
         "stopped": row["stopped"],
         "label": verdict["judge_label"] if verdict else None,
-        "reason": shortened(verdict["judge_reason"]) if verdict else None,
+        "reason": shorten(verdict["judge_reason"]) if verdict else None,
     }
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """Cut a text that is too long for the page, and say so."""
     if len(text) <= LONGEST_TEXT:
         return text
     return f"{text[:LONGEST_TEXT]} ... (cut: {len(text):,} characters in all)"
 
 
-def bounded(paths: Sequence[str], most: int) -> list[str | None]:
+def encode_thumbnails(paths: Sequence[str], most: int) -> list[str | None]:
     """Return the images' thumbnails as data URIs; None: not readable, or more than `most` bytes together."""
     found, size = [], 0
     for path in paths:

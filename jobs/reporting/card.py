@@ -129,7 +129,7 @@ def _public(value: Any) -> Any:
     return f"/.../{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _made(steps: Sequence[dict]) -> list[dict]:
+def _describe_history(steps: Sequence[dict]) -> list[dict]:
     """Return how the steps were made, those together that one command made; numbers count from 1."""
     found = []
     for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
@@ -139,7 +139,7 @@ def _made(steps: Sequence[dict]) -> list[dict]:
     return found
 
 
-def _judged(row: Mapping) -> dict:
+def _describe_judge(row: Mapping) -> dict:
     """Return what the card says of a judge; of a local one only the folder's name."""
     columns = {"pct": "pct", "interval": "interval_pct", "bounds": "bounds_pct", "scored": "scored", "total": "total"}
     return {
@@ -168,9 +168,9 @@ def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Map
         "source": source,
         "steps": steps,
         "quantized": quantized,
-        "made": _made(steps),
+        "made": _describe_history(steps),
         "facts": facts,
-        "judged": judged and _judged(judged),
+        "judged": judged and _describe_judge(judged),
         "metrics": evaluation and evaluation["metrics"],
         "profile": evaluation and evaluation["profile"],
     }

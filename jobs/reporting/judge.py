@@ -8,7 +8,7 @@ from jobs.judge import finding
 from jobs.judging.agreement import sentence
 
 
-def told(rows: Sequence[Mapping]) -> dict:
+def describe_verdicts(rows: Sequence[Mapping]) -> dict:
     """Return the judge's section; rows: those of the summary, all of them judged."""
     reasons = sum((Counter(row["judge_unscored"]) for row in rows), Counter())
     return {

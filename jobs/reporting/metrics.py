@@ -38,7 +38,7 @@ def _lines(confusion: dict) -> list[dict]:
     return lines
 
 
-def retained(rows: list[dict]) -> dict:
+def tabulate_retention(rows: list[dict]) -> dict:
     """Return the table of what every method but the first retains."""
     keys = [key for key in RETAINED if key in rows[0]["retention"]]
     return {

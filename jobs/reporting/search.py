@@ -9,10 +9,10 @@ from cluster.artifacts import write_text
 from jobs.config.search import BudgetConfig
 from jobs.core.run import Run
 from jobs.judging.tables import flag
-from jobs.report import rendered, size, with_interval
+from jobs.report import render_page, size, with_interval
 from jobs.reporting import published
 from jobs.reporting.search_figures import Mark, front_figure, layers_figure
-from jobs.searching.budget import front, judge_remarks, said, timed_apart
+from jobs.searching.budget import format_answer, judge_remarks, pareto_front, timed_apart
 from jobs.searching.rows import GIB, totals
 from jobs.searching.stages import SEARCH
 
@@ -39,11 +39,11 @@ def write_report(run: Run, rows: Sequence[dict], found: dict, failure: Exception
         "title": f"{run.folder.name}: the best model that fits",
         "model": run.config.model.path,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "answer": [line.strip() for line in said(found, run.config.search.budget).splitlines()],
+        "answer": [line.strip() for line in format_answer(found, run.config.search.budget).splitlines()],
         "figures": figures,
         "published": published.POINTS,
         "timed_apart": any(map(timed_apart, rows)),
-        "rows": [_shown(number, row, found, rows) for number, row in enumerate(rows, 1)],
+        "rows": [_format_cells(number, row, found, rows) for number, row in enumerate(rows, 1)],
         "done": [row for row in rows if row["status"] == "done"],
         "judged": [row for row in rows if row["is_llm_judge"]],
         "remarks": judge_remarks({row["setting"]: row for row in rows}),
@@ -52,7 +52,7 @@ def write_report(run: Run, rows: Sequence[dict], found: dict, failure: Exception
         "spent": _spent(totals(run, rows)),
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
     }
-    write_text(folder / HTML, rendered("search.html.j2", content, "search.js"))
+    write_text(folder / HTML, render_page("search.html.j2", content, "search.js"))
     return folder / HTML
 
 
@@ -67,7 +67,7 @@ def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
     found = {}
     for cost, name in COSTS.items():
         factor = scale if cost == "memory_gib" else 1
-        best = front(rows, cost)
+        best = pareto_front(rows, cost)
         marks = [
             Mark(number, row[cost] * factor, row["score_pct"], low, high, row["quantizer"], row in best)
             for number, row in enumerate(rows, 1)
@@ -87,13 +87,13 @@ def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
     return found
 
 
-def _shown(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
+def _format_cells(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
     """Return a row's cells as text, and what a column is sorted by where that differs."""
     done = row["status"] == "done"
     scored = done and row["score_pct"] is not None
     roles = {"answer": found["answer"], "runner-up": found["runner_up"]}
     marks = [role for role, other in roles.items() if other is not None and other["setting"] == row["setting"]]
-    marks += [f"front of {name}" for cost, name in COSTS.items() if row in front(rows, cost)]
+    marks += [f"front of {name}" for cost, name in COSTS.items() if row in pareto_front(rows, cost)]
     return {
         "number": number,
         "setting": row["setting"],

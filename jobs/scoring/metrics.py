@@ -26,7 +26,7 @@ GOOD = {  # what is retained; of each, more is better
 }
 
 
-def scored(rows: list[dict], cosines: Sequence[float], classes: Sequence[ClassConfig]) -> list[dict]:
+def score_answers(rows: list[dict], cosines: Sequence[float], classes: Sequence[ClassConfig]) -> list[dict]:
     """Return the rows with similarity, baseline score, loop and, for the name question, what was named and its verdict.
 
     cosines: the embedding similarity of every row's answer with its reference.
@@ -147,7 +147,7 @@ def retention(original: list[dict], rows: list[dict], classes: Sequence[str]) ->
         if chosen := named if label == "name_accuracy" else pairs:
             own, before = zip(*chosen, strict=True)
             groups = [row["group"] for row in before]
-            found[label] = retained([score(row) for row in own], [score(row) for row in before], groups)
+            found[label] = compute_retention([score(row) for row in own], [score(row) for row in before], groups)
     if named:
         own, before = zip(*named, strict=True)
         (value, draws), (base, base_draws) = (_macro_f1(side, classes, _groups(before)) for side in (own, before))
@@ -155,7 +155,7 @@ def retention(original: list[dict], rows: list[dict], classes: Sequence[str]) ->
     return found
 
 
-def retained(scores: Sequence[float], original: Sequence[float], groups: Sequence) -> dict:
+def compute_retention(scores: Sequence[float], original: Sequence[float], groups: Sequence) -> dict:
     """Return the ratio of two models' mean scores on the same questions, and its interval, as `retention` does."""
     return _ratio(*bootstrap_ratio(to_floats(scores), to_floats(original), number_names(groups)))
 

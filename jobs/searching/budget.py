@@ -37,7 +37,7 @@ class Entrant:
         return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
 
 
-def screened_out(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict[tuple[str, ...], dict]:
+def dominated(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict[tuple[str, ...], dict]:
     """Return who loses in the screen, by key: to whom, and by how many points with their interval.
 
     A setting loses if another one takes no more and its answers are better, by the paired interval over images and
@@ -73,7 +73,7 @@ def timed_apart(row: dict) -> bool:
     return row["unpacked"] and row["device"] == CPU
 
 
-def front(rows: Iterable[dict], cost: str) -> list[dict]:
+def pareto_front(rows: Iterable[dict], cost: str) -> list[dict]:
     """Return the usable rows that no other beats: none has a higher score at the same cost or less (cheapest first)."""
     known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
     found: list[dict] = []
@@ -136,7 +136,7 @@ def _excess(row: dict, budget: BudgetConfig) -> float:
     return max((row[name] / limit for name, limit in limits.items() if limit is not None), default=0.0)
 
 
-def compared(run: Run, best: dict, second: dict) -> dict:
+def compare_rows(run: Run, best: dict, second: dict) -> dict:
     """Return the columns of jobs.scoring.differences for two evaluated rows: the first against the second."""
     tables = [answers(run, row["evaluation"]) for row in (second, best)]
     groups = {sample: row["group"] for table in tables for sample, row in table.items()}
@@ -154,7 +154,7 @@ def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[
     failure: what ended the judge.
     """
     judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
-    lines = [judge.table(judged), *judge_remarks(rows)] if judged else []
+    lines = [judge.format_rows(judged), *judge_remarks(rows)] if judged else []
     if failure is not None:
         lines.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
     return lines
@@ -179,7 +179,7 @@ def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
     return [*lines, *by_baseline(rows)]
 
 
-def said(found: dict, budget: BudgetConfig) -> str:
+def format_answer(found: dict, budget: BudgetConfig) -> str:
     """Put what a budget allows into sentences."""
     limits = [f"{getattr(budget, name):g} {unit}" for name, unit in LIMITS if getattr(budget, name) is not None]
     asked = " and ".join(limits) if limits else "no limit"

@@ -20,7 +20,7 @@ def shapes_of(run: Run) -> Any:
     return architecture(model_config(own)[0], run.config.model.trust_remote_code)
 
 
-def setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:
+def size_setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:
     """Return the Setting (actors.estimate) whose memory is counted; bits: of every layer, 0 for a removed one."""
     return asked(config, method, bits, least_images=1)
 
@@ -34,5 +34,5 @@ def device_gib(config: Config, shapes: Any, method: str, bits: tuple[int, ...]) 
     """Return what a setting takes of the fullest device (GiB); method "mixed" is what jobs.joint builds."""
     from actors.estimate import estimate
 
-    sizes = estimate(shapes, setting(config, method, bits))
+    sizes = estimate(shapes, size_setting(config, method, bits))
     return (sizes["device_bytes"] + context_bytes(config)) / GIB

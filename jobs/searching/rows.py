@@ -12,7 +12,7 @@ from jobs.core.stage import Stage
 from jobs.estimate import GIB, removals
 from jobs.judging.tables import NOT_JUDGED
 from jobs.searching.memory import device_gib, shapes_of
-from jobs.searching.space import alone, described, invoked
+from jobs.searching.space import format_command, format_single_command, to_columns
 from jobs.searching.stages import SEARCH, Plan
 
 ROWS, LOG = "rows.json", "log.jsonl"
@@ -73,7 +73,7 @@ def rows_of(
         elif loss := lost.get(plan.setting.key):
             words = "{to} takes no more and is better by {pct:.1f} [{low:.1f}, {high:.1f}]"
             end = "screened out", words.format(**loss)
-        rows.append(_row(run, plan, size, end, "uniform", alone(plan.setting, run.config.run_dir)))
+        rows.append(_row(run, plan, size, end, "uniform", format_single_command(plan.setting, run.config.run_dir)))
     return rows
 
 
@@ -82,7 +82,7 @@ def joint_rows(
 ) -> list[dict]:
     """Return a row like those of the search for everything that jobs.joint built, or why it could not."""
     ends = [None if failure is None else ("failed", failure) for failure in failures]
-    command = invoked()
+    command = format_command()
     return [_row(run, *given, "joint", command) for given in zip(plans, estimated, ends, strict=True)]
 
 
@@ -93,7 +93,7 @@ def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None,
     model = plan.model
     return {
         "method": method,
-        **described(plan.setting),
+        **to_columns(plan.setting),
         "status": status,
         "reason": reason,
         "estimate_gib": round(estimate_gib, 9),

@@ -83,13 +83,13 @@ def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
     return config.model_copy(update=sections)
 
 
-def invoked() -> str:
+def format_command() -> str:
     """Return the command of this process, whole: it is for those who have this run folder, and not made public."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
-def alone(setting: Setting, run_dir: str) -> str:
+def format_single_command(setting: Setting, run_dir: str) -> str:
     """Return the command that makes this one setting anew: this process's, with a space of one and its own folder."""
     words, rest = [], sys.argv[1:]
     while rest:
@@ -108,6 +108,6 @@ def alone(setting: Setting, run_dir: str) -> str:
     return shlex.join(["python", "-m", "jobs.search", *words])
 
 
-def described(setting: Setting) -> dict:
+def to_columns(setting: Setting) -> dict:
     """Return a setting's columns."""
     return {"setting": setting.label, **{key: value for key, value in asdict(setting).items() if key != "name"}}

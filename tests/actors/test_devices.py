@@ -7,7 +7,7 @@ from accelerate import dispatch_model
 import actors.engine.replica
 from actors.checkpoint.loading import language_model, layer_devices
 from actors.engine.replica import LlavaReplica
-from actors.engine.verification import Limits, verified
+from actors.engine.verification import Limits, verify_drafts
 from actors.specs import ModelSpec
 from tests.places import Places, spread
 from tests.tiny import ARCHITECTURES, LAYERS, WIDTH, draw_samples, save_tiny
@@ -38,7 +38,7 @@ def test_two_devices_answer_like_one(replica, lesions):
     prompts = [replica._prompt(sample) for sample in draw_samples(lesions)]
     keep_VL, limits = replica.keep(REMOVED), Limits(10, tuple(range(2, 512, 16)))
     whole = torch.ones(LAYERS, dtype=torch.bool)
-    expected, _ = verified(replica.model, prompts, [[] for _ in prompts], whole, keep_VL, limits)
+    expected, _ = verify_drafts(replica.model, prompts, [[] for _ in prompts], whole, keep_VL, limits)
     right = [answers[0] for answers in expected]
     wrong = [[7, 8, 9] for _ in prompts]
     places = Places()
@@ -47,7 +47,7 @@ def test_two_devices_answer_like_one(replica, lesions):
         assert layer_devices(model) == [GPUS[0]] * 3 + [GPUS[1]] * 2
         there = [prompt.to(GPUS[0]) for prompt in prompts]
         for drafts in (right, wrong, [[] for _ in prompts]):
-            answers, _ = verified(model, there, drafts, whole, keep_VL, limits)
+            answers, _ = verify_drafts(model, there, drafts, whole, keep_VL, limits)
             assert answers == expected
     assert places.moves > 100
 

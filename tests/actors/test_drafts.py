@@ -15,7 +15,7 @@ from actors.checkpoint.loading import language_model
 from actors.derm_tiny.build import SIDE
 from actors.engine.replica import LlavaReplica
 from actors.engine.rows import StepPass
-from actors.engine.verification import Limits, verified
+from actors.engine.verification import Limits, verify_drafts
 from actors.specs import ModelSpec
 from tests.tiny import (
     ARCHITECTURES,
@@ -97,7 +97,7 @@ def test_any_draft_any_base_any_sets(model, lesions, seed):
     picks = random.Random(seed)
     base, *removed = drawn_sets(picks, LAYERS, picks.randint(2, 6))
     drafts = drawn_drafts(picks, generated(model.model, prompts, base))
-    answers, counts = verified(model.model, prompts, drafts, keep([base])[0], keep(removed), LIMITS)
+    answers, counts = verify_drafts(model.model, prompts, drafts, keep([base])[0], keep(removed), LIMITS)
     assert answers == each(model.model, prompts, removed)
     assert counts["rows"] == len(prompts) * len(removed)
 
@@ -143,10 +143,10 @@ def test_any_architecture(config, seed):
     prompts = drawn_prompts(model, picks)
     base, *removed = drawn_sets(picks, layers, 4)
     base_L, *keep_VL = keep([base, *removed], layers)
-    own, _ = verified(model, prompts, [[] for _ in prompts], base_L, base_L[None], LIMITS)
+    own, _ = verify_drafts(model, prompts, [[] for _ in prompts], base_L, base_L[None], LIMITS)
     assert own == each(model, prompts, [base])
     drafts = drawn_drafts(picks, [answer for [answer] in own])
-    answers, _ = verified(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS)
+    answers, _ = verify_drafts(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS)
     assert answers == each(model, prompts, removed)
 
 
@@ -155,7 +155,7 @@ def test_a_draft_of_the_same_model_is_verified_whole(model, lesions):
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     full = torch.ones(LAYERS, dtype=torch.bool)
     right = generated(model.model, prompts, ())
-    answers, counts = verified(model.model, prompts, right, full, full[None], LIMITS)
+    answers, counts = verify_drafts(model.model, prompts, right, full, full[None], LIMITS)
     assert [variants[0] for variants in answers] == right
     assert counts["rows_verified_whole"] == counts["rows"] == len(prompts)
 
@@ -191,7 +191,7 @@ def test_prefix_sharing_runs_as_many_layers_as_the_formula_says(model, lesions):
     full = torch.ones(LAYERS, dtype=torch.bool)
     singles = keep([(layer,) for layer in range(LAYERS)])
     with layer_rows(model.model) as run:
-        _, counts = verified(model.model, prompts, [[] for _ in prompts], full, singles, Limits(1, ()))
+        _, counts = verify_drafts(model.model, prompts, [[] for _ in prompts], full, singles, Limits(1, ()))
     assert sum(run) == counts["layer_rows_run"] == len(prompts) * LAYERS * (LAYERS + 1) // 2
 
 
@@ -200,7 +200,9 @@ def test_questions_about_an_image_share_a_row(model, lesions):
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     base_L = keep([(1,)])[0]
     with layer_rows(model.model) as run:
-        answers, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, base_L[None], Limits(1, ()))
+        answers, counts = verify_drafts(
+            model.model, prompts, [[] for _ in prompts], base_L, base_L[None], Limits(1, ())
+        )
     assert run == [2] * (LAYERS - 1)
     saved = (sum(map(len, prompts)) * (LAYERS - 1) - counts["layer_tokens_run"]) / (LAYERS - 1)
     assert saved >= 2 * (len(QUESTIONS) - 1) * model.model.config.image_seq_length
@@ -212,9 +214,9 @@ def test_a_later_round_shares_with_its_own_base(model, lesions):
     prompts = apart(model, lesions)
     base_L, keep_VL = keep([(1,)])[0], keep([(1, 3)])
     with layer_rows(model.model) as run:
-        _, counts = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, Limits(1, ()))
+        _, counts = verify_drafts(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, Limits(1, ()))
     assert sum(run) == counts["layer_rows_run"] == len(prompts) * ((LAYERS - 1) + (LAYERS - 4))
-    answers, _ = verified(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
+    answers, _ = verify_drafts(model.model, prompts, [[] for _ in prompts], base_L, keep_VL, LIMITS)
     assert answers == each(model.model, prompts, [(1, 3)])
 
 
@@ -232,7 +234,7 @@ def test_rows_that_ended_leave_the_batch(model, lesions, monkeypatch):
     monkeypatch.setattr(StepPass, "forward", noted)
     prompts = [model._prompt(sample) for sample in draw_samples(lesions)]
     full, limits = torch.ones(LAYERS, dtype=torch.bool), Limits(12, tuple(range(2, 512, 4)))
-    answers, _ = verified(model.model, prompts, [[] for _ in prompts], full, keep(VARIANTS), limits)
+    answers, _ = verify_drafts(model.model, prompts, [[] for _ in prompts], full, keep(VARIANTS), limits)
     pairs = {(n, v): len(tokens) for n, found in enumerate(answers) for v, tokens in enumerate(found)}
     still = [sum(length > step for length in pairs.values()) for step in range(1, max(pairs.values()))]
     assert len(sizes) == len(still) and sizes[0] == still[0] > sizes[-1]

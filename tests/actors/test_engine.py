@@ -11,7 +11,7 @@ import actors.engine.verification
 from actors.checkpoint.loading import language_model
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.engine.replica import LlavaReplica
-from actors.engine.verification import verified
+from actors.engine.verification import verify_drafts
 from actors.specs import ModelSpec, Sample
 from tests.tiny import (
     ARCHITECTURES,
@@ -131,9 +131,9 @@ def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch
             tried.append(rows_of(prompts, base_L, keep_VL))
             if tried[-1] > 5:
                 full()
-        return verified(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
 
-    monkeypatch.setattr(actors.engine.replica, "verified", crowded)
+    monkeypatch.setattr(actors.engine.replica, "verify_drafts", crowded)
     assert LlavaReplica(ModelSpec(tiny_path), max_rows=64).answers(samples, REMOVED, 4) == expected
     assert tried[0] == len(samples) * 6 and tried[1] == len(samples) // 2 * 6
     failures = [rows for rows in tried if rows > 5]
@@ -143,7 +143,7 @@ def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch
 def test_out_of_memory_on_one_row_is_an_error(tiny_path, lesions, monkeypatch):
     """One row that does not fit cannot be halved: the error is the user's to see, not an endless loop."""
 
-    monkeypatch.setattr(actors.engine.replica, "verified", lambda *_: full_gpu())
+    monkeypatch.setattr(actors.engine.replica, "verify_drafts", lambda *_: full_gpu())
     with pytest.raises(torch.OutOfMemoryError):
         LlavaReplica(ModelSpec(tiny_path), max_rows=4).answers(draw_samples(lesions), [(), (1,)], 4)
 
@@ -155,7 +155,7 @@ def test_another_error_does_not_halve_the_batch(tiny_path, lesions, monkeypatch)
         tried.append(1)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(actors.engine.replica, "verified", broken)
+    monkeypatch.setattr(actors.engine.replica, "verify_drafts", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         LlavaReplica(ModelSpec(tiny_path)).answers(draw_samples(lesions), [(), (1,)], 4)
     assert len(tried) == 1
@@ -189,9 +189,9 @@ def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, shar
 
     def watched(model, prompts, drafts, base_L, keep_VL, limits):
         sizes.append(rows_of(prompts, base_L, keep_VL))
-        return verified(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
 
-    monkeypatch.setattr(actors.engine.replica, "verified", watched)
+    monkeypatch.setattr(actors.engine.replica, "verify_drafts", watched)
     assert replica.answers(samples, REMOVED, 4) == expected
     assert max(sizes) == 3
 
@@ -203,9 +203,9 @@ def test_an_image_is_parted_last(tiny_path, lesions, monkeypatch):
 
     def watched(model, prompts, drafts, base_L, keep_VL, limits):
         sizes.append((len(prompts), len(keep_VL)))
-        return verified(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
 
-    monkeypatch.setattr(actors.engine.replica, "verified", watched)
+    monkeypatch.setattr(actors.engine.replica, "verify_drafts", watched)
     rows = replica.answers(samples[::-1], REMOVED, 8)
     assert sizes == [(6, 1), *[(3, 1)] * 10]
     expected = LlavaReplica(ModelSpec(tiny_path)).answers(samples[::-1], REMOVED, 8)

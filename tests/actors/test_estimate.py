@@ -9,7 +9,7 @@ from accelerate.utils import get_balanced_memory
 from transformers import AutoConfig, LlamaConfig
 
 from actors.checkpoint.pruning import prune_checkpoint, pruned_config, stored_bytes
-from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrowed, uniform
+from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrow_config, uniform
 from actors.memory import count_parameters, meta_model
 from actors.quantizers.storage import read_layers
 from tests.paper import ORDER, TABLE_1
@@ -161,14 +161,14 @@ def test_devices_as_accelerate_fills_them(devices):
 
 def test_width():
     """Half the heads and channels: parameters counted by transformers, keys and values halved, embeddings kept."""
-    config = narrowed(llava_7b(), 0.5, 64)
+    config = narrow_config(llava_7b(), 0.5, 64)
     text = config.text_config
     assert (text.num_attention_heads, text.head_dim, text.intermediate_size) == (16, 128, 5504)
     half, whole = (estimate(c, setting(32)) for c in (config, llava_7b()))
     assert half["params"] == count_parameters(config)
     assert 2 * half["kv_cache_bytes"] == whole["kv_cache_bytes"]
     assert half["parts"]["embeddings"] == whole["parts"]["embeddings"]
-    assert narrowed(tiny_config("clip-qwen2"), 0.5, 64).text_config.num_attention_heads == 2
+    assert narrow_config(tiny_config("clip-qwen2"), 0.5, 64).text_config.num_attention_heads == 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.judge.calls import Failure, Reply, Request, folded
+from actors.judge.calls import Failure, Reply, Request, fold_system
 from actors.judge.local import Chat, folds_system
 from actors.judge.prefix import SHORTEST
 from tests.actors.local_judging import REQUESTS, ask_all, judge_of, naive
@@ -38,8 +38,8 @@ def test_the_users_turn_holds_the_rubric_and_then_the_users_text(judge):
     text = f"<|im_start|>user\n{wanted.system}\n\n{wanted.user}<|im_end|>\n<|im_start|>assistant\n"
     assert judge._tokenizer.decode(judge._prompt(wanted.messages)) == text
     chat = [*wanted.messages, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    assert [message["role"] for message in folded(chat)] == ["user", "assistant", "user"]
-    assert folded(chat[1:]) == chat[1:] and folded(chat[:1]) == chat[:1]
+    assert [message["role"] for message in fold_system(chat)] == ["user", "assistant", "user"]
+    assert fold_system(chat[1:]) == chat[1:] and fold_system(chat[:1]) == chat[:1]
 
 
 def test_calls_are_answered_as_a_naive_loop_does_and_the_rubric_is_read_once(judge):

@@ -11,7 +11,7 @@ from actors import footprint
 from actors.checkpoint.pruning import stored_bytes
 from actors.decoding import Plain
 from actors.engine.replica import LlavaReplica
-from actors.maths.latency import merged, run_times, summary
+from actors.maths.latency import merge_rounds, run_times, summary
 from actors.memory import GIB
 from actors.profiler import measure
 from actors.quantizers.structure import weight_bits
@@ -97,7 +97,7 @@ def test_rounds_are_merged():
         nested = {when: {"resident": taken} for when, taken in peaks.items()}
         return {**nested, "peak_memory_bytes": memory, "bits": 4, "runs": runs}
 
-    row = merged([part(5, 10, 12, 40), part(7, 20, 14, 16)])
+    row = merge_rounds([part(5, 10, 12, 40), part(7, 20, 14, 16)])
     assert row["ms_per_token"] == pytest.approx(15) and row["timed_runs"] == 6 and row["rounds"] == 2
     assert row["ms_per_token_rounds"] == pytest.approx([12, 16])
     assert row["steady_peak_bytes"] == {"resident": 7} and row["peak_memory_bytes"] == 7 and row["bits"] == 4

@@ -34,7 +34,7 @@ from actors.derm_tiny.build import build_processor
 from actors.derm_tiny.draw import write_tree
 from actors.engine.replica import LlavaReplica
 from actors.images import QUESTION, probe_image
-from actors.maths.latency import merged
+from actors.maths.latency import merge_rounds
 from actors.memory import GIB
 from actors.probe import probe_logits
 from actors.quantizers.quantizer import Quantizer
@@ -201,7 +201,7 @@ def row(method: str, kernel: str | None, removed: int, made: dict, rounds: list[
         if missing is not None:
             found[each] = missing
             continue
-        told = merged([one[each] for one in rounds])
+        told = merge_rounds([one[each] for one in rounds])
         found |= {key: told[key] for key in (*FACTS, *DEVICE)}
         times = {name: told[name] for time in TIMES for name in (time, f"{time}_p5_p95")}
         kept = ("timed_runs", "rounds", "steady_peak_bytes", "peak_restarted")
@@ -252,7 +252,9 @@ def _said(found: dict, decode: Sequence[str]) -> str:
     if "not_run" in found:
         return f"not run: {found['not_run']}"
     parts = [
-        f"{each} {merged([found[each]])['ms_per_token']:.2f} ms/token" if "runs" in found[each] else f"{each} not run"
+        f"{each} {merge_rounds([found[each]])['ms_per_token']:.2f} ms/token"
+        if "runs" in found[each]
+        else f"{each} not run"
         for each in decode
     ]
     return f"{', '.join(parts)} ({found['linear']})"

@@ -23,7 +23,7 @@ from pathlib import Path
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import QUESTIONS
 from actors.specs import ModelSpec, Sample
-from cluster.connection import connected
+from cluster.connection import connect
 from cluster.pool import Pool, Resources
 
 DERM_TINY = Path(__file__).resolve().parents[2] / "actors" / "derm_tiny" / "checkpoint"
@@ -57,7 +57,7 @@ def simulate(replicas: int, units: int, sleep_s: float) -> dict:
     """Measure how well sleeping replicas are kept busy."""
     draw = random.Random(8)
     sleeps = [sleep_s * draw.uniform(0.5, 1.5) for _ in range(units)]
-    with connected(), Pool(f"{__spec__.name}:Sleeper", {}, Resources(cpus=0.01, count=replicas)) as pool:
+    with connect(), Pool(f"{__spec__.name}:Sleeper", {}, Resources(cpus=0.01, count=replicas)) as pool:
         began = time.perf_counter()
         together(pool, replicas)
         print(f"simulate: {replicas} replicas started in {time.perf_counter() - began:.0f} s", flush=True)
@@ -87,7 +87,7 @@ def _timed(pool: Pool, sleeps: list[float]) -> tuple[float, float]:
 
 def two_replicas(units: int, repeats: int) -> dict:
     """Measure the units per second of one and of two replicas of derm-tiny."""
-    with tempfile.TemporaryDirectory() as text, connected(cpus=4):
+    with tempfile.TemporaryDirectory() as text, connect(cpus=4):
         folder = Path(text)
         write_tree(folder, 8, seed=8)
         paths = sorted(folder.rglob("*-a.png"), key=lambda path: (path.stem[-5:], path))

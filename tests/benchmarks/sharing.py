@@ -16,7 +16,7 @@ import torch
 
 import actors.engine.packing
 from actors.checkpoint.loading import load_model, quiet
-from actors.engine.verification import Limits, verified
+from actors.engine.verification import Limits, verify_drafts
 from tests.benchmarks.gpu_ablation import random_prompts
 from tests.benchmarks.machine import timed
 from tests.benchmarks.quantizers import write_model
@@ -46,7 +46,7 @@ def main() -> None:
         for way, together in TOGETHER.items():
             actors.engine.packing.MOST_TOGETHER = together
             seconds, (found[way], counts) = timed(
-                lambda: verified(model, prompts, drafts, whole_L, keep_VL, Limits(1, ()))
+                lambda: verify_drafts(model, prompts, drafts, whole_L, keep_VL, Limits(1, ()))
             )
             times[way].append(seconds)
             tokens[way] = counts["layer_tokens_run"]

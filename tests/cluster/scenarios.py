@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.connection import connected
+from cluster.connection import connect
 from cluster.pool import Outcome, Pool, Resources
 from cluster.tables import PartTable
 
@@ -129,7 +129,7 @@ def digests(folder: str) -> int:
     table = PartTable(Path(folder) / "units")
     finished = table.finished()
     work = [(n, (n,)) for n in range(UNITS) if str(n) not in finished]
-    with connected(cpus=3), Pool(f"{TOYS}:Digests", {}, Resources(count="auto")) as pool:
+    with connect(cpus=3), Pool(f"{TOYS}:Digests", {}, Resources(count="auto")) as pool:
         for outcome in pool.map("digest", work):
             table.add(str(outcome.key), _plain([outcome]))
             with open(Path(folder) / "log", "a") as log:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.connection import _check_reachable, capacity, connected, private_folder
+from cluster.connection import _check_reachable, capacity, connect, private_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A process that starts a private Ray and prints what it consists of: its folder, processes and listening sockets.
@@ -177,6 +177,6 @@ def test_a_process_that_is_connected_already_stays_so(private_ray):
     import ray
 
     before = ray.get_runtime_context().get_job_id()
-    with connected():
+    with connect():
         assert ray.get_runtime_context().get_job_id() == before
     assert ray.is_initialized()

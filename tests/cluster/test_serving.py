@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 import cluster.serving.left_overs
 import cluster.serving.service
 from cluster.serving.left_overs import end_left
-from cluster.serving.service import TRIES, Scale, ServiceLost, answered, application_name, served
+from cluster.serving.service import TRIES, Scale, ServiceLost, answered, application_name, serve_class
 
 pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def serving(private_ray):
 
 
 def echo(scale: Scale = ONE, sign: str = "#", **more):
-    return served("echo", ECHO, {"sign": sign}, scale, **more)
+    return serve_class("echo", ECHO, {"sign": sign}, scale, **more)
 
 
 def free_port() -> int:
@@ -140,7 +140,7 @@ def test_a_replica_whose_health_check_fails_is_replaced():
 )
 def test_an_object_that_cannot_be_built_says_why_and_leaves_nothing(kind, error):
     async def start():
-        async with served("bad", "tests.cluster.serving_toys:Refuses", {"kind": kind}, ONE):
+        async with serve_class("bad", "tests.cluster.serving_toys:Refuses", {"kind": kind}, ONE):
             pass
 
     with pytest.raises(error, match="did not come up: the checkpoint is empty: no weights") as raised:
@@ -151,7 +151,7 @@ def test_an_object_that_cannot_be_built_says_why_and_leaves_nothing(kind, error)
 @pytest.mark.slow
 def test_a_start_that_is_given_up_leaves_nothing():
     async def start():
-        async with asyncio.timeout(8), served("slow", "tests.cluster.serving_toys:Slow", {}, ONE):
+        async with asyncio.timeout(8), serve_class("slow", "tests.cluster.serving_toys:Slow", {}, ONE):
             pass
 
     with pytest.raises(TimeoutError):

@@ -69,7 +69,7 @@ class FakeVLLM:
         monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)
         monkeypatch.setitem(sys.modules, "ray.serve.llm.openai_api_models", models)
         monkeypatch.setattr(serve, "llm", llm, raising=False)
-        monkeypatch.setattr(cluster.serving.service, "hosted", self._hosted)
+        monkeypatch.setattr(cluster.serving.service, "host_application", self._hosted)
         self.hosted: list[tuple] = []
 
     def _hosted(self, name, application, scale, keep=False, port=None):

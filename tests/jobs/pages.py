@@ -9,13 +9,13 @@ from actors.baseline import REFUSALS
 from actors.judge.verdict import TOP_LABEL, tally
 from jobs.config.schema import ClassConfig, EvaluateConfig
 from jobs.judging.tables import NOT_JUDGED, summary_columns
-from jobs.report import rendered, shown
+from jobs.report import format_row, render_page
 from jobs.reporting import answers as report_answers
 from jobs.reporting import judge as report_judge
 from jobs.reporting import metrics as report_metrics
 from jobs.scoring import image_controls
 from jobs.scoring.differences import differences, name_tests
-from jobs.scoring.metrics import judge_given_name, metrics, retention, scored
+from jobs.scoring.metrics import judge_given_name, metrics, retention, score_answers
 
 CLASSES = ["melanoma", "psoriasis"]
 METHODS = ("original", "prune", "quant")
@@ -59,7 +59,7 @@ def answers(folder: Path) -> dict[str, list[dict]]:
                 found[method].append({**common, "answer": said[method]})
     found["prune"][-1] |= {"token_ids": [7] * 9, "tokens": 9, "stopped": False}
     kinds = [ClassConfig(name=name) for name in CLASSES]
-    return {method: scored(rows, [0.5] * len(rows), kinds) for method, rows in found.items()}
+    return {method: score_answers(rows, [0.5] * len(rows), kinds) for method, rows in found.items()}
 
 
 def verdicts(rows: list[dict], missing: int = 0) -> list[dict]:
@@ -103,7 +103,7 @@ def summary(by_method: dict[str, list[dict]], labels: dict[str, list[int | None]
             {
                 **{"method": method, "quantizer": "none", "removed_layers": [], **_PROFILE, **told},
                 "controls": image_controls.summary(
-                    rows, scored(swapped, [0.5] * len(swapped), [ClassConfig(name=k) for k in CLASSES])
+                    rows, score_answers(swapped, [0.5] * len(swapped), [ClassConfig(name=k) for k in CLASSES])
                 ),
                 "retention": retention(by_method["original"], rows, CLASSES),
                 **(summary_columns(judge_facts(labels[method], missed), None) if labels else NOT_JUDGED),
@@ -128,17 +128,17 @@ def content(folder: Path, judged: bool = False, missed: int = 0, missing: int = 
     keyed = {method: {row["sample_id"]: row for row in own} for method, own in by_method.items()}
     return {
         **{"title": "by hand", "model": "tiny", "made": "today", "removed": (1,), "quantizer": "none"},
-        **{"rows": [shown(row) for row in rows], "first": rows[0], "recovery": "lora", "layers": None},
+        **{"rows": [format_row(row) for row in rows], "first": rows[0], "recovery": "lora", "layers": None},
         "ranges": {"figure": "<svg></svg>", "outliers": 0, "largest": [], "threshold": 20},
         **{"loss": "<svg></svg>", "tradeoff": "<svg></svg>", "options": "{}", "command": "none"},
         "names": report_metrics.names({row["method"]: row for row in rows}),
-        **{"loops": report_metrics.LOOPS, "retained": report_metrics.retained(rows), "refusals": REFUSALS},
+        **{"loops": report_metrics.LOOPS, "retained": report_metrics.tabulate_retention(rows), "refusals": REFUSALS},
         **{"samples": report_answers.samples(keyed), "viewer": report_answers.viewer(keyed, said)},
         **{"detectable": "", "name_tests": "", "methods": list(METHODS), "profile": EvaluateConfig()},
-        "judge": report_judge.told(rows) if judged else None,
+        "judge": report_judge.describe_verdicts(rows) if judged else None,
     }
 
 
 def page(folder: Path, **choices) -> str:
     """The page itself."""
-    return rendered("report.html.j2", content(folder, **choices))
+    return render_page("report.html.j2", content(folder, **choices))

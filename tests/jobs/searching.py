@@ -56,7 +56,7 @@ class Factory:
         self.answers = plain_answers
         monkeypatch.setattr(search, "plans", self.plans)
         monkeypatch.setattr(search, "estimates", self.estimates)
-        monkeypatch.setattr(search, "_beside", lambda run: 2)
+        monkeypatch.setattr(search, "_count_makers", lambda run: 2)
         monkeypatch.setattr(cluster.tuning, "run_trials", self.run_trials)
 
     def plans(self, run: Run, settings: list[Setting]) -> list[Plan]:

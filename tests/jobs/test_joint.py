@@ -11,7 +11,7 @@ from actors.judge.calls import Failure
 from jobs import joint, judge
 from jobs.allocation import build as joint_build
 from jobs.allocation import mixed
-from jobs.allocation.build import compared
+from jobs.allocation.build import add_differences
 from jobs.core.options import load_config
 from jobs.core.run import Run
 from jobs.core.stage import Stage
@@ -35,7 +35,7 @@ def test_the_best_uniform_setting_is_what_others_are_compared_with():
         for name, own in zip(names, scores, strict=True)
     ]
     tables = [answers(each) for each in scores]
-    found = compared(rows, tables, [{}] * 3)
+    found = add_differences(rows, tables, [{}] * 3)
     assert [row["method"] for row in found] == ["joint 1", "uniform 3", "uniform 4"]
     assert [row["best_uniform"] for row in found] == [False, False, True]
     assert found[0]["difference_pct"] == pytest.approx(12.5)
@@ -44,7 +44,7 @@ def test_the_best_uniform_setting_is_what_others_are_compared_with():
 
     labels = [dict.fromkeys("0123", label) for label in (2, 3, 1)]  # of 4: the judge prefers the other uniform setting
     judged = [{**row, "judge_pct": 25 * label["0"]} for row, label in zip(rows, labels, strict=True)]
-    found = compared(judged, tables, labels)
+    found = add_differences(judged, tables, labels)
     assert [row["best_uniform"] for row in found] == [False, True, False]
     assert [row["difference_pct"] for row in found] == pytest.approx([-25, 0, -50])
     assert {row["score_kind"] for row in found} == {"judge"}
@@ -55,7 +55,7 @@ def test_without_a_uniform_setting_there_is_a_result_and_no_difference():
     rows += [{"method": "uniform 4 bit", "status": "failed", "baseline_pct": None, "judge_pct": None}]
     answers = {"0": {"baseline": 0.5, "answer": "a", "reference": "a", "group": 0}}
     for given in (rows, rows[:1]):
-        found = compared(given, [answers, {}][: len(given)], [{}] * len(given))
+        found = add_differences(given, [answers, {}][: len(given)], [{}] * len(given))
         assert found[0]["difference_pct"] is found[0]["exact_difference_interval_pct"] is None
         assert not any(row["best_uniform"] for row in found)
 
@@ -116,11 +116,11 @@ def test_a_choice_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch
     row = {"sample_id": "0", "baseline": 1.0, "answer": "a", "reference": "a", "group": 0}
     answers = {"joint 1": None, "joint 2": [row], "uniform 4 bit": [row]}
     built = built_of(run, choices, answers, monkeypatch)
-    rows = joint_build.rows_of(run, built, tried(choices))
+    rows = joint_build.make_rows(run, built, tried(choices))
     assert [row["status"] for row in rows] == ["failed", "done", "done"]
     assert rows[0]["reason"] == "The loss is nan at step 3" and rows[0]["baseline_pct"] is None
     assert rows[2]["best_uniform"] and rows[1]["difference_pct"] == 0
-    text = joint.table(rows, "kl")
+    text = joint.format_rows(rows, "kl")
     assert "joint 1 failed: The loss is nan at step 3" in text and "identical" in text and "judge: not run" in text
 
 
@@ -154,11 +154,11 @@ def test_the_judge_decides_and_all_that_it_must_carry_is_shown(tmp_path, monkeyp
     choices = {name: (4, number, *[16] * 8) for number, name in zip((3, 8, 16, 4), answers, strict=True)}
     built = built_of(run, choices, answers, monkeypatch)
     judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
-    rows = joint_build.rows_of(run, built, tried(choices))
+    rows = joint_build.make_rows(run, built, tried(choices))
     assert [row["judge_flagged"] for row in rows] == [False, True, None, False]
     assert [row["score_kind"] for row in rows] == ["judge"] * 4 and rows[3]["best_uniform"]
     assert rows[0]["judge_pct"] == pytest.approx(95) and rows[0]["difference_pct"] == pytest.approx(100 * 6 * 2 / 236)
-    text = joint.table(rows, "kl")
+    text = joint.format_rows(rows, "kl")
     (score, flagged), (_, partly) = (
         [line for line in text.splitlines() if line.startswith(name)] for name in ("joint 2", "uniform 4 bit")
     )
@@ -171,8 +171,8 @@ def test_the_judge_decides_and_all_that_it_must_carry_is_shown(tmp_path, monkeyp
     where["unscored"], run = 6, run_with(tmp_path / "more", judge__engine="transformers")
     built = built_of(run, choices, answers, monkeypatch)
     judge.make_all(run, [one.plan.evaluation for one in built if one.failure is None])
-    rows = joint_build.rows_of(run, built, tried(choices))
-    text = joint.table(rows, "kl")
+    rows = joint_build.make_rows(run, built, tried(choices))
+    text = joint.format_rows(rows, "kl")
     assert [row["score_kind"] for row in rows] == ["baseline"] * 4 and rows[0]["judge_pct"] == pytest.approx(95)
     assert "no headline for uniform 4 bit: so all are compared by the baseline" in text and "54/60" in text
     assert mock.sessions == 2

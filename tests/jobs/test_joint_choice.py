@@ -11,7 +11,7 @@ from actors.estimate import architecture, estimate, layer_bytes
 from actors.maths.losses import Losses
 from actors.specs import Conversation
 from jobs import joint
-from jobs.allocation.choice import Memory, Search, shown, single_changes
+from jobs.allocation.choice import AllocationSearch, Memory, format_choice, single_changes
 from jobs.config.joint import JointConfig
 from jobs.core.options import load_config
 from jobs.core.run import Run
@@ -88,7 +88,7 @@ def test_llava_7b_at_4_bits_takes_what_the_estimate_says():
 def test_single_changes_leave_a_layer():
     assert single_changes((4, 0), (0, 4)) == {(1, 1): (4, 4)}
     assert len(single_changes((16, 16, 16), OPTIONS)) == 12
-    assert shown((4, 0, 16)) == "4 - 16"
+    assert format_choice((4, 0, 16)) == "4 - 16"
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def least(measured: Additive, memory: Memory, budget: int) -> float:
 def test_additive_damage_is_solved_in_the_first_round(five, seed):
     uniform = (0, 0, 4, 4, 4)
     measured, budget = Additive(seed), five.total(uniform)
-    search = Search(measured, five, budget, settings(rounds=1))
+    search = AllocationSearch(measured, five, budget, settings(rounds=1))
     search.run([uniform])
     assert search.tried[search.best[0]]["kl"] == pytest.approx(least(measured, five, budget))
     assert uniform in search.tried and all(search.fits(choice) for choice in search.tried)
@@ -156,7 +156,7 @@ class Silent(Additive):
 
 def test_a_choice_that_says_nothing_is_not_among_the_best(five):
     threes = (3, 3, 3, 3, 3)
-    search = Search(Silent({2}), five, five.total(threes), settings())
+    search = AllocationSearch(Silent({2}), five, five.total(threes), settings())
     search.run([threes])
     assert search.tried[threes]["predicted"] is None and threes not in search.best
     assert all(np.isfinite(search.tried[choice]["kl"]) for choice in search.best)
@@ -166,7 +166,7 @@ def test_where_every_change_says_nothing_the_search_says_why(five, monkeypatch):
     for damage in (lambda *_: np.nan, lambda _, choice: 0.0 if choice == (16,) * 5 else np.nan):
         monkeypatch.setattr(Additive, "damage", damage)
         with pytest.raises(NothingRanked, match=r"kl of all \d+ candidates .*model\.dtype.*joint\.damage"):
-            Search(Additive(3), five, five.total((4,) * 5), settings()).run([])
+            AllocationSearch(Additive(3), five, five.total((4,) * 5), settings()).run([])
 
 
 def test_depths_at_which_every_set_says_nothing_are_no_rivals(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_second_round_mends_what_does_not_add_up(five):
     measured, budget = Additive(7, pairs=2.0), five.total((0, 0, 4, 4, 4))
     found = {}
     for rounds in (1, 3):
-        search = Search(measured, five, budget, settings(rounds=rounds, proposed=2))
+        search = AllocationSearch(measured, five, budget, settings(rounds=rounds, proposed=2))
         search.run([])
         found[rounds] = search.tried[search.best[0]]
     assert found[1]["predicted"] < found[1]["kl"]
@@ -214,7 +214,7 @@ def test_uniform_choices_and_the_budget(memory, tmp_path):
 
 def test_a_budget_below_everything_says_the_least(five):
     with pytest.raises(ValueError, match="the least possible is"):
-        Search(Additive(3), five, 1000, settings()).run([])
+        AllocationSearch(Additive(3), five, 1000, settings()).run([])
 
 
 def test_the_least_choice_takes_no_more_than_any_other(five):

@@ -18,7 +18,7 @@ from jobs.judging.tables import (
     remarks,
     summary_columns,
 )
-from jobs.report import rendered
+from jobs.report import render_page
 from jobs.reporting import judge as report_judge
 from tests.jobs.judging import (
     Mock,
@@ -133,8 +133,10 @@ def test_a_judge_that_fails_its_controls_flags_the_run(tmp_path, monkeypatch):
     assert row["judge_flagged"] is True and percent(row).endswith("!")
     said = "\n".join(remarks([row]))
     assert "FLAGGED" in said and "other_class 8 of 8" in said and "reference" not in said and "uncalibrated" in said
-    told = report_judge.told([{"method": "original", **row, "judge_retention": None, "judge_given_name": None}])
-    page = rendered("report.html.j2", {**content(tmp_path), "judge": told})
+    told = report_judge.describe_verdicts(
+        [{"method": "original", **row, "judge_retention": None, "judge_given_name": None}]
+    )
+    page = render_page("report.html.j2", {**content(tmp_path), "judge": told})
     assert "This judged run is flagged" in page and "original: other_class 8 of 8, empty 8 of 8" in page
 
 
@@ -173,7 +175,7 @@ def compared(tmp_path, monkeypatch, shares, engine="transformers") -> list[dict]
     if engine != "none":
         judge.make_all(run, [evaluated for _, evaluated in planned.values()])
     tables = [{row["sample_id"]: row for row in rows} for rows in answers]
-    return compress._compared(run, tables, compress.judgements(run, planned))
+    return compress._compare_methods(run, tables, compress.judgements(run, planned))
 
 
 def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
@@ -194,7 +196,7 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
         "images": 40,
     }
     columns |= {"answers": 120, "device": "cpu", "threads": 1, "unanswered": 0, "judge_failure": None}
-    said = compress.table([columns | row | {"method": f"m{n}"} for n, row in enumerate(rows)])
+    said = compress.format_rows([columns | row | {"method": f"m{n}"} for n, row in enumerate(rows)])
     lines = [line.split() for line in said.splitlines()]
     judged = {line[0]: line for line in lines[lines.index(next(line for line in lines if "judge" in line)) :]}
     assert judged["m0"][1:7] == ["120/120", "100.0", "[100,", "100]", "[100.0,", "100.0]"] and "not run" not in said

@@ -93,7 +93,7 @@ def test_what_goes_wrong_while_asking_is_a_failure(run_of, monkeypatch, end, kin
             pass
 
     monkeypatch.setattr(cluster.serving.service, "POLL_S", 0.0)
-    monkeypatch.setattr(cluster.serving.service, "served", lambda *args, **more: Hosted())
+    monkeypatch.setattr(cluster.serving.service, "serve_class", lambda *args, **more: Hosted())
     (answer,) = asked(run_of(timeout=0.5), REQUESTS[:1])
     assert isinstance(answer, Failure) and answer.kind == kind
 

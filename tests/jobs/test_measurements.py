@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actors.specs import Conversation, Known
+from actors.specs import Conversation, DraftContext
 from cluster.pool import Outcome
 from cluster.tables import read_table
 from jobs.core.options import load_config
@@ -120,7 +120,7 @@ def test_a_later_round_gets_the_bases_answers_as_drafts(tmp_path):
     measured.losses("answer_similarity", [(1, 3)], base=(1,))
     _, part, sets, base, known = pool.units[-1]
     assert (sets, base) == (((1, 3),), (1,))
-    assert known == [Known(f"{s} ()", [1, 1]) for s in part]
+    assert known == [DraftContext(f"{s} ()", [1, 1]) for s in part]
     measured.losses("kl", [(1, 3)], base=(1,))
     assert pool.units[-1][-1] is None
 
@@ -196,8 +196,8 @@ def test_a_set_whose_loss_is_no_number_is_never_chosen(tmp_path, monkeypatch, se
         searched(tmp_path / "all")
 
 
-def drafts_of(base: tuple[int, ...], part: list[str]) -> list[Known]:
-    return [Known(f"{sample} ()", [1, *base]) for sample in part]
+def drafts_of(base: tuple[int, ...], part: list[str]) -> list[DraftContext]:
+    return [DraftContext(f"{sample} ()", [1, *base]) for sample in part]
 
 
 @pytest.mark.parametrize("search", ["greedy", "beam"])

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.config.schema import ClassConfig
 from jobs.scoring import image_controls
-from jobs.scoring.metrics import judge_given_name, metrics, retention, scored
+from jobs.scoring.metrics import judge_given_name, metrics, retention, score_answers
 
 CLASSES = ["melanoma", "psoriasis"]
 KINDS = [ClassConfig(name=name) for name in CLASSES]
@@ -25,7 +25,7 @@ def answered(*answers: tuple[str, str], **more) -> list[dict]:
     rows = []
     for (image, kind), (name, about) in zip(kinds.items(), answers, strict=True):
         rows += [row(image, kind, "name", name, **more), row(image, kind, "about", about)]
-    return scored(rows, [0.0] * len(rows), KINDS)
+    return score_answers(rows, [0.0] * len(rows), KINDS)
 
 
 RIGHT = ("This is melanoma.", "About melanoma."), ("This is psoriasis.", "About psoriasis.")
@@ -79,7 +79,7 @@ def test_loops_and_answers_that_never_end():
     assert found["loop_pct"] == found["without_stop_pct"] == 50
     assert 0 < found["loop_interval_pct"][0] < 50
     # a stop token behind a loop is no part of it
-    assert scored([{**rows[0], "token_ids": [*[1] * 7, 1], "tokens": 7}], [0.0], KINDS)[0]["loop_tokens"] == 0
+    assert score_answers([{**rows[0], "token_ids": [*[1] * 7, 1], "tokens": 7}], [0.0], KINDS)[0]["loop_tokens"] == 0
 
 
 def test_nothing_was_asked_for_the_name():
@@ -119,7 +119,7 @@ def test_another_images_answers_are_those_of_the_same_question():
 def controlled(rows: list[dict], blank: dict[str, str]) -> dict:
     answers = {q: {"answer": a, "token_ids": [1], "tokens": 1, "stopped": True} for q, a in blank.items()}
     made = [*image_controls.blank_rows(rows, answers), *image_controls.swapped_rows(rows, seed=0)]
-    return image_controls.summary(rows, scored(made, [0.0] * len(made), KINDS))
+    return image_controls.summary(rows, score_answers(made, [0.0] * len(made), KINDS))
 
 
 def test_a_model_that_looks_falls():

@@ -30,8 +30,8 @@ def test_a_verbatim_answer_gets_1_even_if_it_names_two():
 
 def test_a_limit_takes_images_of_all_classes():
     rows = [{"image": f"{label}{i}", "class": label} for label in "abc" for i in range(4)]
-    assert evaluate.chosen_images(rows, 4) == ["a0", "b0", "c0", "a1"]
-    assert len(evaluate.chosen_images(rows, None)) == 12
+    assert evaluate.choose_images(rows, 4) == ["a0", "b0", "c0", "a1"]
+    assert len(evaluate.choose_images(rows, None)) == 12
 
 
 def test_differences_are_paired_by_question():
@@ -109,4 +109,4 @@ def test_criteria_agree_by_kendalls_tau():
     tau = {(row["criterion"], row["other"]): row["tau"] for row in ablate.agreement_rows(scores)}
     assert tau["answer_similarity", "kl"] == tau["kl", "answer_similarity"] == pytest.approx(2 / 6**0.5)
     assert tau["answer_similarity", "random"] is tau["random", "random"] is None
-    assert [ablate.shown_tau(tau[one]) for one in (("kl", "kl"), ("kl", "random"))] == ["+1.00", "undefined"]
+    assert [ablate.format_tau(tau[one]) for one in (("kl", "kl"), ("kl", "random"))] == ["+1.00", "undefined"]

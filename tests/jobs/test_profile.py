@@ -34,6 +34,10 @@ class FakeRun:
     def __init__(self, *options: tuple[str, str]):
         self.config = load_config(None, list(options))
         self.alive, self.order = 0, []
+        self.workers = self
+
+    def model_spec(self, model):
+        return model
 
     @contextmanager
     def replicas(self, model):
@@ -52,15 +56,15 @@ class FakeRun:
 def test_checkpoints_take_turns():
     """Three rounds of a, b, c, each in a process alone, which share the 31 measured runs of each."""
     fake = FakeRun(("evaluate.decode", "static"), ("evaluate.timed_runs", "31"))
-    rows = profile.compare(fake, [Source(name, name) for name in "abc"], "question")
+    rows = profile.compare_models(fake, [Source(name, name) for name in "abc"], "question")
     assert fake.order == [(name, 10, 11) for name in "abcabcabc"]
     assert [row["checkpoint"] for row in rows] == ["a", "b", "c"]
     assert rows[1]["ms_per_token_rounds"] == [2.0, 5.0, 8.0] and rows[1]["ms_per_token"] == 5.0
 
 
 def test_the_table_on_a_gpu():
-    rows = [{"checkpoint": "/runs/quantize-1", **profile.merged([fake_round("NVIDIA H100", 8.5)])}]
-    head, line, memory, protocol = profile.table(rows).splitlines()
+    rows = [{"checkpoint": "/runs/quantize-1", **profile.merge_rounds([fake_round("NVIDIA H100", 8.5)])}]
+    head, line, memory, protocol = profile.format_rows(rows).splitlines()
     assert head.split()[-2:] == ["allocated", "driver"] and len(head) == len(line)
     assert line.split()[:6] == ["quantize-1", "7.0630", "4", "4.00", "GiB", "8.50"]
     assert "context" in memory and "NVIDIA H100" in protocol and "static decoding" in protocol and "128" in protocol

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jobs.ablate import shown_tau
-from jobs.report import rendered
+from jobs.ablate import format_tau
+from jobs.report import render_page
 from jobs.reporting import answers as report_answers
 from tests.jobs.pages import HOSTILE, METHODS, content, page
 
@@ -46,7 +46,7 @@ def test_hostile_answers_stay_text(folder):
     assert not any(name.startswith("on") for _, one in found.tags for name in one)
     rows = json.loads("".join(found.data))["rows"]
     said = [one["answers"][METHODS.index("quant")]["answer"] for one in rows if "spot" in one["reference"]]
-    assert sorted(said) == sorted(report_answers.shortened(one) for one in HOSTILE)
+    assert sorted(said) == sorted(report_answers.shorten(one) for one in HOSTILE)
 
 
 def test_the_page_loads_nothing(folder):
@@ -67,13 +67,13 @@ def test_each_image_is_embedded_once_for_the_viewer(folder):
 def test_thumbnails_stop_at_their_bound(folder):
     paths = [one["image"] for one in content(folder)["samples"]][:3]
     size = len(report_answers.thumbnail(paths[0]))
-    found = report_answers.bounded(paths, int(1.5 * size))
+    found = report_answers.encode_thumbnails(paths, int(1.5 * size))
     assert found[0] and found[1:] == [None, None]
 
 
 def test_long_answers_are_cut_and_say_so():
-    assert report_answers.shortened("a" * 4000) == "a" * 4000
-    assert report_answers.shortened("a" * 4001).endswith("(cut: 4,001 characters in all)")
+    assert report_answers.shorten("a" * 4000) == "a" * 4000
+    assert report_answers.shorten("a" * 4001).endswith("(cut: 4,001 characters in all)")
 
 
 def test_without_a_judge(folder):
@@ -84,7 +84,7 @@ def test_without_a_judge(folder):
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
 def test_a_judge_that_passes_its_controls(folder, template):
     """prune is wrong about the name and the cause of four images: 8 labels of 1, 16 of 4, 75 %."""
-    text = rendered(template, content(folder, judged=True))
+    text = render_page(template, content(folder, judged=True))
     assert "LLM judge: not run" not in text and "uncalibrated" in text and "Tiny/Judge@1" in text
     assert "75.0 [70.0, 80.0]" in text and "24/24" in text and "75.0 to 75.0" in text and "0 of 8" in text
     assert "not to be trusted" not in text
@@ -96,13 +96,15 @@ def test_a_judge_that_passes_its_controls(folder, template):
 
 def test_the_markdown_says_which_differences_can_be_seen(folder):
     found = content(folder)
-    assert "find a difference of 6.1 to 9.0 points" in rendered("report.md.j2", {**found, "detectable": "6.1 to 9.0"})
-    assert "find a difference" not in rendered("report.md.j2", found)
+    assert "find a difference of 6.1 to 9.0 points" in render_page(
+        "report.md.j2", {**found, "detectable": "6.1 to 9.0"}
+    )
+    assert "find a difference" not in render_page("report.md.j2", found)
 
 
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
 def test_a_flagged_judge(folder, template):
-    text = rendered(template, content(folder, judged=True, missed=3))
+    text = render_page(template, content(folder, judged=True, missed=3))
     assert "not to be trusted" in text and "prune: reference 3 of 4" in text and "3 of 8" in text
     assert text.index("not to be trusted") < text.index("75.0 [70.0, 80.0] !")
 
@@ -110,7 +112,7 @@ def test_a_flagged_judge(folder, template):
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
 def test_no_headline_above_two_percent_unscored(folder, template):
     """Of 24 answers one is unscored, 4.2 %: bounds alone, (15 * 4 + 8) / 96 and that with 4 more."""
-    text = rendered(template, content(folder, judged=True, missing=1))
+    text = render_page(template, content(folder, judged=True, missing=1))
     assert "no headline" in text and "23/24" in text and "70.8 to 75.0" in text
     assert "[70.0, 80.0]" not in text
 
@@ -122,10 +124,10 @@ def test_a_criterion_that_tells_no_layers_apart(folder, template):
     layers = {
         **{"pairs_apart": 0, "pairs": 1, "outliers": [], "failed": {}, "scores": [], "figure": "<svg></svg>"},
         **{"label": "similarity", "criterion": criteria[0], "criteria": criteria, "search": None, "method": "one_shot"},
-        "agreement": [(one, [shown_tau(1.0 if one == other else None) for other in criteria]) for one in criteria],
+        "agreement": [(one, [format_tau(1.0 if one == other else None) for other in criteria]) for one in criteria],
         **{"embedder": "tiny", "calibration": 4},
     }
-    text = rendered(template, content(folder) | {"layers": layers})
+    text = render_page(template, content(folder) | {"layers": layers})
     expected = {"report.html.j2": "<td>+1.00</td><td>undefined</td>", "report.md.j2": "random undefined"}
     assert expected[template] in text
 

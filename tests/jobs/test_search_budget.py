@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.config.search import BudgetConfig
-from jobs.searching.budget import Entrant, fits, front, judge_remarks, resolve, said, screened_out
+from jobs.searching.budget import Entrant, dominated, fits, format_answer, judge_remarks, pareto_front, resolve
 from jobs.searching.space import Setting
 
 IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
@@ -22,21 +22,21 @@ def entrant(
 
 def test_a_setting_loses_to_a_better_one_that_takes_no_more():
     weak, healed, whole = entrant(4, 0.4), entrant(4, 0.9, recovery="lora"), entrant(0, 0.95)
-    lost = screened_out([weak, healed, whole], IMAGES)
+    lost = dominated([weak, healed, whole], IMAGES)
     assert list(lost) == [weak.setting.key]
     loss = lost[weak.setting.key]
     assert (loss["to"], loss["pct"]) == ("4 out, lora", 50.0) and 20 < loss["low"] < 50 < loss["high"] < 80
 
 
 def test_none_loses_to_what_takes_more_or_has_other_kernels_or_is_not_resolved():
-    assert screened_out([entrant(4, 0.4), entrant(2, 1.0)], IMAGES) == {}  # fewer layers out
-    assert screened_out([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
-    assert screened_out([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
-    assert screened_out([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
+    assert dominated([entrant(4, 0.4), entrant(2, 1.0)], IMAGES) == {}  # fewer layers out
+    assert dominated([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
+    assert dominated([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
+    assert dominated([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
     three = replace(entrant(4, 1.0, gib=0.1), setting=Setting(4, "none", "rtn", 3))
-    assert screened_out([entrant(4, 0.4), three], IMAGES) == {}  # simulated: it takes more than it counts
-    assert screened_out([replace(entrant(4, 0.4, gib=0.6), setting=three.setting), entrant(4, 1.0)], IMAGES)
-    assert screened_out([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
+    assert dominated([entrant(4, 0.4), three], IMAGES) == {}  # simulated: it takes more than it counts
+    assert dominated([replace(entrant(4, 0.4, gib=0.6), setting=three.setting), entrant(4, 1.0)], IMAGES)
+    assert dominated([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
 
 
 def row(setting: str, score: float | None, gib: float, ms: float, **more) -> dict:
@@ -70,8 +70,8 @@ def names(rows) -> list[str]:
 
 
 def test_the_front_has_what_no_other_beats():
-    assert names(front(ROWS, "memory_gib")) == ["deep sft", "awq", "whole"]  # three bits are only simulated
-    assert names(front(ROWS, "ms_per_token")) == ["deep sft", "awq", "whole"]
+    assert names(pareto_front(ROWS, "memory_gib")) == ["deep sft", "awq", "whole"]  # three bits are only simulated
+    assert names(pareto_front(ROWS, "ms_per_token")) == ["deep sft", "awq", "whole"]
 
 
 def difference(best: dict, second: dict) -> dict:
@@ -86,7 +86,7 @@ def test_the_answer_is_the_best_that_fits_and_leaves_a_margin():
     found = resolve(ROWS, budget, difference)
     assert (found["answer"]["setting"], found["runner_up"]["setting"]) == ("awq", "nf4")  # equal scores: less memory
     assert found["margins"] == {"memory_gib": pytest.approx(0.5), "ms_per_token": pytest.approx(5.0)}
-    text = said(found, budget)
+    text = format_answer(found, budget)
     assert "answer for 5 GiB and 25 ms/token: awq: 95.0 [90.0, 100.0] (baseline, no LLM judge)" in text
     assert "leaves 0.5 GiB (10 %)" in text and "runner-up: nf4" in text and "artifacts/awq" in text
     assert "+0.0 points [-6.0, +6.0], unresolved by this evaluation, which detects 8.5" in text
@@ -95,7 +95,7 @@ def test_the_answer_is_the_best_that_fits_and_leaves_a_margin():
 def test_another_budget_has_another_answer():
     found = resolve(ROWS, BudgetConfig(memory_gib=4.0), difference)
     assert names([found["answer"], found["runner_up"]]) == ["deep sft", "deep"]
-    assert "resolved by this evaluation" in said(found, BudgetConfig(memory_gib=4.0))
+    assert "resolved by this evaluation" in format_answer(found, BudgetConfig(memory_gib=4.0))
     assert resolve(ROWS, BudgetConfig(), difference)["answer"]["setting"] == "whole"
 
 
@@ -104,13 +104,14 @@ def test_what_is_simulated_failed_or_was_not_run_is_no_answer():
     assert not any(fits(one, budget) for one in ROWS)
     found = resolve(ROWS, budget, difference)
     assert found["answer"] is None and found["nearest"]["setting"] in ("deep", "deep sft")
-    assert "none fits; the nearest is deep" in said(found, budget)
-    assert "no setting was evaluated" in said(resolve(ROWS[-2:], budget, difference), budget)
+    assert "none fits; the nearest is deep" in format_answer(found, budget)
+    assert "no setting was evaluated" in format_answer(resolve(ROWS[-2:], budget, difference), budget)
 
 
 def test_settings_that_an_older_budget_left_out_are_told():
-    found = resolve(ROWS, BudgetConfig(memory_gib=24.0), difference)
-    assert found["untried"] == ["big"] and "1 settings were never tried" in said(found, BudgetConfig(memory_gib=24.0))
+    wide = BudgetConfig(memory_gib=24.0)
+    found = resolve(ROWS, wide, difference)
+    assert found["untried"] == ["big"] and "1 settings were never tried" in format_answer(found, wide)
     assert resolve(ROWS, BudgetConfig(memory_gib=19.0), difference)["untried"] == []
 
 
@@ -119,12 +120,14 @@ def test_packed_memory_and_unpacked_time_are_not_one_answer():
     joint = row("joint", 99.0, 3.0, 1.0, unpacked=True, memory_kind="estimate, packed")
     memory, both = BudgetConfig(memory_gib=4.5), BudgetConfig(memory_gib=4.5, ms_per_token=25)
     found = resolve([*ROWS, joint], memory, difference)
-    assert found["answer"]["setting"] == "joint" and "joint choices" not in said(found, memory)
+    assert found["answer"]["setting"] == "joint" and "joint choices" not in format_answer(found, memory)
     found = resolve([*ROWS, joint], both, difference)
-    assert found["answer"]["setting"] == "awq" and "1 joint choices are left out" in said(found, both)
-    assert joint in front([*ROWS, joint], "memory_gib") and joint not in front([*ROWS, joint], "ms_per_token")
+    assert found["answer"]["setting"] == "awq" and "1 joint choices are left out" in format_answer(found, both)
+    assert joint in pareto_front([*ROWS, joint], "memory_gib") and joint not in pareto_front(
+        [*ROWS, joint], "ms_per_token"
+    )
     measured = {**joint, "device": "NVIDIA T4"}  # both of the unpacked weights
-    assert fits(measured, both) and measured in front([*ROWS, measured], "ms_per_token")
+    assert fits(measured, both) and measured in pareto_front([*ROWS, measured], "ms_per_token")
 
 
 def test_a_judge_that_failed_its_controls_and_two_judges_are_told_of():
@@ -148,11 +151,11 @@ def test_what_is_not_finished_or_not_judged_is_told():
     rows = [*ROWS, row("waits", 0.0, 1.0, 1.0, status="open"), row("unjudged", None, 1.0, 1.0)]
     found = resolve(rows, BudgetConfig(), difference)
     assert (found["answer"]["setting"], found["open"], found["unjudged"]) == ("whole", 1, 1)
-    text = said(found, BudgetConfig())
+    text = format_answer(found, BudgetConfig())
     assert "1 settings are not finished" in text and "1 evaluated settings are left out" in text
 
 
 def test_a_single_setting_has_no_runner_up():
     budget = BudgetConfig(memory_gib=20.0)
     found = resolve(ROWS[:1], budget, difference)
-    assert found["runner_up"] is None and "no other setting fits" in said(found, budget)
+    assert found["runner_up"] is None and "no other setting fits" in format_answer(found, budget)

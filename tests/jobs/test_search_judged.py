@@ -7,7 +7,7 @@ import pytest
 
 from actors.judge.calls import Failure
 from jobs import search
-from jobs.searching.budget import compared
+from jobs.searching.budget import compare_rows
 from jobs.searching.rows import read_rows
 from tests.jobs.judging import (
     DISEASES,
@@ -85,7 +85,7 @@ def test_the_judges_scores_decide_and_carry_what_they_must(factory, tmp_path, mo
     assert "! FLAGGED: the judge failed controls and is not to be trusted: reference 1 of 61" in said
     assert "no headline" not in said and "not run" not in said
 
-    difference = compared(new_run(tmp_path), rows["original"], rows["awq 4 bit"])
+    difference = compare_rows(new_run(tmp_path), rows["original"], rows["awq 4 bit"])
     assert difference["difference_pairs"] == 59 and difference["difference_finding"] == "better"
     assert difference["difference_pct"] == pytest.approx(100 * 23 * 2 / (59 * 4))
 
@@ -119,7 +119,7 @@ def test_which_rows_have_no_headline_and_what_decides_then(factory, tmp_path, mo
     assert told in said and " none " in line_of(said, "awq 4 bit ", "58/60")
     assert "answer for no limit: awq 4 bit: 100.0" in said and "(baseline, no LLM judge)" in said
     assert "]!" not in line_of(said, "lora ", " done ") and "]! " in line_of(said, "lora ", "61/61")
-    difference = compared(new_run(tmp_path), rows["original"], rows["awq 4 bit"])
+    difference = compare_rows(new_run(tmp_path), rows["original"], rows["awq 4 bit"])
     assert difference["difference_finding"] == "identical" and difference["difference_pairs"] == 60
     page = (tmp_path / "search" / "report.html").read_text()
     assert told in page and "<td>no headline</td>" in page and "LLM judge: not used" in page

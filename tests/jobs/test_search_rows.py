@@ -10,7 +10,7 @@ from jobs.core.run import Run
 from jobs.core.stage import Stage
 from jobs.searching.rows import _gpu_hours, _memory, busy, read_log, read_rows, rows_of, totals, write_log, write_rows
 from jobs.searching.space import Setting
-from jobs.searching.stages import ordered
+from jobs.searching.stages import order_stages
 from tests.jobs.searching import Factory, Stopped, names, new_run
 
 
@@ -56,7 +56,7 @@ def test_rows_of_older_code_and_unfinished_ones_of_a_wider_search_go(factory, tm
 
 def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path, capsys, monkeypatch):
     """A search that the judge scored; then one without it, and with a setting more."""
-    monkeypatch.setattr(search, "compared", lambda *_: {"difference_finding": None})
+    monkeypatch.setattr(search, "compare_rows", lambda *_: {"difference_finding": None})
     run = new_run(tmp_path, search__depths="[0]", search__screen_images="null")
     search.job(run)
     controls = {"count": 0, "missed": 0, "by_kind": {}, "unbuilt": []}
@@ -155,5 +155,5 @@ def test_seconds_in_which_something_was_being_made():
 
 
 def test_parents_come_first_and_once(factory):
-    stages = ordered([factory.plan(Setting(2, "lora", "awq", 4)).evaluation] * 2)
+    stages = order_stages([factory.plan(Setting(2, "lora", "awq", 4)).evaluation] * 2)
     assert [stage.kind for stage in stages] == ["prune", "recover", "quantize", "evaluate"]

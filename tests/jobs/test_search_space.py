@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jobs.core.options import load_config
-from jobs.searching.space import Setting, alone, config_of, invoked, space
+from jobs.searching.space import Setting, config_of, format_command, format_single_command, space
 
 
 def config(**options):
@@ -85,7 +85,7 @@ def test_what_is_stored_alike_runs_alike():
 def test_the_command_of_one_setting_is_a_space_of_one(monkeypatch, mode):
     given = ["search", "--config", "c.yaml", "--search.depths", "[0, 4]", *mode, "--run_dir", "/a/here"]
     monkeypatch.setattr(sys, "argv", [*given, "--search.budget.memory_gib", "1"])
-    words = alone(Setting(4, "lora", "rtn", 3), "/a/here")
+    words = format_single_command(Setting(4, "lora", "rtn", 3), "/a/here")
     assert words.startswith("python -m jobs.search --config c.yaml --search.depths '[0, 4]' --run_dir /a/here ")
     from shlex import split
 
@@ -99,4 +99,4 @@ def test_the_command_of_one_setting_is_a_space_of_one(monkeypatch, mode):
 
 def test_the_command_that_is_recorded_is_whole(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["joint", "--run_dir", "/a/b c"])
-    assert invoked().endswith(" --run_dir '/a/b c'")
+    assert format_command().endswith(" --run_dir '/a/b c'")

@@ -49,9 +49,9 @@ def test_rows_by_hand():
 
 
 def test_the_terminal_marks_what_is_simulated():
-    text = compress.table([row("original", "original"), row("simulated")])
+    text = compress.format_rows([row("original", "original"), row("simulated")])
     assert "16.00 MiB " in text and "5.00 MiB*" in text and "* simulated: what it would be at 3 bits" in text
-    assert "*" not in compress.table([row("original", "original"), row("packed")])
+    assert "*" not in compress.format_rows([row("original", "original"), row("packed")])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_terminal_marks_what_is_simulated():
     ],
 )
 def test_the_report_tells_both_sizes(kind, bits, weights):
-    shown = report.shown(row(kind))
+    shown = report.format_row(row(kind))
     assert (shown["bits_text"], shown["weights_text"]) == (bits, weights)
 
 
