@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
+from actors.maths.columns import Number
+
 
 def run_times(started: float, prepared: float, encode: float, ticks: Sequence[float]) -> dict[str, float]:
     """Return one run's times (ms) from clock readings (s).
@@ -41,6 +43,15 @@ def p5_p95(values: Sequence[float]) -> list[float]:
         return [values[0], values[0]]
     cuts = statistics.quantiles(values, n=20, method="inclusive")
     return [cuts[0], cuts[-1]]
+
+
+def cover_time(spans: Sequence[tuple[Number, Number]]) -> float:
+    """Return the time that spans of (start, length) cover together, in their unit."""
+    covered, end = 0.0, float("-inf")
+    for start, length in sorted(spans):
+        covered += max(0.0, start + length - max(start, end))
+        end = max(end, start + length)
+    return covered
 
 
 def merge_rounds(rounds: Sequence[dict]) -> dict:

@@ -1,6 +1,7 @@
 """How far two orders of the same things agree. scipy only."""
 
 from collections.abc import Sequence
+from math import isnan
 
 from scipy.stats import kendalltau, spearmanr
 
@@ -13,7 +14,7 @@ def compute_kendall_tau(one: Sequence[Number], other: Sequence[Number]) -> float
     (agreeing - disagreeing pairs) / sqrt(pairs untied in one * pairs untied in other).
     """
     tau = float(kendalltau(one, other).statistic)
-    return None if tau != tau else tau
+    return None if isnan(tau) else tau
 
 
 def compute_spearman_rho(one: Sequence[Number], other: Sequence[Number]) -> float | None:

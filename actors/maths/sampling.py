@@ -1,6 +1,7 @@
-"""Drawing calibration questions: places in a list, from a seed. numpy only."""
+"""Drawing questions and images from a seed: the same for the same seed, for ever. numpy only."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,13 +11,13 @@ def draw_calibration(images: Sequence[str], samples: int, seed: int, per_image: 
 
     per_image: draw images, and at most so many questions about each; None: draw questions one by one.
     """
-    random = np.random.default_rng(seed)
-    shuffled = random.permutation(len(images)).tolist()
+    stream = np.random.default_rng(seed)
+    shuffled = stream.permutation(len(images)).tolist()
     if per_image is not None:
         asked: dict[str, list[int]] = {}
         for i in shuffled:
             asked.setdefault(images[i], []).append(i)
-        turns = random.permutation(sorted(asked)).tolist()  # any image is as likely as another
+        turns = stream.permutation(sorted(asked)).tolist()  # any image is as likely as another
         shuffled = [i for image in turns for i in asked[image][:per_image]]
     return sorted(shuffled[:samples])
 
@@ -24,3 +25,16 @@ def draw_calibration(images: Sequence[str], samples: int, seed: int, per_image: 
 def draw_places(count: int, samples: int, seed: int) -> list[int]:
     """Return `samples` of the places 0 to count - 1 (all where there are no more), each once, in a random order."""
     return np.random.default_rng(seed).permutation(count)[:samples].tolist()
+
+
+def draw_partners(classes: Mapping[str, str], seed: int) -> dict[str, str]:
+    """Return an image of another class for every image, given the class of each; none where there is one class.
+
+    Any image of another class is as likely as another, and may be drawn for several.
+    """
+    images, stream = sorted(classes), random.Random(seed)
+    partners = {}
+    for image in images:
+        if others := [other for other in images if classes[other] != classes[image]]:
+            partners[image] = stream.choice(others)
+    return partners

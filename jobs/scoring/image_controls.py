@@ -3,9 +3,9 @@
 A model that answers from the question alone loses nothing by it; one that looks falls to what guessing gives.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 
+from actors.maths.sampling import draw_partners
 from actors.specs import Sample
 from jobs.scoring.metrics import fall, mean, name_accuracy, share
 
@@ -33,12 +33,7 @@ def swapped_rows(rows: list[dict], seed: int) -> list[dict]:
     every image. Rows whose question was not answered about it are left out; so are all where there is one class.
     """
     classes = {row["image"]: row["class"] for row in rows}
-    images = sorted(classes)
-    draw = random.Random(seed)
-    partner = {}
-    for image in images:
-        if others := [other for other in images if classes[other] != classes[image]]:
-            partner[image] = draw.choice(others)
+    partner = draw_partners(classes, seed)
     given = {(row["image"], row["question"]): row for row in rows}
     swapped = []
     for row in rows:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.judge.verdict import TOP_LABEL
+from actors.maths.fronts import find_undominated
 from cluster.tables import read_table
 from jobs import judge
 from jobs.config.search import BudgetConfig
@@ -74,13 +75,11 @@ def timed_apart(row: dict) -> bool:
 
 
 def pareto_front(rows: Iterable[dict], cost: str) -> list[dict]:
-    """Return the usable rows that no other beats: none has a higher score at the same cost or less (cheapest first)."""
+    """Return the usable rows that none dominates by score and cost, cheapest first."""
     known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
-    found: list[dict] = []
-    for row in sorted(known, key=lambda row: (row[cost], -row["score_pct"])):
-        if not found or row["score_pct"] > found[-1]["score_pct"]:
-            found.append(row)
-    return found
+    return [
+        known[place] for place in find_undominated([row[cost] for row in known], [row["score_pct"] for row in known])
+    ]
 
 
 def fits(row: dict, budget: BudgetConfig) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from actors.maths.latency import cover_time
 from cluster.artifacts import digest, write_text
 from cluster.tables import read_table
 from jobs import evaluate, judge
@@ -209,17 +210,8 @@ def totals(run: Run, rows: Sequence[dict]) -> dict:
         "seconds_apart": sum(row["seconds_alone"] for row in rows) + seconds,
         "gpu_hours": (sum(one["gpu_seconds"] for one in facts) + gpu_seconds) / 3600 if known else None,
         "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if known else None,
-        "busy_seconds": busy([(line["started"], line["seconds"]) for line in log]),
+        "busy_seconds": cover_time([(line["started"], line["seconds"]) for line in log]),
     }
-
-
-def busy(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the seconds that spans of (start, length) cover together."""
-    covered, end = 0.0, float("-inf")
-    for start, length in sorted(spans):
-        covered += max(0.0, start + length - max(start, end))
-        end = max(end, start + length)
-    return covered
 
 
 def read_log(run: Run) -> list[dict]:

@@ -1,9 +1,11 @@
 """Calibration questions are drawn from a seed."""
 
+import random
+
 import numpy as np
 import pytest
 
-from actors.maths.sampling import draw_calibration, draw_places
+from actors.maths.sampling import draw_calibration, draw_partners, draw_places
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,15 @@ def test_places_are_drawn_once_each():
     assert sorted(draw_places(5, 99, 3)) == list(range(5))
     assert len(draw_places(50, 7, 3)) == len(set(draw_places(50, 7, 3))) == 7
     assert draw_places(50, 7, 3) != draw_places(50, 7, 4)
+
+
+def test_partners_are_of_another_class():
+    """In the order of their names, by Python's stream of the seed; without another class there is none."""
+    classes = {"d": "x", "a": "x", "b": "y", "c": "z"}
+    found = draw_partners(classes, 4)
+    assert all(classes[image] != classes[other] for image, other in found.items())
+    stream = random.Random(4)
+    assert found == {
+        image: stream.choice(others) for image, others in zip("abcd", ("bc", "acd", "abd", "bc"), strict=True)
+    }
+    assert draw_partners({"a": "x", "b": "x"}, 4) == {}

@@ -8,7 +8,7 @@ import pytest
 from jobs import search
 from jobs.core.run import Run
 from jobs.core.stage import Stage
-from jobs.searching.rows import _gpu_hours, _memory, busy, read_log, read_rows, rows_of, totals, write_log, write_rows
+from jobs.searching.rows import _gpu_hours, _memory, read_log, read_rows, rows_of, totals, write_log, write_rows
 from jobs.searching.space import Setting
 from jobs.searching.stages import order_stages
 from tests.jobs.searching import Factory, Stopped, names, new_run
@@ -147,11 +147,6 @@ def test_what_a_resumed_stage_held_before_is_unknown(tmp_path):
         run.make(stage)
     run.make(stage)
     assert "gpu_seconds" not in run.facts(stage) and _gpu_hours(run, [stage]) is None
-
-
-def test_seconds_in_which_something_was_being_made():
-    assert busy([(10, 5), (0, 4), (3, 2), (11, 1), (20, 1)]) == 5 + 5 + 1
-    assert busy([]) == 0
 
 
 def test_parents_come_first_and_once(factory):
