@@ -138,10 +138,10 @@ def test_reuse_is_told_in_percent(tmp_path):
 def test_what_is_simulated_or_unpacked_is_marked_and_explained(tmp_path):
     packed = {**ROWS[-1], "device": "CPU", "memory_kind": "estimate, packed"}
     three = row("rtn 3 bit", 99.0, 1.0, 1.0, "rtn", simulated=True)
-    text = search.table([*ROWS[:-1], packed, three])
+    text = search.format_rows([*ROWS[:-1], packed, three])
     assert "joint 1 (unpacked)" in text and "ms/token is that of 16-bit weights" in text
     assert "rtn 3 bit (simulated)" in text and "counted as if they were not, and no answer" in text
-    assert "simulated" not in search.table(ROWS) and "unpacked" not in search.table(ROWS[:-1])
+    assert "simulated" not in search.format_rows(ROWS) and "unpacked" not in search.format_rows(ROWS[:-1])
     run = new_run(tmp_path)
     rows = [*ROWS[:-1], packed, three, row("unjudged", None, 1.0, 1.0, status="done", **UNJUDGED)]
     found = resolve(rows, run.config.search.budget, lambda *_: {**DIFFERENCE, "difference_detectable_pct": 2})
