@@ -19,9 +19,9 @@ from jobs.config.schema import AblateConfig, Criterion
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.figures.layers import importance_figure
 from jobs.ranking.calibration import calibration_settings, open_measurements
 from jobs.ranking.criteria import PLUS_FIRST, PLUS_LAST, READINGS
-from jobs.reporting.figures import importance_figure
 
 SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
 

@@ -18,6 +18,7 @@ from jobs import ablate, evaluate, judge, prepare, prune, quantize, recover
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.judging import text as judge_text
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import NOT_JUDGED, remarks
 from jobs.ranking import ranges
@@ -196,7 +197,7 @@ def format_rows(rows: list[dict]) -> str:
         lines.append(f"LLM judge: FAILED, {'these are its older verdicts' if judged else 'no scores of it'}: {failure}")
     if judged:
         by_method = {row["method"]: row for row in rows}
-        lines += [judge.format_rows(by_method, by_method), *remarks(rows)]
+        lines += [judge_text.format_rows(by_method, by_method), *remarks(rows)]
     if any(row["simulated"] for row in rows):
         lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
     for row in rows:

@@ -14,91 +14,15 @@ keeps in reserve come on top. Bits and group size are those of quantize; weights
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from jobs.config.schema import Config
 from jobs.core.command import main
 from jobs.core.run import Run
+from jobs.core.text import GIB
+from jobs.searching.sizing import model_config, removals, setting
 
-GIB = 2**30
 SHORTHANDS = {"removed": "estimate.removed", "quantizer": "estimate.quantizer", "json": "estimate.json_rows"}
-_PUBLISHED = Path(__file__).resolve().parent.parent / "configs"
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BITS = {"none": 16, "nf4": 4, "int8": 8}  # the others have those of quantize.bits
-
-
-def config_file(config: Config) -> Path | None:
-    """Return the config.json to read, None if the hub must be asked; ValueError: there is none where one was given."""
-    given = config.estimate.architecture
-    if given is not None:
-        path = Path(given).expanduser()
-        found = path / "config.json" if path.is_dir() else path
-        if not found.is_file():
-            raise ValueError(f"No config.json at estimate.architecture {given!r}: give the file, or its folder.")
-        return found
-    own = Path(config.model.path).expanduser() / "config.json"
-    published = _PUBLISHED / config.model.path / "config.json"
-    return next((path for path in (own, published) if path.is_file()), None)
-
-
-def model_config(run: Run):
-    """Return (the LLaVA config to estimate, where it is from). ValueError, with the remedy: it cannot be had."""
-    from transformers import AutoConfig
-
-    path = config_file(run.config)
-    if path is None:
-        try:
-            return run.base_config(), run.config.model.path
-        except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{reason} A config.json alone is enough here: --estimate.architecture FILE.") from None
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=run.config.model.trust_remote_code), str(path)
-    except (ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"{str(path)!r} is no config.json that transformers knows: {reason}.") from None
-
-
-def removals(config: Config, windows: Sequence[int | None]) -> list[tuple[list[int], bool]]:
-    """Return the sets of layers to remove, and whether it is known that it is these; `windows` are the layers' own.
-
-    A count takes the first of prune.order; without one, layers with a sliding window, whose cache is smaller, and then
-    the last ones: where layers differ, the estimate is the largest that this count can have. ValueError: a set leaves
-    no layer, or has one that is not there.
-    """
-    from actors.checkpoint.pruning import check_removal
-
-    given = config.estimate.removed
-    wanted = config.prune.layers if given is None else given
-    layers = len(windows)
-    order = config.prune.order or sorted(range(layers), key=lambda layer: (windows[layer] is None, -layer))
-    sets = []
-    for each in wanted if isinstance(wanted, list) else [wanted]:
-        if isinstance(each, int) and not 0 <= each < layers:
-            raise ValueError(f"Cannot remove {each} layers: the model has {layers}, and at least one must stay.")
-        if isinstance(each, int) and each > len(order):
-            raise ValueError(f"prune.order names {len(order)} layers, but {each} are to go: give them as [[...]].")
-        known = isinstance(each, list) or config.prune.order is not None
-        sets.append((check_removal(each if isinstance(each, list) else order[:each], layers), known))
-    return sets
-
-
-def setting(config: Config, method: str, bits: tuple[int, ...], least_images: int = 0):
-    """Return what `actors.estimate.estimate` takes: a method, every layer's bits, and the rest from the config."""
-    from actors.estimate import Setting
-
-    wanted = config.estimate
-    return Setting(
-        bits=bits,
-        method=method,
-        group_size=config.quantize.group_size,
-        batch=wanted.batch,
-        images=max(wanted.images, least_images),
-        context=wanted.context,
-        decode_tokens=wanted.decode_tokens or config.generation.max_new_tokens,
-        dtype_bytes=_ITEMSIZE[config.model.dtype],
-        devices=wanted.devices or max(1, int(config.replicas.gpus)),
-    )
 
 
 def checked_bits(config: Config, model, method: str) -> int:

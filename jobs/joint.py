@@ -30,12 +30,11 @@ from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice, Mem
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.estimate import GIB
+from jobs.core.text import GIB, size
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.ranking import calibration, select
 from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
-from jobs.report import size
 from jobs.searching.budget import judge_lines
 from jobs.searching.memory import context_bytes, device_gib, shapes_of, size_setting
 from jobs.searching.rows import MEASURED_FOR, joint_rows, write_log, write_rows

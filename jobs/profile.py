@@ -19,9 +19,9 @@ from jobs import evaluate, prepare
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source
+from jobs.core.text import GIB
 
 ROWS = "profile.json"
-GIB = 2**30
 
 
 def sources(run: Run) -> list[Source]:

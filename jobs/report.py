@@ -5,14 +5,8 @@
 Reads what jobs.compress with the same options made; opens offline.
 """
 
-import base64
-import hashlib
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-
-import jinja2
 
 from actors.baseline import REFUSALS
 from actors.maths.ranges import OUTLIER
@@ -22,15 +16,16 @@ from jobs import ablate, compress, evaluate, judge, prepare, recover
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Stage
+from jobs.core.text import size, with_interval
+from jobs.figures.layers import importance_figure, loss_figure, tradeoff_figure
 from jobs.ranking import ranges
 from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
 from jobs.reporting import answers as report_answers
 from jobs.reporting import judge as report_judge
 from jobs.reporting import metrics as report_metrics
-from jobs.reporting.figures import importance_figure, loss_figure, tradeoff_figure
+from jobs.reporting.pages import render_page
 
 HTML, MARKDOWN = "report.html", "report.md"
-TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 
 
 def job(run: Run) -> None:
@@ -50,19 +45,6 @@ def job(run: Run) -> None:
     for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
         write_text(run.folder / name, render_page(template, content))
     print(f"report: {run.folder / HTML}", flush=True)
-
-
-def render_page(template: str, content: dict, script_name: str = "report.js") -> str:
-    """Fill in a template; the page's script is allowed to run by its digest, and no other is."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=jinja2.select_autoescape(["html.j2"]),
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    script = (TEMPLATES / script_name).read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(content, script=script, script_digest=digest)
 
 
 def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
@@ -190,16 +172,6 @@ def _weights(row: dict) -> str:
     if row["simulated"]:
         return f"{size(row['nominal_bytes'])} ({size(row['weight_bytes'])} stored)"
     return size(row["weight_bytes"])
-
-
-def size(count: float) -> str:
-    """Write a number of bytes in GiB or MiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
-def with_interval(value: float, interval: Sequence[float]) -> str:
-    """Write a percentage and its interval."""
-    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
 if __name__ == "__main__":

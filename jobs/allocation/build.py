@@ -11,7 +11,7 @@ from jobs.allocation import mixed
 from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.report import size
+from jobs.core.text import size
 from jobs.scoring.differences import differences
 from jobs.searching.rows import judged_columns
 from jobs.searching.space import Setting

@@ -5,8 +5,8 @@ from pathlib import Path
 from cluster.tables import write_table
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.figures.layers import ranges_figure
 from jobs.ranking.calibration import calibration_samples, calibration_settings
-from jobs.reporting.figures import ranges_figure
 
 RANGES, FIGURE = "ranges.parquet", "ranges.svg"
 SHOWN = 10

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from actors.judge.verdict import MAX_UNSCORED
-from jobs.judge import finding
 from jobs.judging.agreement import sentence
+from jobs.judging.text import finding
 
 
 def describe_verdicts(rows: Sequence[Mapping]) -> dict:

@@ -8,12 +8,13 @@ from pathlib import Path
 from cluster.artifacts import write_text
 from jobs.config.search import BudgetConfig
 from jobs.core.run import Run
+from jobs.core.text import GIB, size, with_interval
+from jobs.figures.search import Mark, front_figure, layers_figure
 from jobs.judging.tables import flag
-from jobs.report import render_page, size, with_interval
 from jobs.reporting import published
-from jobs.reporting.search_figures import Mark, front_figure, layers_figure
+from jobs.reporting.pages import render_page
 from jobs.searching.budget import format_answer, judge_remarks, pareto_front, timed_apart
-from jobs.searching.rows import GIB, totals
+from jobs.searching.rows import totals
 from jobs.searching.stages import SEARCH
 
 HTML = "report.html"

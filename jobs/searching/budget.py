@@ -9,6 +9,7 @@ from cluster.tables import read_table
 from jobs import judge
 from jobs.config.search import BudgetConfig
 from jobs.core.run import Run
+from jobs.judging import text as judge_text
 from jobs.judging.tables import by_baseline, flag, remarks
 from jobs.scoring.differences import differences
 from jobs.searching.rows import answers
@@ -153,7 +154,7 @@ def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[
     failure: what ended the judge.
     """
     judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
-    lines = [judge.format_rows(judged), *judge_remarks(rows)] if judged else []
+    lines = [judge_text.format_rows(judged), *judge_remarks(rows)] if judged else []
     if failure is not None:
         lines.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
     return lines

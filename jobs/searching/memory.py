@@ -7,8 +7,9 @@ from typing import Any
 
 from jobs.config.schema import Config
 from jobs.core.run import Run
-from jobs.estimate import GIB, model_config
-from jobs.estimate import setting as asked
+from jobs.core.text import GIB
+from jobs.searching.sizing import model_config
+from jobs.searching.sizing import setting as asked
 
 
 def shapes_of(run: Run) -> Any:

@@ -10,9 +10,10 @@ from cluster.tables import read_table
 from jobs import evaluate, judge
 from jobs.core.run import Run
 from jobs.core.stage import Stage
-from jobs.estimate import GIB, removals
+from jobs.core.text import GIB
 from jobs.judging.tables import NOT_JUDGED
 from jobs.searching.memory import device_gib, shapes_of
+from jobs.searching.sizing import removals
 from jobs.searching.space import format_command, format_single_command, to_columns
 from jobs.searching.stages import SEARCH, Plan
 

@@ -9,10 +9,11 @@ from actors.baseline import REFUSALS
 from actors.judge.verdict import TOP_LABEL, tally
 from jobs.config.schema import ClassConfig, EvaluateConfig
 from jobs.judging.tables import NOT_JUDGED, summary_columns
-from jobs.report import format_row, render_page
+from jobs.report import format_row
 from jobs.reporting import answers as report_answers
 from jobs.reporting import judge as report_judge
 from jobs.reporting import metrics as report_metrics
+from jobs.reporting.pages import render_page
 from jobs.scoring import image_controls
 from jobs.scoring.differences import differences, name_tests
 from jobs.scoring.metrics import judge_given_name, metrics, retention, score_answers

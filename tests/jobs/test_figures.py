@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jobs.reporting.figures import importance_figure, loss_figure, ranges_figure, tradeoff_figure
-from jobs.reporting.search_figures import _SHADES, Mark, front_figure, layers_figure
+from jobs.figures.layers import importance_figure, loss_figure, ranges_figure, tradeoff_figure
+from jobs.figures.search import _SHADES, Mark, front_figure, layers_figure
 
 COLOUR = re.compile(r"(?:fill|stroke): (#[0-9a-f]{6})")
 

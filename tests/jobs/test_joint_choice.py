@@ -16,11 +16,11 @@ from jobs.config.joint import JointConfig
 from jobs.core.options import load_config
 from jobs.core.run import Run
 from jobs.core.stage import Stage
-from jobs.estimate import setting as asked
 from jobs.ranking import measurements
 from jobs.ranking.measurements import ChoiceMeasurements, Measurements, NothingRanked
 from jobs.searching.memory import device_gib
 from jobs.searching.rows import estimates
+from jobs.searching.sizing import setting as asked
 from jobs.searching.space import Setting
 from tests.jobs.here import run_with
 from tests.tiny import llava_7b, tiny_config

@@ -18,8 +18,8 @@ from jobs.judging.tables import (
     remarks,
     summary_columns,
 )
-from jobs.report import render_page
 from jobs.reporting import judge as report_judge
+from jobs.reporting.pages import render_page
 from tests.jobs.judging import (
     Mock,
     answer_rows,

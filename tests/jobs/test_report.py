@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from jobs.ablate import format_tau
-from jobs.report import render_page
 from jobs.reporting import answers as report_answers
+from jobs.reporting.pages import render_page
 from tests.jobs.pages import HOSTILE, METHODS, content, page
 
 

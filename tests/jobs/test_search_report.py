@@ -8,10 +8,10 @@ import pytest
 from jobs import search
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.figures.search import Mark, front_figure, layers_figure
 from jobs.reporting import published
 from jobs.reporting import search as search_report
 from jobs.reporting.search import write_report
-from jobs.reporting.search_figures import Mark, front_figure, layers_figure
 from jobs.searching.budget import resolve
 from tests.jobs.browsing import check_readable, check_width, needs_chromium, page_of
 

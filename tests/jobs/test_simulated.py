@@ -7,8 +7,8 @@ import pytest
 from jobs import compress, report
 from jobs.core.options import load_config
 from jobs.core.stage import Source, Stage
+from jobs.figures.layers import tradeoff_figure
 from jobs.ranking.ranges import largest_outliers
-from jobs.reporting.figures import tradeoff_figure
 
 MIB = 2**20
 PROFILE = {"stored_bits": 16, "weight_bytes": 16 * MIB}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from matplotlib.patches import Rectangle
 
-from jobs.reporting.figures import BLUE, GREY, RED, plt, svg
+from jobs.figures.layers import BLUE, GREY, RED, plt, svg
 
 _MARKERS = {"none": "o", "int8": "D", "awq": "s", "nf4": "^", "hqq": "v", "rtn": "P", "mixed": "*"}
 _NEAR = 1.5  # a budget of more than so many times the largest cost would leave the settings no room in the figure

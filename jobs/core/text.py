@@ -1,0 +1,15 @@
+"""Numbers as people read them."""
+
+from collections.abc import Sequence
+
+GIB = 2**30  # bytes
+
+
+def size(count: float) -> str:
+    """Write a number of bytes in GiB or MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """Write a percentage and its interval."""
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
