@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import AutoModelForImageTextToText
 
-from actors.checkpoint.pruning import stored_bytes
+from actors.checkpoint.tensors import stored_bytes
 from actors.specs import PACKED_CHECKPOINT
 
 TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from actors.checkpoint.loading import language_model, load_model, load_processor, quiet
-from actors.checkpoint.pruning import copy_companions, local_folder, publish_names, stored_dtype
+from actors.checkpoint.tensors import copy_companions, local_folder, publish_names, stored_dtype
 from actors.conversations import collate
 from actors.probe import probe_logits, write_probe
 from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSpec

@@ -35,7 +35,7 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
 
 def _check(run: Run) -> None:
     """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
-    from actors.checkpoint.pruning import check_llava
+    from actors.checkpoint.tensors import check_llava
 
     prune, layers = run.config.prune, check_llava(run.base_config()).text_config.num_hidden_layers
     for layer in prune.order or []:

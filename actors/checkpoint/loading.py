@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
 
-from actors.checkpoint.pruning import check_llava, weight_files
+from actors.checkpoint.tensors import check_llava, weight_files
 from actors.memory import check_fits, claim_devices, free_bytes, meta_model, weight_bytes
 from actors.specs import HQQ_CHECKPOINT, Llava
 

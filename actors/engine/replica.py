@@ -19,7 +19,7 @@ from actors.checkpoint.loading import (
     pixel_dtype,
     quiet,
 )
-from actors.checkpoint.pruning import stored_bytes, stored_dtype
+from actors.checkpoint.tensors import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
 from actors.engine.threads import threads_for
 from actors.engine.verification import Limits, verify_drafts

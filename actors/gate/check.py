@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from actors.checkpoint.loading import cpu_awq, load_processor, pick_device, quiet
-from actors.checkpoint.pruning import check_llava, stored_dtype
+from actors.checkpoint.tensors import check_llava, stored_dtype
 from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
 from actors.gate.layers import check_layers
 from actors.gate.linears import check_linears, check_modules, may_be_scaled, quant_method

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from actors.checkpoint.pruning import iterate_tensors, read_tensor, tensor_places
+from actors.checkpoint.tensors import iterate_tensors, read_tensor, tensor_places
 from actors.specs import GateError
 
 PUBLISHED = re.compile(

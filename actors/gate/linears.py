@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from actors.checkpoint.loading import language_model
-from actors.checkpoint.pruning import published_name
+from actors.checkpoint.tensors import published_name
 from actors.gate.files import LAYER, tensors_of
 from actors.gate.scales import Rounding, check_scales
 from actors.maths.rounding import dequantize, unpack

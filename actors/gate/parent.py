@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from actors.checkpoint.loading import language_model, load_processor
-from actors.checkpoint.pruning import check_llava, check_removal, local_folder, renumbering
+from actors.checkpoint.pruning import check_removal, renumbering
+from actors.checkpoint.tensors import check_llava, local_folder
 from actors.probe import placed_probe
 from actors.quantizers.awq import pass_through
 from actors.quantizers.calibration import decoder_inputs, without_layers

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from actors.checkpoint.loading import check_complete, check_finite, check_source, placement, quiet
-from actors.checkpoint.pruning import stored_bytes
+from actors.checkpoint.tensors import stored_bytes
 from actors.judge.calls import Failure, Reply, Request, fold_system
 from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix

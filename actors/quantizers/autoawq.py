@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from actors.checkpoint.loading import language_model, load_model, load_processor
-from actors.checkpoint.pruning import iterate_tensors
+from actors.checkpoint.tensors import iterate_tensors
 from actors.memory import TooLittleMemory
 from actors.quantizers.calibration import calibration_inputs, decoder_inputs
 from actors.quantizers.rtn import write_gemm

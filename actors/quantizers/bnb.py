@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from transformers import BitsAndBytesConfig
 
-from actors.checkpoint.pruning import iterate_tensors
+from actors.checkpoint.tensors import iterate_tensors
 from actors.quantizers.storage import rest_dtype, write_rounded
 from actors.specs import NF4_BLOCK, NOT_ROUNDED, QuantizeSettings
 from actors.trainer import nf4_config

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from actors.checkpoint.pruning import iterate_tensors
+from actors.checkpoint.tensors import iterate_tensors
 from actors.maths.sizes import HQQ_ROWS
 from actors.quantizers.storage import rest_dtype, write_rounded
 from actors.specs import HQQ_CHECKPOINT, QuantizeSettings

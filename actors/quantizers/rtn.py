@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from actors.checkpoint.pruning import iterate_tensors
+from actors.checkpoint.tensors import iterate_tensors
 from actors.maths.awq import rounded
 from actors.maths.rounding import gemm_tensors
 from actors.quantizers.storage import write_rounded

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from actors.checkpoint.pruning import (
+from actors.checkpoint.tensors import (
     copy_companions,
     iterate_tensors,
     read_tensor,

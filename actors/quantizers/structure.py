@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from actors.checkpoint.pruning import check_llava, local_folder
+from actors.checkpoint.tensors import check_llava, local_folder
 from actors.specs import Llava, ModelSpec, QuantizeSettings
 
 NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs

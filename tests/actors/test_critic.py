@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from actors.checkpoint.loading import language_model
-from actors.checkpoint.pruning import iterate_tensors, prune_checkpoint
+from actors.checkpoint.pruning import prune_checkpoint
+from actors.checkpoint.tensors import iterate_tensors
 from actors.conversations import collate
 from actors.critic import LayerCritic, layer_cosines, taylor_scores
 from actors.embedder import Embedder

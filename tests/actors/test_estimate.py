@@ -8,7 +8,8 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from transformers import AutoConfig, LlamaConfig
 
-from actors.checkpoint.pruning import prune_checkpoint, pruned_config, stored_bytes
+from actors.checkpoint.pruning import prune_checkpoint, pruned_config
+from actors.checkpoint.tensors import stored_bytes
 from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrow_config, uniform
 from actors.memory import count_parameters, meta_model
 from actors.quantizers.storage import read_layers

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from actors.checkpoint.pruning import prune_checkpoint, publish_names, write_tensors
+from actors.checkpoint.pruning import prune_checkpoint
+from actors.checkpoint.tensors import publish_names, write_tensors
 from actors.gate import check as gate
 from actors.probe import PROBE, kept_probe, write_probe
 from actors.specs import GateError, LoraSettings, ModelSpec

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from actors.checkpoint.loading import check_source, load_model, load_processor, pick_device, pixel_dtype
-from actors.checkpoint.pruning import iterate_tensors, prune_checkpoint, stored_bytes, write_tensors
+from actors.checkpoint.pruning import prune_checkpoint
+from actors.checkpoint.tensors import iterate_tensors, stored_bytes, write_tensors
 from tests.tiny import DERM_TINY
 
 WEIGHTS = "model.safetensors"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 import actors.checkpoint.loading
 import actors.memory
 from actors.checkpoint.loading import load_model
-from actors.checkpoint.pruning import stored_bytes
+from actors.checkpoint.tensors import stored_bytes
 from actors.memory import GIB, TEXT_TOKENS, cached_bytes, claim_devices, free_bytes, weight_bytes
 from tests.tiny import LAYERS, PATCHES, WIDTH, processor_for, tiny_config, tiny_model
 

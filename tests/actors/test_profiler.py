@@ -8,7 +8,7 @@ import torch
 
 import actors.profiler
 from actors import footprint
-from actors.checkpoint.pruning import stored_bytes
+from actors.checkpoint.tensors import stored_bytes
 from actors.decoding import Plain
 from actors.engine.replica import LlavaReplica
 from actors.maths.latency import merge_rounds, run_times, summary

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AwqConfig
 
 from actors.checkpoint.loading import load_model, load_processor
-from actors.checkpoint.pruning import iterate_tensors, published_name, stored_bytes, stored_dtype
+from actors.checkpoint.tensors import iterate_tensors, published_name, stored_bytes, stored_dtype
 from actors.engine.replica import LlavaReplica
 from actors.quantizers.bnb import int8_config
 from actors.specs import ModelSpec

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from actors.checkpoint.loading import language_model, load_model, load_processor
-from actors.checkpoint.pruning import iterate_tensors, stored_bytes, stored_dtype
+from actors.checkpoint.tensors import iterate_tensors, stored_bytes, stored_dtype
 from actors.derm_tiny.draw import write_tree
 from actors.engine.replica import LlavaReplica
 from actors.quantizers.awq import scaled_tensors, search_layer

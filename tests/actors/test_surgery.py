@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextConfig
 
-from actors.checkpoint.pruning import (
-    Surgeon,
+from actors.checkpoint.pruning import Surgeon, prune_checkpoint
+from actors.checkpoint.tensors import (
     check_llava,
     iterate_tensors,
-    prune_checkpoint,
     publish_names,
     published_name,
     stored_bytes,

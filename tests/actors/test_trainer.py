@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import actors.trainer
 from actors.checkpoint.loading import load_model, load_processor
-from actors.checkpoint.pruning import copy_companions, iterate_tensors, published_name
+from actors.checkpoint.tensors import copy_companions, iterate_tensors, published_name
 from actors.conversations import collate
 from actors.specs import LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer, language_linears, nf4_config

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from actors.checkpoint.pruning import INDEX, iterate_tensors, stored_bytes, stored_dtype, weight_files, write_tensors
+from actors.checkpoint.tensors import INDEX, iterate_tensors, stored_bytes, stored_dtype, weight_files, write_tensors
 
 
 def test_no_weights(tmp_path):

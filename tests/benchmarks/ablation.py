@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 
 from actors.checkpoint.loading import load_model, load_processor, quiet
-from actors.checkpoint.pruning import copy_companions, iterate_tensors, prune_checkpoint, write_tensors
+from actors.checkpoint.pruning import prune_checkpoint
+from actors.checkpoint.tensors import copy_companions, iterate_tensors, write_tensors
 from actors.conversations import reply_ids
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import CLASSES, QUESTIONS
