@@ -35,14 +35,14 @@ def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
         raise ValueError("prune.layers is 0: jobs.compress compares pruned models; use jobs.quantize alone instead.")
     data, base = prepare.stage(run), run.base_model()
     pruned = prune.stage(run, base)
-    healed = recover.stage(run, pruned, data)
+    recovered = recover.stage(run, pruned, data)
     models = {
         "original": base,
         "prune": pruned,
-        "prune+sft": healed,
+        "prune+sft": recovered,
         "quant": quantize.stage(run, base, data),
         "prune+quant": quantize.stage(run, pruned, data),
-        "prune+sft+quant": quantize.stage(run, healed, data),
+        "prune+sft+quant": quantize.stage(run, recovered, data),
     }
     return {method: (model, evaluate.stage(run, model, data)) for method, model in models.items()}
 

@@ -51,7 +51,7 @@ def packer():
     return pack_to_int32, unpack_from_int32
 
 
-def packed(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
+def pack_weight(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
     """Round a weight [out, in] to nearest and return the layout's parts of it."""
     pack, _ = packer()
     q, zero, scale = round_to_nearest(weight, group, bits)
@@ -103,7 +103,7 @@ def rounded_layers(
             if number in rounded and part in linears:
                 stem = part.removesuffix("weight")
                 made |= {
-                    stem + name: value for name, value in packed(tensor, bits[number], settings.group_size).items()
+                    stem + name: value for name, value in pack_weight(tensor, bits[number], settings.group_size).items()
                 }
             else:
                 made[part] = cast_tensor(NAME.format(number, part), tensor, STORED)

@@ -27,7 +27,7 @@ def write_gemm(
 ) -> None:
     """Round `tensors`, which stand for those of `source`, and write the checkpoint to `out`."""
 
-    def packed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if settings.simulated:
             return {"weight": rounded(weight, settings.group_size, settings.bits).to(torch.float16)}
         return gemm_tensors(weight, settings.group_size)
@@ -43,4 +43,4 @@ def write_gemm(
             "version": "gemm",
             "modules_to_not_convert": NOT_ROUNDED,
         }
-    write_rounded(source, out, config, torch.float16, tensors, packed)
+    write_rounded(source, out, config, torch.float16, tensors, pack_weight)

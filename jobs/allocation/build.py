@@ -46,8 +46,8 @@ def planned(run: Run, base: Source, data: Stage, method: str, choice: Choice, bu
     """
     removed = [layer for layer, bits in enumerate(choice) if bits == REMOVED]
     own = pruning(run, len(removed), removed)
-    healed = recover.stage(own, prune.stage(own, base), data)
-    model = mixed.stage(own, healed, data, [bits for bits in choice if bits != REMOVED])
+    recovered = recover.stage(own, prune.stage(own, base), data)
+    model = mixed.stage(own, recovered, data, [bits for bits in choice if bits != REMOVED])
     kind = ("mixed", 0) if isinstance(model, Stage) and model.kind == "mixed" else ("none", WHOLE)
     setting = Setting(len(removed), run.config.recover.method, *kind, name=f"{method} in {size(budget)}")
     return Plan(setting, model, None, evaluate.stage(own, model, data), ()), own

@@ -66,7 +66,7 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
     """Plan settings; ValueError: what one of them asks for is impossible, as far as config.json tells."""
     data, base = prepare.stage(run), run.base_model()
     pruned: dict[int, Stage | Source] = {}
-    healed: dict[tuple[int, str], Stage | Source] = {}
+    recovered: dict[tuple[int, str], Stage | Source] = {}
     found = []
     for setting in settings:
         own = Run(config_of(run.config, setting), parent_run=run)
@@ -75,8 +75,8 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
         model = pruned[setting.depth]
         if setting.recovery != "none":
             key = setting.depth, setting.recovery
-            healed[key] = healed.get(key) or recover.stage(own, model, data)
-            model = healed[key]
+            recovered[key] = recovered.get(key) or recover.stage(own, model, data)
+            model = recovered[key]
         model = quantize.stage(own, model, data)
         screen = None
         if run.config.search.screen_images is not None:

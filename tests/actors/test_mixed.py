@@ -14,7 +14,7 @@ from actors.gate.check import GateError
 from actors.maths.awq import rounded
 from actors.maths.sizes import linear_bytes
 from actors.probe import probe_logits
-from actors.quantizers.mixed import MixedQuantizer, packed, read_option, unpacked
+from actors.quantizers.mixed import MixedQuantizer, pack_weight, read_option, unpacked
 from actors.quantizers.structure import linear_shapes
 from actors.specs import ModelSpec
 from tests.gating import check
@@ -99,7 +99,7 @@ def test_bytes_are_those_of_the_file(mixed):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_what_is_packed_comes_out(bits):
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits)) + 0.5
-    assert torch.equal(unpacked(packed(weight, bits, 64), bits), rounded(weight, 64, bits))
+    assert torch.equal(unpacked(pack_weight(weight, bits, 64), bits), rounded(weight, 64, bits))
 
 
 def test_a_layer_is_the_same_whatever_the_others_are(lesions, tmp_path):
