@@ -111,7 +111,7 @@ def _own_code() -> dict | None:
 
 
 def is_private() -> bool:
-    """Tell whether `connected` starts a private Ray here, which never grows."""
+    """Tell whether `connect` starts a private Ray here, which never grows."""
     return _address() in ("", "local")
 
 

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 START = """
 import json, os, signal, sys, time
 {first}
-from cluster.connection import connected
+from cluster.connection import connect
 def describe():
     import psutil, ray
     folder = "/" + "/".join(ray._private.worker._global_node.get_session_dir_path().split("/")[1:3])
@@ -34,7 +34,7 @@ def describe():
     ids = [[p.pid, p.create_time()] for p in processes if p.is_running()]
     text = json.dumps({{"folder": folder, "processes": ids, "listening": listening}})
     print(text, flush=True)
-with connected(1):
+with connect(1):
     describe()
     {then}
 """
@@ -117,8 +117,8 @@ def closed_port() -> int:
 def test_a_cluster_that_does_not_answer_is_named_at_once():
     address = f"127.0.0.1:{closed_port()}"
     script = (
-        "import sys, time\nfrom cluster.connection import connected\nimport ray\nbegan = time.monotonic()\ntry:\n"
-        "    with connected():\n        print('connected')\n"
+        "import sys, time\nfrom cluster.connection import connect\nimport ray\nbegan = time.monotonic()\ntry:\n"
+        "    with connect():\n        print('connected')\n"
         "except ConnectionError as error:\n    print(error, '|', time.monotonic() - began)\n"
     )
     done = subprocess.run(
@@ -146,8 +146,8 @@ def test_a_given_cluster_is_used_and_left_running(private_ray):
 
     address = ray.get_runtime_context().gcs_address
     script = (
-        "from cluster.connection import capacity, connected\nfrom cluster.pool import Pool, Resources\n"
-        "with connected():\n    with Pool('tests.cluster.toys:Squares', {}, Resources()) as pool:\n"
+        "from cluster.connection import capacity, connect\nfrom cluster.pool import Pool, Resources\n"
+        "with connect():\n    with Pool('tests.cluster.toys:Squares', {}, Resources()) as pool:\n"
         "        print(capacity(), pool.call('square', 7))\n"
     )
     done = subprocess.run(

@@ -228,12 +228,12 @@ def test_what_a_dead_driver_left_is_ended(monkeypatch, capsys):
 def test_a_killed_drivers_application_is_ended_by_the_next_driver():
     script = """
 import asyncio, os, signal, sys
-from cluster.serving.service import Scale, served
+from cluster.serving.service import Scale, serve_class
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 
 async def killed():
-    async with served("left", "tests.cluster.serving_toys:Echo", {"sign": "#"}, Scale(1, 0, 1, 1, 4)) as service:
+    async with serve_class("left", "tests.cluster.serving_toys:Echo", {"sign": "#"}, Scale(1, 0, 1, 1, 4)) as service:
         print(service.name, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
