@@ -32,15 +32,7 @@ class LayerCritic:
     def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str | None, seed: int):
         self._embedder = Embedder(embedder, pick_device() if spec.gpus else "cpu") if embedder else None
         self.replica = LlavaReplica(spec, max_rows)
-        self._tokens, self._seed = max_new_tokens, seed
-        self._measures: dict[str, Callable] = {
-            "answers": self._answers,
-            "reference": self._reference,
-            "influence": self._influence,
-            "taylor": self._taylor,
-            "magnitude": self._magnitude,
-            "random": self._random,
-        }
+        self.max_new_tokens, self.seed = max_new_tokens, seed
 
     def layer_count(self) -> int:
         """Return the number of decoder layers."""
@@ -63,19 +55,7 @@ class LayerCritic:
         layer. base and known serve the first two: work is shared with the model without `base`, whose answers
         are drafts.
         """
-        return self._measures[name](samples, [tuple(removed) for removed in removed_sets], tuple(base), known)
-
-    def _answers(self, samples, sets, base, known) -> list[dict]:
-        if known:
-            rows = self.replica.answers(samples, sets, self._tokens, base, [item.draft for item in known])
-            whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
-        else:
-            guesses = [reply_ids(self.replica.processor.tokenizer, sample.reference) for sample in samples]
-            asked = self.replica.answers(samples, [(), *sets], self._tokens, base, guesses=guesses)
-            whole = {row["sample_id"]: row["answer"] for row in asked[:: len(sets) + 1]}
-            rows = [row for i, row in enumerate(asked) if i % (len(sets) + 1)]
-        pairs = [(row["answer"], whole[row["sample_id"]]) for row in rows]
-        return [{**row, "loss": 1 - cosine} for row, cosine in zip(rows, self.cosines(pairs), strict=True)]
+        return MEASURES[name](self, samples, [tuple(removed) for removed in removed_sets], tuple(base), known)
 
     def cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
         """Return the cosine between the embeddings of every pair of texts, 1 for equal ones."""
@@ -84,70 +64,86 @@ class LayerCritic:
         found = dict(zip(different, self._embedder.similarities(different), strict=True))
         return [found.get(pair, 1.0) for pair in pairs]
 
-    @torch.inference_mode()
-    def _reference(self, samples, sets, base, known) -> list[dict]:
-        replica = self.replica
-        tokenizer = replica.processor.tokenizer
-        prompts = [replica.embedded(sample)[0] for sample in samples]
-        replies = [reply_ids(tokenizer, sample.reference) for sample in samples]
-        replica.plan(max(map(len, prompts)) + max(map(len, replies)))
-        base_L, keep_SL = replica.keep([base])[0], replica.keep([(), *sets])
 
-        def run(part: list[int], chosen: list[int]) -> list:
-            with_whole = [0, *(1 + v for v in chosen)]
-            given = [prompts[i] for i in part], [replies[i] for i in part]
-            found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
-            return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+def _answers(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    if known:
+        rows = critic.replica.answers(samples, sets, critic.max_new_tokens, base, [item.draft for item in known])
+        whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
+    else:
+        guesses = [reply_ids(critic.replica.processor.tokenizer, sample.reference) for sample in samples]
+        asked = critic.replica.answers(samples, [(), *sets], critic.max_new_tokens, base, guesses=guesses)
+        whole = {row["sample_id"]: row["answer"] for row in asked[:: len(sets) + 1]}
+        rows = [row for i, row in enumerate(asked) if i % (len(sets) + 1)]
+    pairs = [(row["answer"], whole[row["sample_id"]]) for row in rows]
+    return [{**row, "loss": 1 - cosine} for row, cosine in zip(rows, critic.cosines(pairs), strict=True)]
 
-        groups = group_by_image(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
-        found = dict(replica.batched(groups, list(range(len(sets))), run))
-        return [
-            {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
-            for i, sample in enumerate(samples)
-            for v, removed in enumerate(sets)
+
+@torch.inference_mode()
+def _reference(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    replica = critic.replica
+    tokenizer = replica.processor.tokenizer
+    prompts = [replica.embedded(sample)[0] for sample in samples]
+    replies = [reply_ids(tokenizer, sample.reference) for sample in samples]
+    replica.plan(max(map(len, prompts)) + max(map(len, replies)))
+    base_L, keep_SL = replica.keep([base])[0], replica.keep([(), *sets])
+
+    def run(part: list[int], chosen: list[int]) -> list:
+        with_whole = [0, *(1 + v for v in chosen)]
+        given = [prompts[i] for i in part], [replies[i] for i in part]
+        found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
+        return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+
+    groups = group_by_image(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
+    found = dict(replica.batched(groups, list(range(len(sets))), run))
+    return [
+        {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
+        for i, sample in enumerate(samples)
+        for v, removed in enumerate(sets)
+    ]
+
+
+@torch.inference_mode()
+def _influence(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    replica = critic.replica
+    decoder, texts, images = language_model(replica.model), [], []
+    for sample in samples:
+        embeds, is_image = replica.embedded(sample)
+        reply = torch.tensor(reply_ids(replica.processor.tokenizer, sample.reference), device=embeds.device)
+        texts.append(torch.cat([embeds, decoder.embed_tokens(reply)]))
+        images.append(torch.cat([is_image.cpu(), torch.zeros(len(reply), dtype=torch.bool)]))
+    rows = []
+    for sample, is_image, cosines_LT in zip(samples, images, layer_cosines(replica.model, texts), strict=True):
+        parts = {"all": torch.ones_like(is_image), "image": is_image, "text": ~is_image}
+        means = {part: (1 - cosines_LT[:, places]).mean(1).tolist() for part, places in parts.items()}
+        counts = {f"{part}_tokens": int(places.sum()) for part, places in parts.items()}
+        rows += [
+            {**_key(sample, removed), **{p: sum(means[p][b] for b in removed) for p in parts}, **counts}
+            for removed in sets
         ]
+    return rows
 
-    @torch.inference_mode()
-    def _influence(self, samples, sets, base, known) -> list[dict]:
-        replica = self.replica
-        decoder, texts, images = language_model(replica.model), [], []
-        for sample in samples:
-            embeds, is_image = replica.embedded(sample)
-            reply = torch.tensor(reply_ids(replica.processor.tokenizer, sample.reference), device=embeds.device)
-            texts.append(torch.cat([embeds, decoder.embed_tokens(reply)]))
-            images.append(torch.cat([is_image.cpu(), torch.zeros(len(reply), dtype=torch.bool)]))
-        rows = []
-        for sample, is_image, cosines_LT in zip(samples, images, layer_cosines(replica.model, texts), strict=True):
-            parts = {"all": torch.ones_like(is_image), "image": is_image, "text": ~is_image}
-            means = {part: (1 - cosines_LT[:, places]).mean(1).tolist() for part, places in parts.items()}
-            counts = {f"{part}_tokens": int(places.sum()) for part, places in parts.items()}
-            rows += [
-                {**_key(sample, removed), **{p: sum(means[p][b] for b in removed) for p in parts}, **counts}
-                for removed in sets
-            ]
-        return rows
 
-    def _taylor(self, samples, sets, base, known) -> list[dict]:
-        rows = []
-        for sample in samples:
-            batch = collate(self.replica.processor, [sample])
-            scores_L = taylor_scores(self.replica.model, batch)
-            rows += [{**_key(sample, removed), "taylor": sum(scores_L[b] for b in removed)} for removed in sets]
-        return rows
+def _taylor(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    rows = []
+    for sample in samples:
+        batch = collate(critic.replica.processor, [sample])
+        scores_L = taylor_scores(critic.replica.model, batch)
+        rows += [{**_key(sample, removed), "taylor": sum(scores_L[b] for b in removed)} for removed in sets]
+    return rows
 
-    def _magnitude(self, samples, sets, base, known) -> list[dict]:
-        layers = language_model(self.replica.model).layers
-        scores_L = [
-            sum(p.detach().abs().sum(dtype=torch.float64).item() for p in layer.parameters() if p.dim() >= 2)
-            for layer in layers
-        ]
-        return [
-            {**_key(s, removed), "magnitude": sum(scores_L[b] for b in removed)} for s in samples for removed in sets
-        ]
 
-    def _random(self, samples, sets, base, known) -> list[dict]:
-        scores_L = np.random.default_rng(self._seed).random(self.layer_count()).tolist()
-        return [{**_key(s, removed), "random": sum(scores_L[b] for b in removed)} for s in samples for removed in sets]
+def _magnitude(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    layers = language_model(critic.replica.model).layers
+    scores_L = [
+        sum(p.detach().abs().sum(dtype=torch.float64).item() for p in layer.parameters() if p.dim() >= 2)
+        for layer in layers
+    ]
+    return [{**_key(s, removed), "magnitude": sum(scores_L[b] for b in removed)} for s in samples for removed in sets]
+
+
+def _random(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    scores_L = np.random.default_rng(critic.seed).random(critic.layer_count()).tolist()
+    return [{**_key(s, removed), "random": sum(scores_L[b] for b in removed)} for s in samples for removed in sets]
 
 
 def _key(sample: Conversation, removed: tuple[int, ...]) -> dict:
@@ -245,3 +241,14 @@ def taylor_scores(model, batch: dict[str, torch.Tensor]) -> list[float]:
         for parameter, requires in wanted.items():
             parameter.requires_grad_(requires)
     return [score / scale for score in scores]
+
+
+# By name: called as measure(critic, samples, removed sets, base, what is known), rows as LayerCritic.measure says.
+MEASURES: dict[str, Callable[..., list[dict]]] = {
+    "answers": _answers,
+    "reference": _reference,
+    "influence": _influence,
+    "taylor": _taylor,
+    "magnitude": _magnitude,
+    "random": _random,
+}

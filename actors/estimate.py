@@ -16,19 +16,15 @@ from actors.engine.rows import attention_windows
 from actors.maths.sizes import (
     cached_tokens,
     largest_share,
-    linear_bytes,
     logit_bytes,
     mlp_copies,
     prefill_bytes,
     tower_bytes,
-    unpacked_bytes,
 )
 from actors.memory import cached_bytes, meta_model
-from actors.quantizers.structure import SIMULATED
-from actors.specs import QUANTIZER_BITS
+from actors.quantizers.table import COMPRESSED_TENSORS, SIMULATED, Layout, find_method
 
 TEXT_TOKENS = 64  # of a question and the chat template around it
-MIXED_BITS = (3, 4, 8)
 _LAYER = re.compile(r"\blanguage_model\.layers\.(\d+)\.")
 _PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector", ".embed_tokens.": "embeddings"}
 
@@ -38,7 +34,7 @@ class Setting:
     """What is estimated.
 
     bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others ("none":
-    nothing does; "mixed": any of MIXED_BITS, in the layout of actors.quantizers.mixed). context: tokens of one prompt,
+    nothing does; "mixed": layers have bits of their own, as COMPRESSED_TENSORS). context: tokens of one prompt,
     its images' included (None: the images' and TEXT_TOKENS). decode_tokens: longest answer. batch: rows. images: of
     each row. dtype_bytes: of a number that is not rounded, and of activations. devices: GPUs that the model is spread
     over.
@@ -53,6 +49,20 @@ class Setting:
     decode_tokens: int
     dtype_bytes: int
     devices: int
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the rounded weights are stored; None where none are rounded. ValueError: no such quantizer."""
+        if self.method == "none":
+            return None
+        return COMPRESSED_TENSORS if self.method == "mixed" else find_method(self.method, "none, ").layout
+
+    @property
+    def rounded_bits(self) -> tuple[int, ...]:
+        """The bits to which the method rounds a layer."""
+        if self.method == "none":
+            return ()
+        return COMPRESSED_TENSORS.bits if self.method == "mixed" else find_method(self.method, "none, ").bits
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ def estimate(config: Any, setting: Setting) -> dict:
         "workspace_bytes": _workspace(kept, setting),
         "device_bytes": largest_share(placed, setting.devices) + activation,
         "context": context,
-        "simulated": any(bits != 4 and setting.method in ("awq", "rtn") for _, bits in kept if bits != 16),
+        "simulated": any(setting.layout and bits not in setting.layout.bits for _, bits in kept if bits != 16),
     }
 
 
@@ -178,9 +188,12 @@ def layer_bytes(layer: Layer, bits: int, setting: Setting) -> int:
     """Return the weight bytes of a decoder layer at `bits` (16: not rounded; 0: removed), not at `setting.bits`."""
     if not bits:
         return 0
-    given = (setting.method, bits, setting.group_size)
-    linears = sum(linear_bytes(*given, outputs, inputs, setting.dtype_bytes) for outputs, inputs in layer.linears)
-    return linears + layer.others * setting.dtype_bytes
+    return layer.others * setting.dtype_bytes + sum(
+        setting.layout.linear_bytes(bits, setting.group_size, outputs, inputs)
+        if setting.layout and bits != 16
+        else outputs * inputs * setting.dtype_bytes
+        for outputs, inputs in layer.linears
+    )
 
 
 def cache_bytes(shapes: Architecture, layer: Layer, setting: Setting, context: int) -> int:
@@ -195,10 +208,7 @@ def _checked(shapes: Architecture, setting: Setting) -> int:
         raise ValueError(f"The setting has bits for {len(setting.bits)} layers, the model has {len(shapes.layers)}.")
     if not any(setting.bits):
         raise ValueError(f"All {len(shapes.layers)} layers are removed: at least one must stay.")
-    own = {**QUANTIZER_BITS, "none": (), "mixed": MIXED_BITS}
-    if setting.method not in own:
-        raise ValueError(f"Unknown quantizer {setting.method!r}: choose none, {', '.join(QUANTIZER_BITS)}.")
-    allowed = {0, 16, *own[setting.method]}
+    allowed = {0, 16, *setting.rounded_bits}
     for bits in setting.bits:
         if bits not in allowed:
             has = ", ".join(map(str, sorted(allowed)))
@@ -240,4 +250,6 @@ def _phases(shapes: Architecture, kept, setting: Setting, context: int, caches: 
 def _workspace(kept, setting: Setting) -> int:
     """Return the most bytes that unpacking a rounded weight takes."""
     rounded = {shape for layer, bits in kept if bits != 16 for shape in layer.linears}
-    return max((unpacked_bytes(setting.method, o, i, setting.dtype_bytes) for o, i in rounded), default=0)
+    if not rounded or setting.layout is None:
+        return 0
+    return max(setting.layout.unpacked_bytes(outputs * inputs, setting.dtype_bytes) for outputs, inputs in rounded)

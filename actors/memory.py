@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from actors.checkpoint.tensors import stored_bytes
-from actors.specs import PACKED_CHECKPOINT
+from actors.quantizers.table import COMPRESSED_TENSORS, find_layout
 
 TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row
 GIB = 2**30
@@ -40,7 +40,7 @@ def weight_bytes(path: str, config, itemsize: int, rounding: int | None, common:
     trust_remote_code.
     """
     quantized = getattr(config, "quantization_config", None)
-    if quantized and quantized.get("quant_method") != PACKED_CHECKPOINT:  # those are unpacked
+    if quantized and find_layout(quantized) is not COMPRESSED_TENSORS:  # those are unpacked
         return stored_bytes(path, common["revision"])
     bits = 0
     for name, parameter in meta_model(config, common["trust_remote_code"]).named_parameters():

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from actors.quantizers.table import find_method
+
 # A loaded LLaVA-shaped model: LlavaForConditionalGeneration and its likes, quantized or adapted or neither.
 # (torch types every attribute of a Module as Tensor | Module, which says less than nothing about such a model.)
 Llava = Any
@@ -84,13 +86,6 @@ class LoraSettings:
         return max(1, math.ceil(self.epochs * conversations / self.batch))
 
 
-# The bits that each quantizer has. awq and rtn are stored packed at 4 bits alone: see QuantizeSettings.simulated.
-QUANTIZER_BITS = {"awq": (2, 3, 4, 8), "rtn": (2, 3, 4, 8), "hqq": (2, 3, 4, 8), "nf4": (4,), "int8": (8,)}
-NF4_BLOCK = 64
-HQQ_CHECKPOINT = "prunella-hqq"  # quant_method in config.json: actors.checkpoint.loading alone reads what hqq rounded
-PACKED_CHECKPOINT = "compressed-tensors"  # quant_method in config.json of layers with bits of their own
-
-
 @dataclass(frozen=True)
 class QuantizeSettings:
     """How to round; see jobs.config.schema.QuantizeConfig for the fields' units.
@@ -105,18 +100,18 @@ class QuantizeSettings:
     awq_search: str
 
     def __post_init__(self):
-        if self.method not in QUANTIZER_BITS:
-            raise ValueError(f"Unknown quantizer {self.method!r}: choose {', '.join(QUANTIZER_BITS)}.")
-        allowed = QUANTIZER_BITS[self.method]
-        if self.bits not in allowed:
-            has = " or ".join(map(str, allowed))
+        method = find_method(self.method)
+        if self.bits not in method.bits:
+            has = " or ".join(map(str, method.bits))
             raise ValueError(f"{self.method} has {has} bits; quantize.bits is {self.bits}: set it to {has}.")
-        if self.method == "nf4" and self.group_size != NF4_BLOCK:
-            raise ValueError(f"nf4 has blocks of {NF4_BLOCK}; quantize.group_size is {self.group_size}.")
-        if self.method == "hqq" and self.group_size % 8:
-            raise ValueError(f"hqq's groups are multiples of 8; quantize.group_size is {self.group_size}.")
+        if method.block and self.group_size != method.block:
+            raise ValueError(f"{self.method} has blocks of {method.block}; quantize.group_size is {self.group_size}.")
+        if method.groups and self.group_size % method.groups:
+            raise ValueError(
+                f"{self.method}'s groups are multiples of {method.groups}; quantize.group_size is {self.group_size}."
+            )
 
     @property
     def simulated(self) -> bool:
         """Whether the checkpoint holds rounded weights in 16 bits, because no packed layout is loaded everywhere."""
-        return self.method in ("awq", "rtn") and self.bits != 4
+        return find_method(self.method).simulated(self.bits)

@@ -11,17 +11,17 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 
 from pathlib import Path
 
+from actors.criteria import CRITERIA, PLUS_FIRST, PLUS_LAST
 from actors.maths.losses import Losses, count_apart, rank_losses
 from actors.maths.ranks import compute_kendall_tau
 from cluster.tables import read_table, write_table
 from jobs import prepare
-from jobs.config.schema import AblateConfig, Criterion
+from jobs.config.schema import AblateConfig
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.figures.layers import importance_figure
 from jobs.ranking.calibration import calibration_settings, open_measurements
-from jobs.ranking.criteria import PLUS_FIRST, PLUS_LAST, READINGS
 
 SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
 
@@ -35,7 +35,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         "candidates": config.candidates,
         "dtype": run.config.model.dtype,
     }
-    if config.criterion == "answer_similarity":
+    if CRITERIA[config.criterion].measure == "answers":
         settings["embedder"] = run.embedder_identity(config.embedder)
         settings["max_new_tokens"] = run.config.generation.max_new_tokens
     return Stage("ablate", 3, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
@@ -69,7 +69,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
         losses = measured.losses(config.criterion, [(layer,) for layer in candidates])
     scores = score_rows(config.criterion, candidates, losses)
     write_table(folder / SCORES, scores)
-    (folder / FIGURE).write_text(importance_figure(scores, label=READINGS[config.criterion].label))
+    (folder / FIGURE).write_text(importance_figure(scores, label=CRITERIA[config.criterion].label))
     facts["order"] = [row["layer"] for row in sorted(scores, key=lambda row: row["rank"])]
     facts["outliers"] = outliers
     facts["pairs_apart"], facts["pairs"] = count_apart(losses)
@@ -77,7 +77,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
 
 
 def build_comparison(
-    run: Run, model: Stage | Source, data: Stage, scores: Stage, criteria: list[Criterion], folder: Path
+    run: Run, model: Stage | Source, data: Stage, scores: Stage, criteria: list[str], folder: Path
 ) -> None:
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
     rows = read_table(run.store.root / scores.name / SCORES)
@@ -100,19 +100,19 @@ def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> 
     if config.candidates == "paper":  # blocks 1, 2 and the last, one-based, always stay
         return list(range(2, layers - 1))
     stay = set(outliers)
-    if config.criterion.endswith("+"):
+    if CRITERIA[config.criterion].ends_stay:
         stay |= {*range(PLUS_FIRST), *range(layers - PLUS_LAST, layers)}
     return [layer for layer in range(layers) if layer not in stay]
 
 
-def score_rows(criterion: Criterion, candidates: list[int], losses: Losses) -> list[dict]:
+def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[dict]:
     """Return one row per layer: loss, score in its label's unit, rank (1 goes first), 95 % intervals of the last two.
 
     Of layers that lose the same the first goes first, and the intervals hold the ranks of all. A loss that is no
     number is the largest. apart_from_next: the paired interval of the difference to the layer of the next rank does
     not hold 0.
     """
-    reading = READINGS[criterion]
+    reading = CRITERIA[criterion]
     ranking = rank_losses(losses, candidates)
     order, means, lost = ranking.order, losses.means_K.tolist(), losses.ranked_K.tolist()
     rows = []
@@ -159,7 +159,7 @@ def job(run: Run) -> None:
     model, data, criterion = run.base_model(), prepare.stage(run), run.config.ablate.criterion
     scored = stage(run, model, data)
     folder = Path(run.make(scored))
-    print(f"rank  layer  {READINGS[criterion].label}, 95 % interval   (first = removed first)")
+    print(f"rank  layer  {CRITERIA[criterion].label}, 95 % interval   (first = removed first)")
     for row in sorted(read_table(folder / SCORES), key=lambda row: row["rank"]):
         interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
         print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")

@@ -15,6 +15,7 @@ keeps in reserve come on top. Bits and group size are those of quantize; weights
 import json
 from collections.abc import Sequence
 
+from actors.quantizers.table import bits_of
 from jobs.config.schema import Config
 from jobs.core.command import main
 from jobs.core.run import Run
@@ -22,18 +23,15 @@ from jobs.core.text import GIB
 from jobs.searching.sizing import model_config, removals, setting
 
 SHORTHANDS = {"removed": "estimate.removed", "quantizer": "estimate.quantizer", "json": "estimate.json_rows"}
-_BITS = {"none": 16, "nf4": 4, "int8": 8}  # the others have those of quantize.bits
 
 
 def checked_bits(config: Config, model, method: str) -> int:
     """Return a method's bits. ValueError: no such method, bits or group size, or the model's layers are not for it."""
     from actors.quantizers.structure import check_quantizable
-    from actors.specs import QUANTIZER_BITS, QuantizeSettings
+    from actors.specs import QuantizeSettings
 
-    if method not in ("none", *QUANTIZER_BITS):
-        raise ValueError(f"Unknown quantizer {method!r}: choose none, {', '.join(QUANTIZER_BITS)}.")
     wanted = config.quantize
-    bits = _BITS.get(method, wanted.bits)
+    bits = bits_of(method, wanted.bits)
     if method != "none":
         check_quantizable(model, QuantizeSettings(method, bits, wanted.group_size, wanted.clip, wanted.awq_search))
     return bits

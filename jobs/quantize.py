@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.maths.sampling import draw_places
+from actors.quantizers.table import find_method
 from actors.specs import Conversation, QuantizeSettings
 from jobs import prepare, verify
 from jobs.core.command import main
@@ -29,21 +30,21 @@ QUANTIZER = "actors.quantizers.quantizer:Quantizer"
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
-    """Return the stage that quantizes `model` (`model` itself for method none); only AWQ looks at the data.
+    """Return the stage that quantizes `model` (`model` itself for method none); calibrated methods look at the data.
 
     ValueError: the method cannot do this, as far as the config and the base model's config.json tell.
     """
     quantize = run.config.quantize
     if quantize.method == "none":
         return model
-    chosen = chosen_settings(run)
+    chosen, method = chosen_settings(run), find_method(quantize.method)
     settings: dict = {"method": quantize.method}
     parents: tuple = (model,)
-    if quantize.method in ("awq", "hqq", "rtn"):
+    if method.groups:
         settings |= {"bits": quantize.bits, "group_size": quantize.group_size}
-    if quantize.method == "awq":
+    if method.calibrated:
         parents = (model, data)
-        settings |= {"awq_search": quantize.awq_search, **awq_settings(run)}
+        settings |= {"awq_search": quantize.awq_search, **calibration_settings(run)}
     made = Stage(
         "quantize",
         3,
@@ -57,8 +58,8 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     return made
 
 
-def awq_settings(run: Run) -> dict:
-    """Return what decides AWQ's scales and clipping, besides bits and groups."""
+def calibration_settings(run: Run) -> dict:
+    """Return what decides what a calibrated method finds out, besides bits and groups."""
     quantize = run.config.quantize
     return {
         "calibration_samples": quantize.calibration_samples,
@@ -70,9 +71,9 @@ def awq_settings(run: Run) -> dict:
 
 
 def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
-    """Draw AWQ's calibration conversations from the training split; none for the other methods."""
+    """Draw the calibration conversations from the training split; none for methods that are not calibrated."""
     quantize = run.config.quantize
-    if quantize.method != "awq":
+    if not find_method(quantize.method).calibrated:
         return []
     drawn = training_conversations(run.make(data))
     picks = draw_places(len(drawn), quantize.calibration_samples, run.config.seed)

@@ -9,7 +9,9 @@ import json
 from datetime import UTC, datetime
 
 from actors.baseline import REFUSALS
+from actors.criteria import CRITERIA
 from actors.maths.ranges import OUTLIER
+from actors.quantizers.table import METHODS
 from cluster.artifacts import write_text
 from cluster.tables import read_table
 from jobs import ablate, compress, evaluate, judge, prepare, recover
@@ -19,7 +21,6 @@ from jobs.core.stage import Stage
 from jobs.core.text import size, with_interval
 from jobs.figures.layers import importance_figure, loss_figure, tradeoff_figure
 from jobs.ranking import ranges
-from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
 from jobs.reporting import answers as report_answers
 from jobs.reporting import judge as report_judge
 from jobs.reporting import metrics as report_metrics
@@ -99,7 +100,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
     tau = {(row["criterion"], row["other"]): ablate.format_tau(row["tau"]) for row in pairs}
     found = next((run.facts(p) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None)
-    label = READINGS[criterion].label
+    label = CRITERIA[criterion].label
     return {
         **{key: run.facts(scored)[key] for key in ("pairs_apart", "pairs", "outliers", "failed")},
         "scores": sorted(scores, key=lambda row: row["rank"]),
@@ -111,7 +112,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
         "search": found,
         "method": run.config.prune.search,
         "embedder": run.config.ablate.embedder,
-        "calibration": None if READINGS[criterion].measure in WITHOUT_SAMPLES else scores[0]["samples"],
+        "calibration": scores[0]["samples"] if CRITERIA[criterion].by_sample else None,
     }
 
 
@@ -157,7 +158,8 @@ def _quantizer(run: Run, row: dict) -> str:
     settings = run.config.quantize
     if settings.method == "none":
         return "none"
-    groups = "" if settings.method == "int8" else f", groups of {settings.group_size}"
+    method = METHODS[settings.method]
+    groups = f", groups of {settings.group_size}" if method.groups or method.block else ""
     stored = "; simulated: stored in 16 bits" if row["simulated"] else ""
     with_scales = f"{row['bits_per_weight']:.2f} with scales and zero points"
     return f"{settings.method}, {settings.bits} bits ({with_scales}){groups}{stored}"

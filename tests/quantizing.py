@@ -12,11 +12,11 @@ from actors.checkpoint.loading import load_model, load_processor
 from actors.conversations import collate
 from actors.quantizers import awq
 from actors.quantizers.quantizer import Quantizer
+from actors.quantizers.table import bits_of
 from actors.specs import ModelSpec, QuantizeSettings
 from actors.trainer import language_linears
 from tests.tiny import draw_conversations
 
-BITS = {"int8": 8}
 PACKED = {
     **dict.fromkeys(("rtn", "awq"), "AwqTorchLinear"),
     **{"nf4": "Linear4bit", "int8": "Linear8bitLt", "hqq": "HqqLinear"},
@@ -24,7 +24,7 @@ PACKED = {
 
 
 def settings(method: str, **changes) -> QuantizeSettings:
-    made = QuantizeSettings(method, BITS.get(method, 4), group_size=64, clip=True, awq_search="layerwise")
+    made = QuantizeSettings(method, bits_of(method, 4), group_size=64, clip=True, awq_search="layerwise")
     return replace(made, **changes)
 
 

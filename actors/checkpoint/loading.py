@@ -1,5 +1,6 @@
 """Loading LLaVA-shaped checkpoints, strictly: a weight that is missing, left over or not a number is an error."""
 
+import importlib
 import logging
 import os
 import warnings
@@ -12,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from actors.checkpoint.tensors import check_llava, weight_files
 from actors.memory import check_fits, claim_devices, free_bytes, meta_model, weight_bytes
-from actors.specs import HQQ_CHECKPOINT, Llava
+from actors.quantizers.table import GEMM, find_layout
+from actors.specs import Llava
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -73,9 +75,10 @@ def load_model(
     where = placement(devices)
     if len(devices) > 1 and not stored and quantization is None:
         _check_layers_fit(meta_model(config, trust_remote_code).to(getattr(torch, dtype)), where["max_memory"], path)
-    if stored.get("quant_method") == HQQ_CHECKPOINT:
-        import actors.quantizers.hqq  # noqa: F401 (registers what from_pretrained needs)
-    if device == "cpu" and quantization is None and stored.get("quant_method") == "awq":
+    layout = find_layout(stored)
+    if layout and layout.reader:
+        importlib.import_module(layout.reader)
+    if device == "cpu" and quantization is None and layout is GEMM:
         quantization = cpu_awq(stored)
     extra = {"quantization_config": quantization} if quantization is not None else {}
     model, info = AutoModelForImageTextToText.from_pretrained(

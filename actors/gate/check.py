@@ -4,6 +4,7 @@ Each check raises a GateError that names the first offending tensor, module or f
 """
 
 import gc
+import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +18,14 @@ from actors.checkpoint.loading import cpu_awq, load_processor, pick_device, quie
 from actors.checkpoint.tensors import check_llava, stored_dtype
 from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
 from actors.gate.layers import check_layers
-from actors.gate.linears import check_linears, check_modules, may_be_scaled, quant_method
+from actors.gate.linears import check_linears, check_modules, layout_of, may_be_scaled, quant_method
 from actors.gate.parent import Parent
 from actors.gate.vllm import check_vllm
 from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
-from actors.specs import HQQ_CHECKPOINT, GateError, ModelSpec
+from actors.quantizers.table import GEMM
+from actors.specs import GateError, ModelSpec
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
@@ -31,8 +33,6 @@ NEW_TOKENS = 8
 # there the layers alone decide (actors.gate.layers, actors.gate.linears).
 SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 ROUNDED = {16: 2e-2, 8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
-# LLM.int8 keeps 16 bits for the input columns that exceed 6 in any of the tokens at hand, which with the cache is one.
-INT8 = 0.1
 
 
 class Gate:
@@ -96,7 +96,7 @@ class Gate:
             allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
             said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
         found["logits"] = "; ".join(said) or "no reference to compare with"
-        found["cache"] = check_cache(model, processor, INT8 if _is_int8(config) else SAME[spec.dtype])
+        found["cache"] = check_cache(model, processor, _cache_error(config) or SAME[spec.dtype])
         del model, before
         _free()
         found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
@@ -127,8 +127,9 @@ def _check_count(config, before: Parent) -> None:
         raise GateError(f"config.json says {said} decoder layers, but {kept} of the model before were to be kept.")
 
 
-def _is_int8(config) -> bool:
-    return quant_method(config) == "bitsandbytes" and weight_bits(config, 16) == 8
+def _cache_error(config) -> float | None:
+    layout = layout_of(config)
+    return layout.one_by_one if layout else None
 
 
 def _name_stored_dtype(folder: Path) -> str:
@@ -158,10 +159,10 @@ def _may_differ(config, removed: Sequence[int] | None, trained: bool) -> Callabl
 def load_plainly(spec: ModelSpec, config):
     """Load the folder with plain transformers; refuse weights that are missing, unexpected or of another shape."""
     device = pick_device()
-    method = quant_method(config)
-    if method == HQQ_CHECKPOINT:  # transformers has no loader for it: ours registers one
-        import actors.quantizers.hqq  # noqa: F401
-    extra = {"quantization_config": cpu_awq(config.quantization_config)} if (device, method) == ("cpu", "awq") else {}
+    layout = layout_of(config)
+    if layout and layout.reader:
+        importlib.import_module(layout.reader)
+    extra = {"quantization_config": cpu_awq(config.quantization_config)} if device == "cpu" and layout is GEMM else {}
     model, info = loaded(
         lambda: AutoModelForImageTextToText.from_pretrained(
             spec.path,

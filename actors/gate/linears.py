@@ -13,8 +13,9 @@ from actors.gate.files import LAYER, tensors_of
 from actors.gate.scales import Rounding, check_scales
 from actors.maths.rounding import dequantize, unpack
 from actors.quantizers.mixed import PARTS, group_bits, unpacked
-from actors.quantizers.structure import SIMULATED, linear_shapes, weight_bits
-from actors.specs import HQQ_CHECKPOINT, NF4_BLOCK, PACKED_CHECKPOINT, GateError
+from actors.quantizers.structure import linear_shapes, weight_bits
+from actors.quantizers.table import COMPRESSED_TENSORS, GEMM, SIMULATED, Layout, Method, find_layout, find_methods
+from actors.specs import GateError
 
 KERNEL = 2e-2  # largest relative error of a linear's output in float16, for a kernel that reads the stored numbers
 # ... and of rounded weights from those before rounding, by bits. Groups of 64 normal values show .01, .12, .25 and .57;
@@ -28,10 +29,20 @@ def quant_method(config) -> str | None:
     return (getattr(config, "quantization_config", None) or {}).get("quant_method")
 
 
+def layout_of(config) -> Layout | None:
+    """Return the layout of a checkpoint's rounded weights; None: they are not packed, or in one not known here."""
+    return find_layout(getattr(config, "quantization_config", None))
+
+
+def _methods_of(config) -> list[Method]:
+    """Return the methods that may have rounded a checkpoint."""
+    return find_methods(getattr(config, "quantization_config", None), getattr(config, SIMULATED, None))
+
+
 def check_modules(model, config) -> str:
     """Refuse a model whose decoder linears are not of the kind that the config says, or where others are rounded."""
     method, names = quant_method(config), tuple(linear_shapes(config))
-    if method == PACKED_CHECKPOINT:
+    if layout_of(config) is COMPRESSED_TENSORS:
         return _check_bits(model, config)
     kinds = set()
     for name, module in model.named_modules():
@@ -78,40 +89,37 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     others it is `parent`'s, within the error of rounding, and with scales that are right (actors.gate.scales). AWQ
     rescales weights: see actors.gate.layers.
     """
-    simulated = getattr(config, SIMULATED, None) or {}
-    method = None
-    if quant_method(config) == "awq":
+    rounding = None
+    if layout_of(config) is GEMM:
         weights, allowed, what = _unpacked(folder), KERNEL, "its stored numbers"
-    elif quant_method(config) == PACKED_CHECKPOINT:
+    elif layout_of(config) is COMPRESSED_TENSORS:
         weights, allowed, what = _iterate_packed(folder, config), KERNEL, "its stored numbers"
-    elif parent is not None and (quant_method(config) or simulated) and not may_be_scaled(config):
+    elif parent is not None and _methods_of(config) and not may_be_scaled(config):
         weights, allowed = (
             _decoder_weights(parent, tuple(linear_shapes(config))),
             ROUNDED_LINEAR[weight_bits(config, 16)],
         )
-        what, method = "the weight before rounding", _rounded_by(config)
+        what, rounding = "the weight before rounding", _rounding(config)
     else:
         return None
     dtype, worst, slope = model.lm_head.weight.dtype, 0.0, 0.0
     for number, stem, weight in weights:
         module = language_model(model).layers[number].get_submodule(stem)
         name = f"language_model.model.layers.{number}.{stem}"
-        if method:
-            slope = max(slope, check_scales(name, module, weight, method, dtype))
+        if rounding:
+            slope = max(slope, check_scales(name, module, weight, rounding, dtype))
         error = _output_error(module, weight, dtype)
         if not error <= allowed:
             raise GateError(f"{name!r} does not compute with {what}: it is off by {error:.2g} (allowed: {allowed:g}).")
         worst = max(worst, error)
-    scales = f"; their slopes are at most {slope:.2g} from 1" if method else ""
+    scales = f"; their slopes are at most {slope:.2g} from 1" if rounding else ""
     return f"{worst:.2g} from {what}, linear by linear (allowed: {allowed:g}){scales}"
 
 
-def _rounded_by(config) -> Rounding:
-    """Return how the linears were rounded, of a checkpoint whose weights AWQ has not scaled."""
-    bits = weight_bits(config, 16)
-    if quant_method(config) == "bitsandbytes":
-        return Rounding("int8", bits, None) if bits == 8 else Rounding("nf4", bits, NF4_BLOCK)
-    return Rounding("hqq" if quant_method(config) == HQQ_CHECKPOINT else "rtn", bits, stated_group(config))
+def _rounding(config) -> Rounding:
+    """Return how the linears were rounded, of a checkpoint that one method alone can have made."""
+    (method,) = _methods_of(config)
+    return Rounding(method.slopes[weight_bits(config, 16)], stated_group(config) if method.groups else method.block)
 
 
 def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:
@@ -159,7 +167,7 @@ def _output_error(module, weight: torch.Tensor, dtype: torch.dtype) -> float:
 
 def stated_bits(config, number: int, stem: str) -> int:
     """Return the bits that a checkpoint's config gives a linear of decoder layer `number`."""
-    if quant_method(config) == PACKED_CHECKPOINT:
+    if layout_of(config) is COMPRESSED_TENSORS:
         return group_bits(config.quantization_config, number, stem)
     return weight_bits(config, 16)
 
@@ -172,6 +180,5 @@ def stated_group(config) -> int:
 
 
 def may_be_scaled(config) -> bool:
-    """Tell whether AWQ may have made a checkpoint: packed ones do not say."""
-    simulated = getattr(config, SIMULATED, None) or {}
-    return quant_method(config) in ("awq", PACKED_CHECKPOINT) or simulated.get("method") == "awq"
+    """Tell whether a method that rescales weights (AWQ) may have made a checkpoint: packed ones do not say."""
+    return any(method.rescales for method in _methods_of(config))

@@ -10,32 +10,17 @@ from actors.maths.slopes import slopes
 from actors.specs import GateError
 
 FEED = 512  # inputs whose columns are read off a linear at once
-# Largest distance of a slope from 1, of a whole linear and of one block, by method and bits. Sound ones have shown at
-# most .004 (4 bits), .0003 (8), .008 (3) and .04 (hqq with 2) of a linear, .075, .0045, .15 and .37 of a block: the
-# tests' models (derm-tiny with its outliers, and four architectures), and 1024 x 1024 random weights (normal,
-# Student's t with 5 and 3 degrees of freedom, 1 % ten and .5 % thirty times as large, input channels divided by 50),
-# in groups of 8 to 128. The bounds of linears are at least twice as large; those of blocks far more, as a model of 7B
-# has 10^8 of them, and none may be refused that is sound. With 2 bits sound linears and scales that are 20 % too
-# small overlap.
-SLOPES = {
-    ("nf4", 4): (0.02, 0.5),
-    ("int8", 8): (0.005, 0.1),
-    ("hqq", 8): (0.005, 0.1),
-    ("hqq", 4): (0.02, 0.5),
-    ("hqq", 3): (0.04, 0.7),
-    ("hqq", 2): (0.08, 0.9),
-    ("rtn", 8): (0.005, 0.1),
-    ("rtn", 3): (0.04, 0.7),
-    ("rtn", 2): (0.06, 0.9),
-}
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A method, its bits, and how many weights of an output share a scale (None: all)."""
+    """How a linear was rounded.
 
-    method: str
-    bits: int
+    slopes: largest distance of a slope from 1, of the whole linear and of one block (actors.quantizers.table). block:
+    how many weights of an output share a scale (None: all).
+    """
+
+    slopes: tuple[float, float]
     block: int | None
 
 
@@ -47,7 +32,7 @@ def check_scales(name: str, module: nn.Module, weight: torch.Tensor, rounding: R
     """
     own = computed_weight(module, weight.shape[1], dtype)
     before = weight.to(own.device).float()
-    whole, one = SLOPES[rounding.method, rounding.bits]
+    whole, one = rounding.slopes
     wrong = f"{name!r} does not compute with the weight before rounding: its scales are off."
     slope = float(slopes(own.reshape(1, -1), before.reshape(1, -1)))
     if not abs(slope - 1) <= whole:

@@ -6,31 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from actors.checkpoint.loading import pick_device
-from actors.gate.linears import quant_method
-from actors.quantizers.mixed import FORMAT, NAME
+from actors.gate.linears import layout_of, quant_method
+from actors.quantizers.mixed import NAME
 from actors.quantizers.structure import linear_shapes, weight_bits
-from actors.specs import HQQ_CHECKPOINT, NOT_ROUNDED, PACKED_CHECKPOINT, GateError
+from actors.quantizers.table import COMPRESSED_TENSORS
+from actors.specs import NOT_ROUNDED, GateError
 
 TEXTS = ("llama", "mistral", "qwen2", "phi")
 PACKED_BITS = (4, 8)  # of compressed-tensors with zero points
 LOAD = "import sys; from vllm import LLM; LLM(model=sys.argv[1], max_model_len=1024, enforce_eager=True)"
 LOAD_S = 1800  # with the compiling of kernels, which the first start on a machine does
-# What vLLM's readers ask of quantization_config: a value, or a test of it. AutoAWQConfig, BitsAndBytesConfig and
-# CompressedTensorsConfig in vllm/model_executor/layers/quantization.
-AWQ = {"bits": 4, "zero_point": True, "version": "gemm"}
-BNB: dict[str, dict] = {
-    "nf4": {
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_quant_storage": "uint8",
-    },
-    "int8": {"load_in_4bit": False, "llm_int8_has_fp16_weight": False},
-}
 OTHERS = (
     "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
     "multi_modal_projector.linear_1",
@@ -57,12 +47,12 @@ def _run_vllm(folder: Path, config) -> str:
         return "not run; config.json names no architectures, by which vLLM chooses the model's class"
     if config.text_config.model_type not in TEXTS:
         return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
-    method = quant_method(config)
-    if method == HQQ_CHECKPOINT:
+    layout = layout_of(config)
+    if layout and layout.vllm is None:
         return "not run; vLLM does not read this format"
-    if method == PACKED_CHECKPOINT and weight_bits(config, 16) not in PACKED_BITS:
+    if layout is COMPRESSED_TENSORS and weight_bits(config, 16) not in PACKED_BITS:
         return f"not run; of this format vLLM reads 4 and 8 bits, and there are {weight_bits(config, 16)}"
-    if method:
+    if quant_method(config):
         check_layout(config)
     if importlib.util.find_spec("vllm") is None:
         return "not run (vLLM is not installed); the layout is the documented one"
@@ -89,23 +79,21 @@ def _loaded(folder: Path) -> str:
 
 def check_layout(config) -> None:
     """Refuse a quantization_config that is not as vLLM documents it; GateError names the entry."""
-    given, method = config.quantization_config, quant_method(config)
-    if method == "awq":
-        _expect(given, AWQ)
-        _expect_skipped(given, "modules_to_not_convert")
-    elif method == "bitsandbytes":
-        _expect(given, BNB["int8" if given.get("load_in_8bit") else "nf4"])
-        _expect_skipped(given, "llm_int8_skip_modules")
-    elif method == PACKED_CHECKPOINT:
-        _expect(given, {"format": FORMAT})
+    given, layout = config.quantization_config, layout_of(config)
+    if layout is None:
+        raise GateError(
+            f"quantization_config says quant_method {quant_method(config)!r}, whose layout is not known here."
+        )
+    _expect(given, layout.vllm or {})
+    if layout.skipped:
+        _expect_skipped(given, layout.skipped)
+    if layout is COMPRESSED_TENSORS:
         for name, group in given["config_groups"].items():
             _expect(group["weights"], WEIGHTS, f"config_groups.{name}.weights.")
         _check_matched(config)
-    else:
-        raise GateError(f"quantization_config says quant_method {method!r}, whose layout is not known here.")
 
 
-def _expect(given: dict, wanted: dict, where: str = "") -> None:
+def _expect(given: dict, wanted: Mapping, where: str = "") -> None:
     for key, value in wanted.items():
         if given.get(key) != value:
             raise GateError(

@@ -8,50 +8,44 @@ scores; tests compare it with a trace of every allocation of transformers' own m
 import json
 from collections.abc import Sequence
 
-from actors.specs import NF4_BLOCK
-
 HQQ_ROWS = {8: 1, 4: 2, 3: 10, 2: 4}  # groups of which hqq packs one value each into a word
 _NF4_LEVELS = 16
 _SCALE = 2  # bytes of a stored float16 scale
 _SHAPE = 16  # bytes of the compressed-tensors layout's weight_shape: two int64
 
+# The bytes of one linear's weight [outputs, inputs] in each layout, scales and zero points included.
 
-def linear_bytes(method: str, bits: int, group: int, outputs: int, inputs: int, itemsize: int) -> int:
-    """Return the bytes of one linear's weight [outputs, inputs] as our checkpoints store it, scales and zeros included.
 
-    bits: 16 is not rounded, `itemsize` bytes a number. awq and rtn: the AWQ gemm layout at 4 bits; at others nominal
-    bits, a float16 scale and a zero point of `bits` bits a group. mixed: the compressed-tensors layout, whole words of
-    32 // bits values. nf4: float32 scales of blocks of 64, the 16 levels, and the description that bitsandbytes keeps.
-    int8: a float32 scale an output, and a byte that names the format.
-    """
+def gemm_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
+    """AWQ's gemm layout: a float16 scale and a zero point of `bits` bits a group. Nominal where `bits` is not 4."""
     weights = outputs * inputs
-    if bits == 16:
-        return weights * itemsize
-    if method == "nf4":
-        facts = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "float16", "shape": [outputs, inputs]}
-        return -(-weights // 2) + 4 * -(-weights // NF4_BLOCK) + 4 * _NF4_LEVELS + len(json.dumps(facts))
-    if method == "int8":
-        return weights + 4 * outputs + 1
     groups = weights // group
-    if method == "hqq":
-        word = 4 if bits == 3 else 1
-        return word * group * -(-groups // HQQ_ROWS[bits]) + 2 * _SCALE * groups
-    if method == "mixed":
-        columns, per_word = inputs // group, 32 // bits
-        words = outputs * -(-inputs // per_word) + columns * -(-outputs // per_word)
-        return 4 * words + _SCALE * groups + _SHAPE
     return -(-(weights * bits + groups * bits) // 8) + _SCALE * groups
 
 
-def unpacked_bytes(method: str, outputs: int, inputs: int, itemsize: int) -> int:
-    """Return what unpacking one rounded weight takes; int8 multiplies without.
+def compressed_tensors_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
+    """compressed-tensors' pack-quantized layout: whole words of 32 // bits values, for weights and zero points."""
+    columns, per_word = inputs // group, 32 // bits
+    words = outputs * -(-inputs // per_word) + columns * -(-outputs // per_word)
+    return 4 * words + _SCALE * outputs * columns + _SHAPE
 
-    One copy in the activations' type, as GPU kernels make it; hqq's arithmetic holds three in 16 bits. On a CPU awq and
-    rtn, which no kernel unpacks there, take about six times this.
-    """
-    if method == "int8":
-        return 0
-    return outputs * inputs * (6 if method == "hqq" else itemsize)
+
+def nf4_bytes(bits: int, block: int, outputs: int, inputs: int) -> int:
+    """bitsandbytes' NF4: a float32 scale a block, the 16 levels, and the description that bitsandbytes stores."""
+    weights = outputs * inputs
+    facts = {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": [outputs, inputs]}
+    return -(-weights * bits // 8) + 4 * -(-weights // block) + 4 * _NF4_LEVELS + len(json.dumps(facts))
+
+
+def int8_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
+    """bitsandbytes' LLM.int8: a float32 scale an output, and a byte that names the format."""
+    return outputs * inputs * bits // 8 + 4 * outputs + 1
+
+
+def hqq_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
+    """hqq's own packing: words of values from several groups, a 16-bit scale and zero point a group."""
+    groups, word = outputs * inputs // group, 4 if bits == 3 else 1
+    return word * group * -(-groups // HQQ_ROWS[bits]) + 2 * _SCALE * groups
 
 
 def mlp_copies(activation: str, gated: bool) -> int:

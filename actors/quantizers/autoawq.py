@@ -27,12 +27,12 @@ LAYERWISE = "Or let AWQ hold one layer at a time: --quantize.awq_search layerwis
 
 
 def quantize_autoawq(
-    spec: ModelSpec,
     source: Path,
     config,
     settings: QuantizeSettings,
-    calibration: Sequence[Conversation],
     out: Path,
+    spec: ModelSpec,
+    calibration: Sequence[Conversation],
 ) -> dict:
     """Scale, clip and round the checkpoint `source`; returns {calibration_tokens}.
 

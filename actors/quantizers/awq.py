@@ -22,17 +22,22 @@ from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
 
 def quantize_awq(
-    spec: ModelSpec,
     source: Path,
     config,
     settings: QuantizeSettings,
-    calibration: Sequence[Conversation],
     out: Path,
+    spec: ModelSpec,
+    calibration: Sequence[Conversation],
 ) -> dict:
     """Scale, clip and round the checkpoint `source`; returns {calibration_tokens}.
 
-    ValueError: no calibration conversations, or a checkpoint that does not hold what its config says.
+    The search is that of settings.awq_search: autoawq's, or the one of this file. ValueError: no calibration
+    conversations, or a checkpoint that does not hold what its config says.
     """
+    if settings.awq_search == "autoawq":
+        from actors.quantizers.autoawq import quantize_autoawq
+
+        return quantize_autoawq(source, config, settings, out, spec, calibration)
     hidden, kwargs = inputs_for(spec, source, config, calibration)
     write_gemm(source, config, settings, out, scaled_tensors(source, config, settings, hidden, kwargs))
     return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}

@@ -11,7 +11,8 @@ from transformers import BitsAndBytesConfig
 
 from actors.checkpoint.tensors import iterate_tensors
 from actors.quantizers.storage import rest_dtype, write_rounded
-from actors.specs import NF4_BLOCK, NOT_ROUNDED, QuantizeSettings
+from actors.quantizers.table import NF4_BLOCK
+from actors.specs import NOT_ROUNDED, QuantizeSettings
 from actors.trainer import nf4_config
 
 

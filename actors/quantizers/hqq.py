@@ -19,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from actors.checkpoint.tensors import iterate_tensors
 from actors.maths.sizes import HQQ_ROWS
 from actors.quantizers.storage import rest_dtype, write_rounded
-from actors.specs import HQQ_CHECKPOINT, QuantizeSettings
+from actors.quantizers.table import HQQ
+from actors.specs import QuantizeSettings
 
 MISSING = (
     "hqq checkpoints are made and read with the hqq package, which is not installed: pip install hqq==0.2.8.post1 "
@@ -40,7 +41,7 @@ def quantize_hqq(source: Path, config, settings: QuantizeSettings, out: Path) ->
         return {name: tensor.cpu() for name, tensor in made.items()}
 
     config.quantization_config = {
-        "quant_method": HQQ_CHECKPOINT,
+        **HQQ.marks,
         "bits": settings.bits,
         "group_size": settings.group_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -88,16 +89,16 @@ class HqqLinear(nn.Module):
         return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-@register_quantization_config(HQQ_CHECKPOINT)
+@register_quantization_config(HQQ.marks["quant_method"])
 class HqqCheckpointConfig(QuantizationConfigMixin):
     """The quantization_config of such a checkpoint."""
 
     def __init__(self, bits: int, group_size: int, dtype: str, **_):
-        self.quant_method = HQQ_CHECKPOINT
+        self.quant_method = HQQ.marks["quant_method"]
         self.bits, self.group_size, self.dtype = bits, group_size, dtype
 
 
-@register_quantizer(HQQ_CHECKPOINT)
+@register_quantizer(HQQ.marks["quant_method"])
 class HqqCheckpointQuantizer(HfQuantizer):
     """Gives transformers' loader modules to put the stored tensors into."""
 

@@ -29,7 +29,8 @@ from actors.quantizers.storage import (
     write_rounded,
 )
 from actors.quantizers.structure import linear_shapes, open_checkpoint
-from actors.specs import NOT_ROUNDED, PACKED_CHECKPOINT, Conversation, ModelSpec, QuantizeSettings
+from actors.quantizers.table import COMPRESSED_TENSORS
+from actors.specs import NOT_ROUNDED, Conversation, ModelSpec, QuantizeSettings
 
 FORMAT = "pack-quantized"
 STORED = torch.float16
@@ -135,7 +136,7 @@ def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str])
             "format": FORMAT,
         }
     return {
-        "quant_method": PACKED_CHECKPOINT,
+        **COMPRESSED_TENSORS.marks,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,

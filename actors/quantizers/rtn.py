@@ -13,7 +13,7 @@ from actors.checkpoint.tensors import iterate_tensors
 from actors.maths.awq import rounded
 from actors.maths.rounding import gemm_tensors
 from actors.quantizers.storage import write_rounded
-from actors.quantizers.structure import SIMULATED
+from actors.quantizers.table import GEMM, SIMULATED
 from actors.specs import NOT_ROUNDED, QuantizeSettings
 
 
@@ -37,7 +37,7 @@ def write_gemm(
         setattr(config, SIMULATED, {"method": settings.method, **facts})
     else:
         config.quantization_config = {
-            "quant_method": "awq",
+            **GEMM.marks,
             **facts,
             "zero_point": True,
             "version": "gemm",

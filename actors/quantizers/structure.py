@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from actors.checkpoint.tensors import check_llava, local_folder
+from actors.quantizers.table import METHODS, SIMULATED, find_method, load_function
 from actors.specs import Llava, ModelSpec, QuantizeSettings
 
 NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs
 CLIP_BLOCK = 64  # autoawq walks outputs in blocks of 64 to clip
-SIMULATED = "simulated_quantization"  # the config.json entry of a checkpoint that holds rounded weights in 16 bits
 
 
 @dataclass(frozen=True)
@@ -83,35 +83,39 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
     check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
         raise ValueError("The checkpoint is quantized already: quantize the original.")
-    if settings.method in ("nf4", "int8"):
-        return
-    if settings.method == "awq":
-        _check_known(config.text_config.model_type, settings.awq_search)
-    for name, (outputs, inputs) in linear_shapes(config).items():
-        if inputs % settings.group_size:
-            raise ValueError(
-                f"{settings.method} cannot round {name} of {inputs} inputs in groups of {settings.group_size}: "
-                "choose a quantize.group_size that divides it."
-            )
-        clips = settings.method == "awq" and settings.awq_search == "autoawq" and settings.clip
-        if clips and name not in NEVER_CLIPPED and outputs % CLIP_BLOCK:
-            raise ValueError(
-                f"autoawq cannot clip {name} of {outputs} outputs, which {CLIP_BLOCK} does not divide: "
-                "set quantize.awq_search to layerwise, or quantize.clip to false."
-            )
+    method = find_method(settings.method)
+    if method.groups:
+        for name, (_, inputs) in linear_shapes(config).items():
+            if inputs % settings.group_size:
+                raise ValueError(
+                    f"{settings.method} cannot round {name} of {inputs} inputs in groups of {settings.group_size}: "
+                    "choose a quantize.group_size that divides it."
+                )
+    if method.check:
+        load_function(method.check)(config, settings)
 
 
-def _check_known(kind: str, search: str) -> None:
+def check_awq(config, settings: QuantizeSettings) -> None:
+    """Refuse decoder layers that AWQ does not know, or whose linears autoawq cannot clip (ValueError)."""
+    kind, search = config.text_config.model_type, settings.awq_search
     if kind not in AWQ_GROUPS:
         raise ValueError(
             f"awq does not know the decoder layers of {kind!r} (only of {', '.join(AWQ_GROUPS)}): "
-            "choose --quantize.method nf4, int8, hqq or rtn."
+            f"choose --quantize.method {', '.join(name for name in METHODS if name != settings.method)}."
         )
     if search == "autoawq" and any(len(group.inspected) > 1 for group in AWQ_GROUPS[kind]):
         raise ValueError(
             f"autoawq does not know the decoder layers of {kind!r}, whose attention and MLP share an input: "
             "choose the built-in search, --quantize.awq_search layerwise."
         )
+    if search == "layerwise" or not settings.clip:
+        return
+    for name, (outputs, _) in linear_shapes(config).items():
+        if name not in NEVER_CLIPPED and outputs % CLIP_BLOCK:
+            raise ValueError(
+                f"autoawq cannot clip {name} of {outputs} outputs, which {CLIP_BLOCK} does not divide: "
+                "set quantize.awq_search to layerwise, or quantize.clip to false."
+            )
 
 
 def weight_bits(config, stored: int) -> int:

@@ -11,12 +11,11 @@ from typing import Any
 
 from actors.maths.columns import Array
 from actors.maths.knapsack import best_choices, predict_damage, tabulate_bytes, tabulate_damage
-from jobs.config.schema import Criterion
 from jobs.ranking.measurements import ChoiceMeasurements, check_ranked
 
 Choice = tuple[int, ...]
 REMOVED, WHOLE = 0, 16
-BOTH: tuple[Criterion, ...] = ("kl", "answer_similarity")
+BOTH: tuple[str, ...] = ("kl", "answer_similarity")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class AllocationSearch:
         self.tried: dict[Choice, dict] = {}
         self.singles: list[dict] = []
 
-    def losses(self, choices: Sequence[Choice], criterion: Criterion, label: str) -> list[float]:
+    def losses(self, choices: Sequence[Choice], criterion: str, label: str) -> list[float]:
         """Return the measured damage of choices."""
         return self._measured.losses(criterion, list(choices), label=label).ranked_K.tolist()
 

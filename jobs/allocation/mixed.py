@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.quantizers.table import METHODS
 from jobs import quantize, verify
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
@@ -23,7 +24,7 @@ def check(run: Run) -> None:
 def stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> Stage | Source:
     """Return the stage that rounds `model`'s decoder layers to `bits` (one per layer); `model` if all keep 16.
 
-    ValueError: a method other than awq and rtn.
+    ValueError: a method that cannot give layers bits of their own.
     """
     if set(bits) == {16}:
         return model
@@ -38,9 +39,11 @@ def options_stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[i
 
 
 def _check_method(run: Run) -> None:
-    if run.config.quantize.method not in ("awq", "rtn"):
+    mixing = [name for name, method in METHODS.items() if method.mixes]
+    if run.config.quantize.method not in mixing:
         raise ValueError(
-            f"quantize.method {run.config.quantize.method} cannot give layers bits of their own: choose awq or rtn."
+            f"quantize.method {run.config.quantize.method} cannot give layers bits of their own: choose "
+            f"{' or '.join(mixing)}."
         )
 
 
@@ -48,8 +51,8 @@ def _recipe(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -
     _check_method(run)
     wanted = run.config.quantize
     settings = {"method": wanted.method, "bits": list(bits), "group_size": wanted.group_size}
-    if wanted.method == "awq":  # scales and clipping are those of the layerwise search
-        return {**settings, **quantize.awq_settings(run)}, (model, data)
+    if METHODS[wanted.method].calibrated:  # AWQ's scales and clipping are those of the layerwise search
+        return {**settings, **quantize.calibration_settings(run)}, (model, data)
     return settings, (model,)
 
 

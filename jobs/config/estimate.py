@@ -14,7 +14,7 @@ class EstimateConfig(Section):
         "(layers); unset: prune.layers",
     )
     quantizer: str | list[str] | None = Field(
-        None, description="none, awq, nf4, int8, hqq, rtn, or several [awq, nf4]; unset: quantize.method"
+        None, description="a method of quantize.method, or several [awq, nf4]; unset: quantize.method"
     )
     json_rows: bool = Field(False, description="print one JSON object per setting in place of a table")
     architecture: str | None = Field(

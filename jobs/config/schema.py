@@ -7,24 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from actors.criteria import CRITERIA, set_criteria
+from actors.quantizers.table import METHODS, bits_of
 from jobs.config.estimate import EstimateConfig
 from jobs.config.joint import JointConfig
 from jobs.config.judge import JudgeConfig
 from jobs.config.search import SearchConfig
-from jobs.config.section import Bits, Count, Dtype, Quantizer, Recovery, Section
-
-Criterion = Literal[
-    "answer_similarity",
-    "perplexity",
-    "kl",
-    "block_influence",
-    "block_influence_image",
-    "block_influence_text",
-    "taylor+",
-    "magnitude+",
-    "random",
-]
-ON_SETS = ("answer_similarity", "perplexity", "kl")  # the criteria that are measured on the pruned model itself
+from jobs.config.section import Bits, Count, Criterion, Dtype, Quantizer, Recovery, Section
 
 
 class ModelConfig(Section):
@@ -153,7 +142,8 @@ class QuantizeConfig(Section):
 
     method: Quantizer = Field(
         "awq",
-        description="awq, nf4 or int8 (bitsandbytes), hqq, rtn (round to nearest), or none: the model stays as it is",
+        description="; ".join(f"{name}: {method.words}" for name, method in METHODS.items())
+        + "; none: the model stays as it is",
     )
     bits: Bits = Field(
         4,
@@ -174,9 +164,9 @@ class QuantizeConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _only_bits(cls, values: Any) -> Any:
-        fixed = {"int8": 8, "none": 16}
-        if isinstance(values, dict) and values.get("bits") is None and values.get("method") in fixed:
-            return {**values, "bits": fixed[values["method"]]}
+        method = values.get("method") if isinstance(values, dict) else None
+        if method in ("none", *METHODS) and values.get("bits") is None:
+            return {**values, "bits": bits_of(method, cls.model_fields["bits"].default)}
         return values
 
 
@@ -239,9 +229,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _search_needs_a_measured_criterion(self) -> "Config":
-        if self.prune.search != "one_shot" and self.ablate.criterion not in ON_SETS:
+        if self.prune.search != "one_shot" and not CRITERIA[self.ablate.criterion].on_sets:
             raise ValueError(
                 f"prune.search {self.prune.search} measures sets of layers, which ablate.criterion "
-                f"{self.ablate.criterion} cannot: choose {', '.join(ON_SETS)}, or prune.search one_shot."
+                f"{self.ablate.criterion} cannot: choose {', '.join(set_criteria())}, or prune.search one_shot."
             )
         return self

@@ -27,7 +27,7 @@ class SearchConfig(Section):
         ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"
     )
     bits: list[Bits] = Field(
-        [4], min_length=1, description="bits of the quantizers that have a choice: awq, hqq, rtn (bits, YAML list)"
+        [4], min_length=1, description="bits of the quantizers that have a choice (bits, YAML list)"
     )
     budget: BudgetConfig = BudgetConfig()
     screen_images: Count | None = Field(

@@ -1,12 +1,40 @@
 """What the sections of the configuration are made of."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from actors.criteria import CRITERIA
+from actors.quantizers.table import METHODS
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that must be one of the names that a table holds when the value is read."""
+
+    names: Callable[[], Collection[str]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        *others, last = map(repr, self.names())
+        if value not in self.names():
+            raise PydanticCustomError("literal_error", f"Input should be {', '.join(others)} or {last}")
+        return value
+
+
+def _quantizer_names() -> tuple[str, ...]:
+    return "none", *METHODS
+
 
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
-Quantizer = Literal["none", "awq", "nf4", "int8", "hqq", "rtn"]
+Quantizer = Annotated[str, OneOf(_quantizer_names)]
+Criterion = Annotated[str, OneOf(lambda: CRITERIA)]
 Bits = Literal[2, 3, 4, 8, 16]
 Recovery = Literal["lora", "qlora"]
 

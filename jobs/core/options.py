@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.config.schema import ClassConfig, Config, QuestionConfig
+from jobs.config.section import OneOf
 
 
 def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
@@ -92,7 +93,9 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             rows += fields(kind, f"{prefix}{name}.")
             continue
-        rows.append((prefix + name, _kind(kind), field.default, field.description or ""))
+        choice = next((each for each in field.metadata if isinstance(each, OneOf)), None)
+        shown = " | ".join(choice.names()) if choice else _kind(kind)
+        rows.append((prefix + name, shown, field.default, field.description or ""))
         for item in get_args(kind):
             if isinstance(item, type) and issubclass(item, BaseModel):
                 rows += fields(item, f"{prefix}{name}[].")

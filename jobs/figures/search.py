@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from matplotlib.patches import Rectangle
 
+from actors.quantizers.table import METHODS
 from jobs.figures.layers import BLUE, GREY, RED, plt, svg
 
-_MARKERS = {"none": "o", "int8": "D", "awq": "s", "nf4": "^", "hqq": "v", "rtn": "P", "mixed": "*"}
 _NEAR = 1.5  # a budget of more than so many times the largest cost would leave the settings no room in the figure
 _SHADES = {0: "#ffffff", 3: "#bee3f8", 4: "#90cdf4", 8: "#63b3ed", 16: BLUE}
 
@@ -44,7 +44,7 @@ def front_figure(
             mark.cost,
             mark.score,
             yerr=[[mark.score - mark.low], [mark.high - mark.score]],
-            fmt=_MARKERS[mark.quantizer],
+            fmt=_marker(mark.quantizer),
             color=BLUE if mark.on_front else GREY,
             capsize=2,
             markersize=9 if mark.quantizer == "mixed" else 6,
@@ -62,7 +62,7 @@ def front_figure(
                      xycoords=("data" if near else "axes fraction", "axes fraction"), ha="right" if left else "left",
                      xytext=(-4 if left else 4, 0), textcoords="offset points", va="top")  # fmt: skip
     for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
-        own.plot([], [], _MARKERS[quantizer], color=GREY, label="16 bit" if quantizer == "none" else quantizer)
+        own.plot([], [], _marker(quantizer), color=GREY, label="16 bit" if quantizer == "none" else quantizer)
     own.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
     theirs.plot([x for x, _ in published], [y for _, y in published], "x", color="#1a202c", ms=5)
     theirs.set_title("as published: LLaVA-1.5-7B, DermNet", fontsize=8)
@@ -100,6 +100,11 @@ def _number(axes, front: Sequence[Mark], marks: Sequence[Mark]) -> None:
             str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=(0, foot - top), ha="center",
             fontsize=9,
         )  # fmt: skip
+
+
+def _marker(quantizer: str) -> str:
+    """Return matplotlib's marker of a quantizer, of "mixed" bits, or of "none"."""
+    return METHODS[quantizer].marker if quantizer in METHODS else {"none": "o", "mixed": "*"}[quantizer]
 
 
 def layers_figure(choices: Sequence[tuple[str, Sequence[int]]]) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from actors.criteria import CRITERIA
 from actors.maths.sampling import draw_calibration
 from actors.specs import Conversation
 from jobs import prepare
-from jobs.config.schema import Criterion
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking.measurements import Measurements
@@ -30,17 +30,18 @@ def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
 
 @contextmanager
 def open_measurements(
-    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[Criterion]
+    run: Run, model: Stage | Source, data: Stage, criteria: Sequence[str]
 ) -> Iterator[tuple[Measurements, int]]:
     """Yield what measures `model` on the calibration questions, and its number of layers.
 
-    criteria: those to come; answer_similarity alone must be among them to be measured. ValueError, before anything is
+    criteria: those to come; one that compares answers must be among them to be measured. ValueError, before anything is
     measured: its embedder cannot be loaded.
     """
     samples = calibration_samples(run, data)
+    compared = any(CRITERIA[criterion].measure == "answers" for criterion in criteria)
     critic = {
         "max_new_tokens": run.config.generation.max_new_tokens,
-        "embedder": run.config.ablate.embedder if "answer_similarity" in criteria else None,
+        "embedder": run.config.ablate.embedder if compared else None,
         "seed": run.config.seed,
     }
     with run.workers.replicas(run.model_spec(model), "actors.critic:LayerCritic", **critic) as pool:

@@ -10,16 +10,15 @@ import json
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
+from actors.criteria import CRITERIA
 from actors.maths.losses import Losses, tabulate_losses
 from actors.maths.statistics import loss_outliers
 from actors.specs import Conversation, DraftContext
 from cluster.artifacts import digest
 from cluster.tables import PartTable
-from jobs.config.schema import Criterion
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
-from jobs.ranking.criteria import READINGS, WITHOUT_SAMPLES
 
 VERSION = 1
 Removed = tuple[int, ...]
@@ -29,7 +28,7 @@ class NothingRanked(RuntimeError):
     """No loss is a finite number, so that none is the least."""
 
 
-def check_ranked(criterion: Criterion, losses: Sequence[float]) -> None:
+def check_ranked(criterion: str, losses: Sequence[float]) -> None:
     """Refuse losses of which none is a finite number (NothingRanked)."""
     if not any(isfinite(loss) for loss in losses):
         raise NothingRanked(
@@ -56,15 +55,15 @@ class Measurements:
         self._rows: dict[str, dict[tuple[str, Removed], dict]] = {}
         self.failed: dict[str, str] = {}
 
-    def losses(self, criterion: Criterion, sets: Sequence[Removed], base: Removed = (), label: str = "") -> Losses:
+    def losses(self, criterion: str, sets: Sequence[Removed], base: Removed = (), label: str = "") -> Losses:
         """Return what every sample loses by `criterion` without each of `sets`, measuring what is missing.
 
         base: a set measured before, whose answers resemble those of `sets`: they become drafts, and work is shared.
         RuntimeError: every sample failed.
         """
-        reading = READINGS[criterion]
+        reading = CRITERIA[criterion]
         samples = self._samples
-        if reading.measure in WITHOUT_SAMPLES:  # any one will do
+        if not reading.by_sample:  # any one will do
             samples = [sample for sample in samples if sample.id not in self.failed][:1]
         sets = [self.key(removed) for removed in sets]
         self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)

@@ -9,13 +9,13 @@ criterion itself decides among the survivors. What `jobs.ablate` measured is not
 from collections.abc import Callable
 from pathlib import Path
 
+from actors.criteria import CRITERIA
 from actors.maths.losses import compare_losses
 from actors.maths.subsets import extend_set, mutate_set, select_best, select_earliest, start_stream
 from cluster.tables import write_table
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking.calibration import open_measurements
-from jobs.ranking.criteria import READINGS
 from jobs.ranking.measurements import Measurements, Removed, check_ranked
 
 STEPS = "steps.parquet"
@@ -68,7 +68,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
         pair = measured.losses(criterion, [found, ranked], label="against one shot")
     write_table(folder / STEPS, steps)
-    shown = READINGS[criterion].to_unit
+    shown = CRITERIA[criterion].to_unit
     score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from actors.quantizers.table import METHODS
 from cluster.artifacts import MANIFEST, digest, write_text
 from jobs import prepare
 from jobs.config.schema import Config
@@ -168,6 +169,7 @@ def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Map
         "source": source,
         "steps": steps,
         "quantized": quantized,
+        "own_reader": quantized and (method := METHODS.get(quantized["method"])) and method.layout.reader,
         "made": _describe_history(steps),
         "facts": facts,
         "judged": judged and _describe_judge(judged),

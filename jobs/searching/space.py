@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from actors.specs import QUANTIZER_BITS
+from actors.quantizers.table import METHODS
 from jobs.config.schema import Config
 
 _MODES = ("--resume", "--search.resume", "--resolve-only", "--search.resolve_only", "--search.resolve-only")
@@ -39,14 +39,14 @@ class Setting:
     @property
     def simulated(self) -> bool:
         """Whether its rounded weights are stored in 16 bits: it stands for a setting that cannot be used."""
-        return self.quantizer in ("awq", "rtn") and self.bits != 4
+        return self.quantizer in METHODS and METHODS[self.quantizer].simulated(self.bits)
 
     @property
     def kernels(self) -> tuple[str, int]:
         """What multiplies its weights: of two settings with the same, the one with fewer layers is not slower."""
-        if self.quantizer in ("awq", "rtn"):  # one layout; with other bits than 4 simulated, that is, stored in 16
-            return ("none", 16) if self.simulated else ("awq", 4)
-        return self.quantizer, self.bits
+        if self.simulated:
+            return "none", 16
+        return METHODS[self.quantizer].layout.name if self.quantizer in METHODS else self.quantizer, self.bits
 
 
 def space(config: Config) -> list[Setting]:
@@ -54,7 +54,7 @@ def space(config: Config) -> list[Setting]:
     search = config.search
     rounded = []
     for quantizer in dict.fromkeys(search.quantizers):
-        own = QUANTIZER_BITS.get(quantizer, (16,))
+        own = METHODS[quantizer].bits if quantizer in METHODS else (16,)
         chosen = [bits for bits in dict.fromkeys(search.bits) if bits in own] if len(own) > 1 else list(own)
         if not chosen:
             raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(own)}.")
@@ -99,7 +99,7 @@ def format_single_command(setting: Setting, run_dir: str) -> str:
         elif "=" not in word and rest and not rest[0].startswith("--"):
             rest.pop(0)  # its value
     chosen = {"depths": setting.depth, "recoveries": setting.recovery, "quantizers": setting.quantizer}
-    if len(QUANTIZER_BITS.get(setting.quantizer, ())) > 1:
+    if setting.quantizer in METHODS and not METHODS[setting.quantizer].only_bits:
         chosen["bits"] = setting.bits
     for name, value in chosen.items():
         words += [f"--search.{name}", f"[{value}]"]

@@ -7,20 +7,20 @@ import pytest
 from actors.maths.sizes import (
     cached_tokens,
     largest_share,
-    linear_bytes,
     logit_bytes,
     mlp_copies,
     prefill_bytes,
     tower_bytes,
-    unpacked_bytes,
 )
+from actors.quantizers.table import LAYOUTS, METHODS
+
+LAYOUT = {layout.name: layout for layout in LAYOUTS}
 
 # 64 outputs x 128 inputs: 8,192 weights in 128 groups of 64
 BY_HAND = {
-    ("none", 16): 8192 * 2,
     ("awq", 4): 4096 + 128 * 2 + 64,  # nibbles; a float16 scale and half a byte of zero a group
-    ("rtn", 3): 8192 * 3 // 8 + 128 * 2 + 48,
-    ("rtn", 8): 8192 + 128 * 2 + 128,
+    ("awq", 3): 8192 * 3 // 8 + 128 * 2 + 48,
+    ("awq", 8): 8192 + 128 * 2 + 128,
     ("nf4", 4): 4096 + 128 * 4 + 16 * 4 + 78,  # float32 scales, 16 levels, and a description of 78 letters
     ("int8", 8): 8192 + 64 * 4 + 1,
     ("hqq", 4): 4096 + 128 * 4,
@@ -34,15 +34,17 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("kind", "expected"), BY_HAND.items())
 def test_a_linear_by_hand(kind, expected):
-    assert linear_bytes(*kind, 64, 64, 128, 2) == expected
+    name, bits = kind
+    assert LAYOUT[name].linear_bytes(bits, 64, 64, 128) == expected
 
 
 def test_bits_of_a_large_linear():
     """4 + 16/64 + 4/64 = 4.3125 bits; nf4 4 + 32/64 = 4.5 and 140 bytes."""
     weights = 4096 * 11008
-    assert linear_bytes("awq", 4, 64, 4096, 11008, 2) == weights * 4.3125 / 8
-    assert 0 < linear_bytes("nf4", 4, 64, 4096, 11008, 2) - weights * 4.5 / 8 < 200
-    assert linear_bytes("awq", 4, 128, 4096, 11008, 2) == weights * (4 + 20 / 128) / 8
+    awq, nf4 = LAYOUT["awq"].linear_bytes, LAYOUT["nf4"].linear_bytes
+    assert awq(4, 64, 4096, 11008) == weights * 4.3125 / 8
+    assert 0 < nf4(4, 64, 4096, 11008) - weights * 4.5 / 8 < 200
+    assert awq(4, 128, 4096, 11008) == weights * (4 + 20 / 128) / 8
 
 
 def test_cached_tokens():
@@ -69,4 +71,5 @@ def test_working_memory_by_hand():
     assert long == 1000 * (4 * 8 + 2 * 4) * 2 + 10**6 + 1000 * 4 * 8 * 2 + 2 * 10**6
     assert logit_bytes(3, 100, 2) == 300 * 10
     assert [mlp_copies(name, True) for name in ("silu", "quick_gelu", "gelu_new")] == [3, 4, 5]
-    assert [unpacked_bytes(method, 4, 8, 2) for method in ("awq", "nf4", "hqq", "int8")] == [64, 64, 192, 0]
+    unpacked = {name: method.layout.unpacked_bytes(4 * 8, 2) for name, method in METHODS.items()}
+    assert unpacked == {"awq": 64, "rtn": 64, "nf4": 64, "hqq": 192, "int8": 0}

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,5 @@ def test_the_card_says_what_loaded_it(tmp_path, method, loader):
     assert f"It was loaded by {loader} in a fresh process" in text
     assert ("AutoModelForImageTextToText" in text) == (method == "nf4") == ("plain transformers" in text)
     assert ("Only Prunella reads this format" in text) == (method == "hqq")
+    imports = re.findall(r"^from (\S+) import (.+)$", text, re.MULTILINE)
+    assert imports and all(hasattr(import_module(module), n) for module, ns in imports for n in ns.split(", "))

@@ -130,12 +130,3 @@ def test_a_search_over_sets_needs_a_criterion_that_is_measured_on_sets():
     with pytest.raises(ValueError, match=r"prune\.search greedy .* magnitude\+ cannot: choose answer_similarity"):
         load_config(None, options)
     assert load_config(None, [("prune.search", "greedy"), ("ablate.criterion", "kl")]).ablate.criterion == "kl"
-
-
-def test_every_criterion_has_a_reading():
-    from typing import get_args
-
-    from jobs.config.schema import Criterion
-    from jobs.ranking.criteria import READINGS
-
-    assert set(READINGS) == set(get_args(Criterion))
