@@ -1,6 +1,7 @@
 """A cluster that is lost under a job: one sentence and an end, where Ray would hang for a minute and say nothing."""
 
 import errno
+import logging
 import os
 import socket
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+LOG = logging.getLogger("cluster")
 LOOK_EVERY_S = 0.5
 # Ray ends a process that has not reached its head for so long. A head that comes back in time is not lost.
 _RAY_WAITS_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 (Ray's name)
@@ -39,7 +41,7 @@ class Watch(threading.Thread):
         while not self._over.wait(LOOK_EVERY_S):
             if self.look() and not self._over.is_set():
                 sys.stdout.flush()
-                print(f"{Path(sys.argv[0]).stem}: {reason()}", file=sys.stderr, flush=True)
+                LOG.error(f"{Path(sys.argv[0]).stem}: {reason()}")
                 os._exit(1)
 
     def look(self) -> bool:

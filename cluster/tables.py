@@ -1,16 +1,16 @@
 """Tables of plain rows in Parquet: written whole, or part by part as results come."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def write_table(path: Path, rows: list[dict], schema: pa.Schema | None = None) -> None:
+def write_table(path: Path, rows: Sequence[Mapping], schema: pa.Schema | None = None) -> None:
     """Write rows as one Parquet file, atomically; an empty table needs a `schema`."""
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist(list(rows), schema=schema)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, temporary, compression="zstd")
     os.replace(temporary, path)
@@ -32,7 +32,7 @@ class PartTable:
         """Return the names of the units already written."""
         return {path.stem for path in self._folder.glob("*.parquet")}
 
-    def add(self, unit: str, rows: list[dict]) -> None:
+    def add(self, unit: str, rows: Sequence[Mapping]) -> None:
         """Write one unit's rows; a unit written twice is the same file."""
         write_table(self._folder / f"{unit}.parquet", rows)
 

@@ -9,21 +9,26 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 --ablate.compare says how far other criteria agree.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.criteria import CRITERIA, PLUS_FIRST, PLUS_LAST
 from actors.maths.losses import Losses, count_apart, rank_losses
 from actors.maths.ranks import compute_kendall_tau
-from cluster.tables import read_table, write_table
 from jobs import prepare
 from jobs.config.schema import AblateConfig
 from jobs.core.command import main
+from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.figures.layers import importance_figure
 from jobs.ranking.calibration import calibration_settings, open_measurements
+from jobs.ranking.rows import AGREEMENT, SCORES, Agreement, LayerScore
 
-SCORES, AGREEMENT, FIGURE = "scores.parquet", "agreement.parquet", "importance.svg"
+LOG = logging.getLogger("jobs")
+
+FIGURE = "importance.svg"
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
@@ -62,13 +67,13 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
         outliers: list[int] = []
         if config.candidates == "outliers":
             outliers = measured.outliers([(layer,) for layer in range(layers)])
-            print(f"ablate: layers {outliers} stay: perplexity without one of them is far off", flush=True)
+            LOG.info(f"ablate: layers {outliers} stay: perplexity without one of them is far off")
         candidates = candidate_layers(config, layers, outliers)
         if not candidates:
             raise ValueError("No layer may be removed: set ablate.candidates to all or to a list of layers.")
         losses = measured.losses(config.criterion, [(layer,) for layer in candidates])
     scores = score_rows(config.criterion, candidates, losses)
-    write_table(folder / SCORES, scores)
+    SCORES.write(folder, scores)
     (folder / FIGURE).write_text(importance_figure(scores, label=CRITERIA[config.criterion].label))
     facts["order"] = [row["layer"] for row in sorted(scores, key=lambda row: row["rank"])]
     facts["outliers"] = outliers
@@ -80,14 +85,14 @@ def build_comparison(
     run: Run, model: Stage | Source, data: Stage, scores: Stage, criteria: list[str], folder: Path
 ) -> None:
     """Rank the scored layers by every other criterion, and write how far the rankings agree."""
-    rows = read_table(run.store.root / scores.name / SCORES)
+    rows = SCORES.read(run.folder_of(scores))
     layers = [row["layer"] for row in rows]
     with open_measurements(run, model, data, criteria) as (measured, _):
-        measured.failed.update(run.facts(scores)["failed"])
+        measured.failed.update(run.facts(scores, AblateFacts)["failed"])
         for criterion in criteria:
             rows += score_rows(criterion, layers, measured.losses(criterion, [(layer,) for layer in layers]))
-    write_table(folder / SCORES, rows)
-    write_table(folder / AGREEMENT, agreement_rows(rows))
+    SCORES.write(folder, rows)
+    AGREEMENT.write(folder, agreement_rows(rows))
 
 
 def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> list[int]:
@@ -105,7 +110,7 @@ def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> 
     return [layer for layer in range(layers) if layer not in stay]
 
 
-def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[dict]:
+def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[LayerScore]:
     """Return one row per layer: loss, score in its label's unit, rank (1 goes first), 95 % intervals of the last two.
 
     Of layers that lose the same the first goes first, and the intervals hold the ranks of all. A loss that is no
@@ -115,7 +120,7 @@ def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[di
     reading = CRITERIA[criterion]
     ranking = rank_losses(losses, candidates)
     order, means, lost = ranking.order, losses.means_K.tolist(), losses.ranked_K.tolist()
-    rows = []
+    rows: list[LayerScore] = []
     for k, layer in enumerate(candidates):
         rank = order.index(k)
         shown = sorted((reading.to_unit(float(ranking.low_K[k])), reading.to_unit(float(ranking.high_K[k]))))
@@ -137,7 +142,7 @@ def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[di
     return rows
 
 
-def agreement_rows(scores: list[dict]) -> list[dict]:
+def agreement_rows(scores: Sequence[LayerScore]) -> list[Agreement]:
     """Return Kendall's tau-b between the losses by every two criteria; None where one loses the same by all layers."""
     losses: dict[str, list[float]] = {}
     for row in scores:
@@ -160,16 +165,16 @@ def job(run: Run) -> None:
     scored = stage(run, model, data)
     folder = Path(run.make(scored))
     print(f"rank  layer  {CRITERIA[criterion].label}, 95 % interval   (first = removed first)")
-    for row in sorted(read_table(folder / SCORES), key=lambda row: row["rank"]):
+    for row in sorted(SCORES.read(folder), key=lambda row: row["rank"]):
         interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
         print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")
-    facts = run.facts(scored)
+    facts = run.facts(scored, AblateFacts)
     print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
     if run.config.ablate.compare:
         others = Path(run.make(comparison_stage(run, model, data, scored)))
-        for row in read_table(others / AGREEMENT):
-            if row["criterion"] == criterion != row["other"]:
-                print(f"Kendall's tau with {row['other']}: {format_tau(row['tau'])}")
+        for pair in AGREEMENT.read(others):
+            if pair["criterion"] == criterion != pair["other"]:
+                print(f"Kendall's tau with {pair['other']}: {format_tau(pair['tau'])}")
     print(f"ablate: scores and figure are in {folder}", flush=True)
 
 

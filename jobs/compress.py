@@ -7,26 +7,29 @@
 Every stage that exists already in run_dir is reused. The rows of the paper's Table 4 go to run_dir/summary.json.
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from actors.judge.verdict import TOP_LABEL
-from cluster.artifacts import write_text
-from cluster.tables import read_table
 from jobs import ablate, evaluate, judge, prepare, prune, quantize, recover
 from jobs.core.command import main
+from jobs.core.facts import EvaluateFacts, Interval, Profile, PruneFacts, QuantizeFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.judging import text as judge_text
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import NOT_JUDGED, remarks
 from jobs.ranking import ranges
+from jobs.reporting.summary import SUMMARY, SummaryRow
 from jobs.scoring.differences import differences, name_tests
 from jobs.scoring.metrics import compute_retention, judge_given_name, retention
+from jobs.scoring.rows import ANSWERS, AnswerRow
 
-SUMMARY = "summary.json"
-_PCT = ("_pct", "_interval_pct")
+_METRICS = (
+    *("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval"),
+    *("macro_f1_pct", "macro_f1_interval_pct", "without_stop_pct", "without_stop_interval_pct"),
+    *("loop_pct", "loop_interval_pct"),
+)
 
 
 def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
@@ -76,18 +79,19 @@ def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
     return [judge.stage(run, evaluated) for _, evaluated in planned.values()]
 
 
-def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[dict]:
+def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[SummaryRow]:
     """Return one row per method, from artifacts that exist; failure: what ended the judge, whose scores may lack."""
-    removed = run.facts(planned["prune"][0])["removed"]
+    removed = run.facts(planned["prune"][0], PruneFacts)["removed"]
     rows: list[dict] = []
-    original: dict[str, dict] = {}
-    tables: list[dict[str, dict]] = []
+    original: dict[str, AnswerRow] = {}
+    tables: list[dict[str, AnswerRow]] = []
     classes = [kind.name for kind in run.config.data.classes]
     for method, (model, evaluated) in planned.items():
-        facts = run.facts(evaluated)
+        facts = run.facts(evaluated, EvaluateFacts)
         found, profile = facts["metrics"], facts["profile"]
+        metrics: Mapping = found
         quantized = "quant" in method
-        answers = {a["sample_id"]: a for a in read_table(run.store.root / evaluated.name / evaluate.ANSWERS)}
+        answers = ANSWERS.by_sample(run.folder_of(evaluated))
         original = original or answers
         tables.append(answers)
         rows.append(
@@ -100,10 +104,7 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
                 **_bits(run, model, profile),
                 "peak_memory_bytes": profile["peak_memory_bytes"],
                 "peak_memory_kind": profile["peak_memory_kind"],
-                **{key: found[key] for key in ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy")},
-                "name_accuracy_interval": found["name_accuracy_interval"],
-                **{key: found[key] for key in ("macro_f1_pct", "macro_f1_interval_pct")},
-                **{f"{key}{end}": found[f"{key}{end}"] for key in ("without_stop", "loop") for end in _PCT},
+                **{key: metrics[key] for key in _METRICS},
                 "controls": facts["controls"],
                 "retention": retention(list(original.values()), list(answers.values()), classes),
                 "images": found["images"],
@@ -119,26 +120,30 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
             }
         )
     judges = judgements(run, planned)
-    found = _compare_methods(run, tables, [] if run.missing(judges) else judges)
+    compared = _compare_methods(run, tables, [] if run.missing(judges) else judges)
     told = {"judge_failure": None if failure is None else str(failure)}
-    return [row | told | columns for row, columns in zip(rows, found, strict=True)]
+    return [cast(SummaryRow, row | told | columns) for row, columns in zip(rows, compared, strict=True)]
 
 
-def _bits(run: Run, model: Stage | Source, profile: dict) -> dict:
+def _bits(run: Run, model: Stage | Source, profile: Profile) -> dict:
     """Return the bits of a decoder weight, with scales and zero points, too, and the checkpoint's bytes at those bits.
 
     They are what is stored, unless `simulated`: then the rounded weights are stored in 16 bits.
     """
     if isinstance(model, Stage) and model.kind == "quantize":
-        facts = run.facts(model)
-        known = {key: facts[key] for key in ("simulated", "bits_per_weight", "nominal_bytes")}
-        return {"bits": run.config.quantize.bits, **known}
+        facts = run.facts(model, QuantizeFacts)
+        return {
+            "bits": run.config.quantize.bits,
+            "simulated": facts["simulated"],
+            "bits_per_weight": facts["bits_per_weight"],
+            "nominal_bytes": facts["nominal_bytes"],
+        }
     stored = profile["stored_bits"]
     known = {"simulated": False, "bits_per_weight": float(stored), "nominal_bytes": profile["weight_bytes"]}
     return {"bits": stored, **known}
 
 
-def _compare_methods(run: Run, tables: list[dict[str, dict]], judges: list[Stage]) -> list[dict]:
+def _compare_methods(run: Run, tables: list[dict[str, AnswerRow]], judges: list[Stage]) -> list[dict]:
     """Return what the judge says of every model, and the models' differences to the first; tables: by sample_id."""
     groups = {s: row["group"] for s, row in tables[0].items()}
     baseline = differences([{s: row["baseline"] for s, row in rows.items()} for rows in tables], groups, 1.0)
@@ -152,7 +157,7 @@ def _compare_methods(run: Run, tables: list[dict[str, dict]], judges: list[Stage
         }
         for one, rows in zip(labels, tables, strict=True)
     ]
-    columns = [judge.row(run, one) for one in judges] or [NOT_JUDGED for _ in tables]
+    columns: Sequence[Mapping] = [judge.row(run, one) for one in judges] or [NOT_JUDGED for _ in tables]
     return [
         {**column, **one, "name_p_holm": p, **other, **share}
         for column, one, p, other, share in zip(columns, baseline, named, judged, kept, strict=True)
@@ -166,22 +171,13 @@ def _judge_retention(first: dict[str, int | None], labels: dict[str, int | None]
     return compute_retention(scores, before, images) if both else None
 
 
-def write_summary(run: Run, rows: list[dict]) -> Path:
-    """Write the rows to run_dir/summary.json, atomically."""
-    path = run.folder / SUMMARY
-    write_text(path, json.dumps(rows, indent=1))
-    return path
-
-
-def format_rows(rows: list[dict]) -> str:
+def format_rows(rows: Sequence[SummaryRow]) -> str:
     """Lay the rows out for a terminal."""
     heads = ("method", "params", "bits", "weights", "disease named %", "baseline %", "verbatim %", "ms/token")
     judged, failure = (rows[0][key] for key in ("is_llm_judge", "judge_failure"))
     lines = ["{:<16} {:>10} {:>4} {:>10} {:>16} {:>16} {:>10} {:>8}".format(*heads)]
     for row in rows:
-        name = (
-            "-" if row["name_accuracy"] is None else _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
-        )
+        name = _with_interval(row["name_accuracy"], row["name_accuracy_interval"])
         baseline = _with_interval(row["baseline_pct"], row["baseline_interval_pct"])
         size = f"{row['nominal_bytes'] / 2**20:.2f} MiB{'*' if row['simulated'] else ''}"
         lines.append(
@@ -206,8 +202,8 @@ def format_rows(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _with_interval(value: float, interval: list[float]) -> str:
-    return f"{value:.1f} [{interval[0]:.0f}, {interval[1]:.0f}]"
+def _with_interval(value: float | None, interval: Interval | None) -> str:
+    return "-" if value is None or interval is None else f"{value:.1f} [{interval[0]:.0f}, {interval[1]:.0f}]"
 
 
 def job(run: Run) -> None:
@@ -226,7 +222,7 @@ def job(run: Run) -> None:
     for study in studies(run) if failure is None else []:
         run.make(study)
     rows = make_summary(run, planned, failure)
-    path = write_summary(run, rows)
+    path = SUMMARY.write(run.folder, rows)
     print(format_rows(rows))
     if failure is not None:
         print(f"compress: rows are in {path}; the same command goes on with the judge", flush=True)

@@ -1,9 +1,14 @@
 """The whole pipeline on the embedded derm-tiny: a private Ray, then the very jobs that a cluster user submits.
 
-make demo
-python -m jobs.demo
+    make demo
+    python -m jobs.demo
+
+Results go to runs/derm-tiny. It takes minutes on two cores; a second run finds everything made and takes seconds.
 """
 
+import argparse
+import logging
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +16,11 @@ from collections import deque
 
 from jobs import compress, report
 from jobs.core.command import one_sentence
+from jobs.core.logs import parse_and_configure
 from jobs.core.options import load_config
 from jobs.core.run import Run
+
+LOG = logging.getLogger("jobs")
 
 CONFIG = "configs/derm-tiny.yaml"
 JOBS = ("prepare", "ablate", "compress", "report")
@@ -25,6 +33,11 @@ What next? Describe your model and images in a copy of configs/llava-1.5-7b-derm
 
 def main() -> None:
     """Run the demo from the command line; a second run finds everything made already and takes seconds."""
+    parse_and_configure(
+        argparse.ArgumentParser(
+            prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    )
     with one_sentence("demo"):
         demo()
 
@@ -37,7 +50,7 @@ def demo() -> None:
         if _open_stages(run):
             _submit_jobs(run_dir)
         else:
-            print("demo: every artifact exists already; nothing to compute", flush=True)
+            LOG.info("demo: every artifact exists already; nothing to compute")
             report.job(run)
         rows = compress.make_summary(run, compress.plan(run))
     print(f"\n{compress.format_rows(rows)}")
@@ -52,11 +65,11 @@ def _open_stages(run: Run) -> bool:
 def _submit_jobs(run_dir: str) -> None:
     from cluster.head import RAY, private_head
 
-    print("demo: starting a private Ray on this machine (loopback only)", flush=True)
+    LOG.info("demo: starting a private Ray on this machine (loopback only)")
     with private_head() as head:
         for name in JOBS:
             entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", CONFIG, "--run_dir", run_dir]
-            print(f"\ndemo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}", flush=True)
+            LOG.info(f"demo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}")
             submit = [
                 str(RAY),
                 "job",
@@ -78,15 +91,15 @@ def _submit_jobs(run_dir: str) -> None:
             tail: deque[str] = deque(maxlen=15)
             for line in process.stdout or ():
                 tail.append(line)
-                if line.startswith(tuple(f"{word}:" for word in _SHOWN)):
-                    print(f"  {line.rstrip()}", flush=True)
+                if _SHOWN.match(line):
+                    LOG.info(f"  {_TIME.sub('', line).rstrip()}")
             if process.wait() != 0:
                 raise RuntimeError(f"the job {name} failed; what was finished is kept. It said:\n{''.join(tail)}")
 
 
-_SHOWN = (
-    *("prepare", "data", "ablate", "select", "prune", "recover", "quantize", "evaluate"),
-    *("compare", "ranges", "compress", "report"),
+_TIME = re.compile(r"^\d\d:\d\d:\d\d ")
+_SHOWN = re.compile(
+    rf"({_TIME.pattern})?(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report):"
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The baseline (disease name, word overlap, embedding similarity) is not an LLM ju
 """
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,25 @@ from actors.images import blank_image
 from actors.maths.latency import merge_rounds
 from actors.specs import Sample
 from cluster.artifacts import digest
-from cluster.tables import PartTable, write_table
+from cluster.tables import PartTable
 from jobs import prepare
 from jobs.config.schema import EvaluateConfig
 from jobs.core.command import main
+from jobs.core.conversation_rows import ConversationRow
+from jobs.core.facts import EvaluateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
 from jobs.reporting import card
 from jobs.scoring.image_controls import blank_rows, blank_samples, summary, swapped_rows
 from jobs.scoring.metrics import metrics, score_answers
+from jobs.scoring.rows import ANSWERS, CONTROLS
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
 
-ANSWERS, CONTROLS = "answers.parquet", "controls.parquet"
+LOG = logging.getLogger("jobs")
+
 BLANK_IMAGE = "blank.png"
 UNIT = 16
 
@@ -85,14 +90,14 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
                 blank |= {row["sample_id"]: row for row in answers}
     answered = [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given]
     found = _score_answers(run, answered)
-    write_table(folder / ANSWERS, found)
+    ANSWERS.write(folder, found)
     names = [kind.name for kind in run.config.data.classes]
     facts["metrics"] = {**metrics(found, names), "unanswered": len(samples) - len(given)}
     facts["controls"] = None
     if evaluate.controls:
         controls = _score_answers(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
         if controls:
-            write_table(folder / CONTROLS, controls)
+            CONTROLS.write(folder, controls)
         facts["controls"] = summary(found, controls)
     facts["profile"] = profile
 
@@ -106,19 +111,19 @@ def _answer_units(
     for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), label):
         if outcome.error:
             failed[part[0].id] = outcome.error
-            print(f"evaluate: {part[0].id} failed three times and is left out: {outcome.error}", flush=True)
+            LOG.warning(f"evaluate: {part[0].id} failed three times and is left out: {outcome.error}")
         else:
             yield part, outcome.value
 
 
-def test_rows(run: Run, data: Stage) -> list[dict]:
+def test_rows(run: Run, data: Stage) -> list[ConversationRow]:
     """Return the test split's conversations about the images that evaluate.limit allows."""
     rows = prepare.conversations(run.make(data), "test")
     images = set(choose_images(rows, run.config.evaluate.limit))
     return [row for row in rows if row["image"] in images]
 
 
-def questions(rows: list[dict]) -> list[Sample]:
+def questions(rows: Sequence[ConversationRow]) -> list[Sample]:
     """Return what a worker needs to know of conversations in order to answer them."""
     return [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
 
@@ -129,7 +134,7 @@ def measure_round(pool: "Pool", sample: Sample, evaluate: EvaluateConfig, timed_
     return pool.call("profile", sample, *settings)
 
 
-def choose_images(rows: list[dict], limit: int | None) -> list[str]:
+def choose_images(rows: Sequence[ConversationRow], limit: int | None) -> list[str]:
     """Return at most `limit` images, the classes taking turns (None: all)."""
     by_class: dict[str, list[str]] = {}
     for image, label in sorted({(row["image"], row["class"]) for row in rows}):
@@ -138,7 +143,7 @@ def choose_images(rows: list[dict], limit: int | None) -> list[str]:
     return [image for _, _, image in turns][:limit]
 
 
-def _score_answers(run: Run, rows: list[dict]) -> list[dict]:
+def _score_answers(run: Run, rows: Sequence[dict]) -> list:
     pairs = [(row["answer"], row["reference"]) for row in rows]
     return score_answers(
         rows, run.workers.embedder(_embedder(run)).call("similarities", pairs), run.config.data.classes
@@ -150,9 +155,10 @@ def job(run: Run) -> None:
     model = run.base_model()
     made = stage(run, model, prepare.stage(run))
     folder = run.make(made)
-    facts = run.facts(made)
+    facts = run.facts(made, EvaluateFacts)
     card.refresh(Path(model.path), facts)
-    print(json.dumps({key: facts[key] for key in ("metrics", "controls", "profile")}, indent=1))
+    shown = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
+    print(json.dumps(shown, indent=1))
     print(f"evaluate: answers are in {folder}/{ANSWERS}", flush=True)
 
 

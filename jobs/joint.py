@@ -16,18 +16,19 @@ search.budget.memory_gib is of the fullest one. A reader that unpacks the weight
 transformers does, takes more, and as long for a token as with weights that were never rounded.
 """
 
-import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import cast
 
 from actors.maths.ranks import compute_spearman_rho
-from cluster.artifacts import write_text
 from jobs import ablate, judge, prepare, prune
 from jobs.allocation import mixed
 from jobs.allocation.build import UNIFORM, build, make_rows, pruning
 from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice, Memory, format_choice
 from jobs.core.command import main
+from jobs.core.facts import AblateFacts, SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.text import GIB, size
@@ -36,11 +37,12 @@ from jobs.judging.tables import flag
 from jobs.ranking import calibration, select
 from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
 from jobs.searching.budget import judge_lines
+from jobs.searching.joint_table import Additivity, JointFile, write_joint
 from jobs.searching.memory import context_bytes, device_gib, shapes_of, size_setting
 from jobs.searching.rows import MEASURED_FOR, joint_rows, write_log, write_rows
 from jobs.searching.stages import order_stages
 
-ROWS = "joint.json"
+LOG = logging.getLogger("jobs")
 
 
 def memory_of(run: Run) -> Memory:
@@ -62,7 +64,7 @@ def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[
     run.make(scores)
     sets: list[list[int]] = [[]]
     made = [scores]
-    for count in range(1, min(most, len(run.facts(scores)["order"])) + 1):
+    for count in range(1, min(most, len(run.facts(scores, AblateFacts)["order"])) + 1):
         own = pruning(run, count)
         if run.config.prune.search == "one_shot":
             sets.append(list(select.one_shot(own, scores)))
@@ -75,7 +77,7 @@ def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[
                 raise
             break
         made.append(chosen)
-        sets.append(run.facts(chosen)["removed"])
+        sets.append(run.facts(chosen, SelectFacts)["removed"])
     return sets, made
 
 
@@ -140,7 +142,7 @@ def search(
     return found
 
 
-def additivity(rows: Sequence[dict], damage: str) -> dict:
+def additivity(rows: Sequence[Mapping], damage: str) -> Additivity:
     """Say how far predicted damages of the first round's choices are from measured ones (in the damage's unit)."""
     first = [row for row in rows if row["round"] == 1 and row["predicted"] is not None and isfinite(row[damage])]
     pairs = [(row["predicted"], row[damage]) for row in first]
@@ -149,7 +151,7 @@ def additivity(rows: Sequence[dict], damage: str) -> dict:
     return {"choices": len(pairs), "mean_predicted": predicted, "mean_measured": measured, "spearman": rank}
 
 
-def format_rows(rows: Sequence[dict], damage: str, failure: Exception | None = None) -> str:
+def format_rows(rows: Sequence[Mapping], damage: str, failure: Exception | None = None) -> str:
     """Lay the choices that were built out for a terminal; failure: what ended the judge."""
     score = "judge %" if rows[0]["score_kind"] == "judge" else "baseline %"
     lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "to best uniform", ""]]
@@ -218,9 +220,8 @@ def job(run: Run) -> None:
     budget = budget_of(run, memory, sets)
     check_budget(memory, budget)
     uniform = uniform_choices(memory, sets, budget, joint.candidates)
-    print(
+    LOG.info(
         f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(format_choice, uniform)) or 'none'}",
-        flush=True,
     )
     found = search(run, base, data, memory, budget, uniform, before)
     built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
@@ -242,8 +243,7 @@ def job(run: Run) -> None:
         "singles": found.singles,
         "tried": list(found.tried.values()),
     }
-    path = run.folder / ROWS
-    write_text(path, json.dumps(content, indent=1))
+    path = write_joint(run.folder, cast(JointFile, content))
     print(format_rows(rows, joint.damage, failure))
     print(
         f"Predicted {joint.damage} of the first round's {added['choices']} choices: {added['mean_predicted']:.4f} on "

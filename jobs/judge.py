@@ -13,6 +13,7 @@ Without tables the answers of model.path are judged, as jobs.compress does for i
 
 import asyncio
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,15 +22,17 @@ from pathlib import Path
 from actors.judge.cache import verdict_key
 from actors.judge.verdict import TOP_LABEL
 from cluster.artifacts import write_text
-from cluster.tables import read_table, write_table
+from cluster.tables import write_table
 from jobs import evaluate, prepare
 from jobs.core.command import main
+from jobs.core.facts import EvaluateFacts, JudgeFacts
 from jobs.core.run import Run
 from jobs.core.signals import run_async
 from jobs.core.stage import Source, Stage
 from jobs.judging import agreement
 from jobs.judging.answer_tables import AnswerTable, read_answers
 from jobs.judging.asking import identity_of
+from jobs.judging.rows import VERDICTS, JudgedColumns
 from jobs.judging.tables import (
     JudgedTable,
     clusters,
@@ -41,8 +44,10 @@ from jobs.judging.tables import (
 from jobs.judging.text import format_rows
 from jobs.reporting import card
 from jobs.scoring.differences import differences
+from jobs.scoring.rows import ANSWERS, AnswerRow
 
-VERDICTS = "verdicts.parquet"
+LOG = logging.getLogger("jobs")
+
 SHOWN = 5  # rows of a table that are printed with the reason why they were skipped; the summary has all
 
 
@@ -62,7 +67,7 @@ def build(run: Run, evaluated: Stage, judged: JudgedTable | None, folder: Path, 
     """Write one evaluation's verdicts."""
     if judged is None:
         judged = judged_tables(run, {evaluated.name: answers(run, evaluated)})[0][evaluated.name]
-    write_table(folder / VERDICTS, judged.rows)
+    VERDICTS.write(folder, judged.rows)
     facts |= judged.facts
     facts["calibrated"] = agreement.calibration(run, judged.facts["identity"]) is not None
 
@@ -76,7 +81,7 @@ def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
     todo = {
         one.name: one
         for one, made in zip(evaluated, stages, strict=True)
-        if run.missing([made]) or may_be_asked_again(run.facts(made))
+        if run.missing([made]) or may_be_asked_again(run.facts(made, JudgeFacts))
     }
     if todo:
         judged = judged_tables(run, {name: answers(run, one) for name, one in todo.items()})[0]
@@ -92,19 +97,19 @@ def judge_or_error(run: Run, evaluated: Sequence[Stage]) -> Exception | None:
     try:
         make_all(run, evaluated)
     except (ValueError, RuntimeError, ConnectionError) as error:  # those that are told in a sentence
-        print(f"judge: failed: {error}", flush=True)
+        LOG.warning(f"judge: failed: {error}")
         return error
     return None
 
 
-def answers(run: Run, evaluated: Stage) -> list[dict]:
+def answers(run: Run, evaluated: Stage) -> list[AnswerRow]:
     """Return the answers of an evaluation, made if it is not there yet."""
-    return read_table(Path(run.make(evaluated)) / evaluate.ANSWERS)
+    return ANSWERS.read(run.make(evaluated))
 
 
-def row(run: Run, made: Stage) -> dict:
+def row(run: Run, made: Stage) -> JudgedColumns:
     """Return the summary columns of an evaluation that is judged."""
-    facts = run.facts(made)
+    facts = run.facts(made, JudgeFacts)
     return summary_columns(facts, agreement.calibration(run, facts["identity"]))
 
 
@@ -114,12 +119,12 @@ def refresh_card(run: Run, model: Stage | Source, evaluated: Stage) -> None:
         return
     made = stage(run, evaluated) if run.config.judge.engine != "none" else None
     judged = row(run, made) if made and run.store.find(made.name) else None
-    card.refresh(run.store.root / model.name, run.facts(evaluated), judged)
+    card.refresh(run.folder_of(model), run.facts(evaluated, EvaluateFacts), judged)
 
 
 def labels(run: Run, made: Stage) -> dict[str, int | None]:
     """Return the labels of an evaluation that is judged, by sample_id; none where it has no headline."""
-    return JudgedTable(read_table(run.store.root / made.name / VERDICTS), run.facts(made)).labels
+    return JudgedTable(VERDICTS.read(run.folder_of(made)), run.facts(made, JudgeFacts)).labels
 
 
 def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
@@ -142,7 +147,7 @@ def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], 
 
 def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | None) -> None:
     """Judge files (and the answers that people rated), write what was found beside them, and print it."""
-    rows = {one.name: one.rows for one in tables}
+    rows: dict[str, Sequence[Mapping]] = {one.name: one.rows for one in tables}
     ratings: list[agreement.Rating] = []
     if rated is not None:
         if agreement.by_text(rated.rows):
@@ -165,9 +170,9 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
     show(shown, [made.facts for made in judged.values()], differ, reason)
     for one in [*tables, *([rated] if rated is not None else [])]:
         for left in one.skipped[:SHOWN]:
-            print(f"{one.name}: row {left['row']} skipped: {left['reason']}")
+            LOG.warning(f"{one.name}: row {left['row']} skipped: {left['reason']}")
         if len(one.skipped) > SHOWN:
-            print(f"{one.name}: {len(one.skipped)} rows skipped in all")
+            LOG.warning(f"{one.name}: {len(one.skipped)} rows skipped in all")
     for one in tables:
         print(f"judge: verdicts are in {one.parquet}, the summary is in {one.summary}", flush=True)
 
@@ -202,7 +207,7 @@ def serve(run: Run) -> None:
     try:
         run_async(up())
     except KeyboardInterrupt:
-        print("judge: stopped", flush=True)
+        LOG.info("judge: stopped")
 
 
 def job(run: Run) -> None:
@@ -217,9 +222,9 @@ def job(run: Run) -> None:
         return judge_files(run, distinct([read_answers(path) for path in config.tables]), rated)
     evaluated = evaluate.stage(run, run.base_model(), prepare.stage(run))
     (made,) = make_all(run, [evaluated])
-    card.refresh(Path(run.config.model.path), run.facts(evaluated), row(run, made))
-    show({run.config.model.path: row(run, made)}, [run.facts(made)], {}, "")
-    print(f"judge: verdicts are in {run.store.root / made.name / VERDICTS}", flush=True)
+    card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, made))
+    show({run.config.model.path: row(run, made)}, [run.facts(made, JudgeFacts)], {}, "")
+    print(f"judge: verdicts are in {run.folder_of(made) / VERDICTS}", flush=True)
 
 
 def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:

@@ -5,9 +5,13 @@ python -m jobs.make_derm_tiny --out my-derm-tiny
 """
 
 import argparse
+import logging
 from pathlib import Path
 
+from jobs.core.logs import parse_and_configure
 from jobs.core.progress import Progress
+
+LOG = logging.getLogger("jobs")
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "actors" / "derm_tiny" / "checkpoint"
 BANK, BANK_SEED, TEST, TEST_SEED = 12_000, 11, 600, 99
@@ -46,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--tower-steps", type=int, default=900, help="steps of 64 images (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1500, help="steps of 48 conversations (default: %(default)s)")
-    options = parser.parse_args()
+    options = parse_and_configure(parser)
     build(options.out, options.tower_steps, options.steps)
 
 
@@ -69,7 +73,7 @@ def build(out: Path, tower_steps: int, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     processor = build_processor()
     model = build_model(processor)
-    print(f"drawing {BANK:,} images")
+    LOG.info(f"drawing {BANK:,} images")
     images, lesions = draw_bank(BANK, BANK_SEED)
     pixels = to_pixels(images, processor)
     tower = model.model.vision_tower

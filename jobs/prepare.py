@@ -5,11 +5,12 @@ python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /d
 """
 
 import csv
+import logging
 import os
 import string
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -24,14 +25,24 @@ from actors.dataset import (
     split_groups,
 )
 from cluster.artifacts import digest
-from cluster.tables import read_table, write_table
 from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
 from jobs.core.command import main
+from jobs.core.conversation_rows import CONVERSATIONS, ConversationRow
+from jobs.core.rows import Rows
 from jobs.core.run import Run
 from jobs.core.stage import Stage
 
-CONVERSATIONS, SKIPPED = "conversations.parquet", "skipped.parquet"
-_SKIPPED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
+LOG = logging.getLogger("jobs")
+
+
+class SkippedRow(TypedDict):
+    """A file or a question that was left out."""
+
+    path: str
+    reason: str
+
+
+SKIPPED = Rows("skipped.parquet", SkippedRow, pa.schema([("path", pa.string()), ("reason", pa.string())]))
 
 
 def stage(run: Run) -> Stage:
@@ -45,7 +56,7 @@ def stage(run: Run) -> Stage:
         temporary.mkdir(parents=True, exist_ok=True)
         count = write_tree(temporary, data.draw_per_class, run.config.seed)
         temporary.rename(root)
-        print(f"prepare: drew {count} images of derm-tiny into {root}", flush=True)
+        LOG.info(f"prepare: drew {count} images of derm-tiny into {root}")
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
     if not data.classes or not data.questions:
@@ -84,19 +95,18 @@ def build(run: Run, folder: Path, facts: dict) -> None:
         splits = [*split_groups(files, groups, data.test_fraction, run.config.seed)]
     rows, unanswered = _conversations(data, root, files, groups, splits)
     skipped += unanswered
-    write_table(folder / CONVERSATIONS, rows)
-    write_table(folder / SKIPPED, [asdict(s) for s in skipped], _SKIPPED_SCHEMA)
+    CONVERSATIONS.write(folder, rows)
+    SKIPPED.write(folder, [{"path": each.path, "reason": each.reason} for each in skipped])
     images = Counter((row["split"], row["image"]) for row in rows)
     facts["images"] = {side: sum(split == side for split, _ in images) for side in ("train", "test")}
     facts["conversations"] = len(rows)
     facts["skipped"] = len(skipped)
-    print(
+    LOG.info(
         f"prepare: {facts['images']['train']} training and {facts['images']['test']} test images, "
-        f"{len(rows)} conversations, {len(skipped)} files skipped",
-        flush=True,
+        f"{len(rows)} conversations, {len(skipped)} files skipped"
     )
     for reason, count in Counter(s.reason for s in skipped).most_common(5):
-        print(f"prepare:   skipped {count}: {reason}", flush=True)
+        LOG.warning(f"prepare: skipped {count}: {reason}")
 
 
 def _patterns(kind: ClassConfig) -> list[str]:
@@ -105,10 +115,11 @@ def _patterns(kind: ClassConfig) -> list[str]:
 
 def _conversations(
     data: DataConfig, root: Path, files: list[ImageFile], groups: list[int], splits: list[str | None]
-) -> tuple[list[dict], list[Skipped]]:
+) -> tuple[list[ConversationRow], list[Skipped]]:
     annotations = _annotations(data, root)
     classes = {kind.name: kind for kind in data.classes}
-    rows, skipped = [], []
+    rows: list[ConversationRow] = []
+    skipped: list[Skipped] = []
     for file, group, split in zip(files, groups, splits, strict=True):
         if split is None:
             continue
@@ -161,9 +172,9 @@ def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | No
     return question.answer.format(**texts)
 
 
-def conversations(folder: str, split: str) -> list[dict]:
+def conversations(folder: str, split: str) -> list[ConversationRow]:
     """Read one split of a data artifact."""
-    return [row for row in read_table(Path(folder) / CONVERSATIONS) if row["split"] == split]
+    return [row for row in CONVERSATIONS.read(folder) if row["split"] == split]
 
 
 def job(run: Run) -> None:

@@ -9,6 +9,7 @@ alive would share one GPU's memory, so that none could be measured alone. The ro
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source
 from jobs.core.text import GIB
+
+LOG = logging.getLogger("jobs")
 
 ROWS = "profile.json"
 
@@ -56,10 +59,9 @@ def compare_models(run: Run, models: Sequence[Source], sample: Sample) -> list[d
         with run.workers.replicas(run.model_spec(models[number])) as pool:
             found[number].append(evaluate.measure_round(pool, sample, config.evaluate, runs))
         measured = merge_rounds(found[number][-1:])
-        print(
+        LOG.info(
             f"profile: round {len(found[number])} of {config.profile.rounds}, {models[number].path}: "
-            f"{measured['ms_per_token']:.2f} ms/token",
-            flush=True,
+            f"{measured['ms_per_token']:.2f} ms/token"
         )
     return [{"checkpoint": model.path, **merge_rounds(rounds)} for model, rounds in zip(models, found, strict=True)]
 

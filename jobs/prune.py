@@ -9,15 +9,19 @@
 The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs import ablate, prepare, verify
 from jobs.core.command import main
+from jobs.core.facts import SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking import select
 from jobs.reporting import card
+
+LOG = logging.getLogger("jobs")
 
 
 def stage(run: Run, model: Stage | Source) -> Stage | Source:
@@ -67,7 +71,7 @@ def _stage(run: Run, model: Stage | Source) -> Stage:
             choose = lambda run: select.one_shot(run, scores)  # noqa: E731
         else:
             chosen = select.stage(run, model, data, scores)
-            settings, parents, choose = {}, (model, chosen), lambda run: run.facts(chosen)["removed"]
+            settings, parents, choose = {}, (model, chosen), lambda run: run.facts(chosen, SelectFacts)["removed"]
     return Stage("prune", 3, settings, parents, lambda r, f, facts: _write(r, model, choose(r), f, facts))
 
 
@@ -78,7 +82,7 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
     facts["gate"] = verify.passed(run, folder, model, facts["removed"])
     step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _describe_choice(run)}
     card.finish(run, model, folder, facts, step)
-    print(f"prune: removed layers {facts['removed']}, {facts['layers']} are left", flush=True)
+    LOG.info(f"prune: removed layers {facts['removed']}, {facts['layers']} are left")
 
 
 def _describe_choice(run: Run) -> str:

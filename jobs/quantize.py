@@ -7,6 +7,7 @@ The vision tower, the projector, the embeddings and the head keep 16 bits. awq a
 simulated: the weights are rounded, but stored in 16 bits (config.json and the manifest say so).
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from jobs.reporting import card
 
 if TYPE_CHECKING:
     from cluster.pool import Pool
+
+LOG = logging.getLogger("jobs")
 
 QUANTIZER = "actors.quantizers.quantizer:Quantizer"
 
@@ -124,10 +127,9 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
     }
     card.finish(run, model, folder, facts, step)
     simulated = " (simulated: stored in 16 bits)" if facts["simulated"] else ""
-    print(
+    LOG.info(
         f"quantize: {facts['linears']} linears at {facts['bits_per_weight']:.2f} bits a weight by "
         f"{quantize.method}{simulated}",
-        flush=True,
     )
 
 

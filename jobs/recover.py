@@ -9,19 +9,28 @@ fine-tuning to the domain:
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet
 """
 
-from dataclasses import fields
 from pathlib import Path
+from typing import TypedDict
 
 from actors.specs import Conversation, LoraSettings
-from cluster.tables import write_table
 from jobs import prepare, verify
 from jobs.core.command import main
 from jobs.core.progress import Progress
+from jobs.core.rows import Rows
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
-LOSSES = "losses.parquet"
+
+class LossRow(TypedDict):
+    """One optimiser step."""
+
+    step: int
+    loss: float  # nats per answer token, mean of the batch
+    learning_rate: float
+
+
+LOSSES = Rows("losses.parquet", LossRow)
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
@@ -36,9 +45,10 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
 
 def training_conversations(folder: str) -> list[Conversation]:
     """Return the training split of a data artifact."""
-    names = [field.name for field in fields(Conversation) if field.name != "id"]
-    rows = prepare.conversations(folder, "train")
-    return [Conversation(id=row["sample_id"], **{name: row[name] for name in names}) for row in rows]
+    return [
+        Conversation(row["sample_id"], row["image"], row["question"], row["reference"])
+        for row in prepare.conversations(folder, "train")
+    ]
 
 
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
@@ -53,7 +63,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
             for row in worker.stream("train", conversations, settings, str(folder)):
                 losses.append(row)
                 progress.at(row["step"], f"loss {row['loss']:.4f}")
-    write_table(folder / LOSSES, losses)
+    LOSSES.write(folder, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
     facts["gate"] = verify.passed(run, folder, model, trained=True)

@@ -6,6 +6,7 @@ Reads what jobs.compress with the same options made; opens offline.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from actors.baseline import REFUSALS
@@ -13,18 +14,22 @@ from actors.criteria import CRITERIA
 from actors.maths.ranges import OUTLIER
 from actors.quantizers.table import METHODS
 from cluster.artifacts import write_text
-from cluster.tables import read_table
-from jobs import ablate, compress, evaluate, judge, prepare, recover
+from jobs import ablate, compress, prepare, recover
 from jobs.core.command import main
+from jobs.core.facts import AblateFacts, EvaluateFacts, RangesFacts, SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Stage
 from jobs.core.text import size, with_interval
 from jobs.figures.layers import importance_figure, loss_figure, tradeoff_figure
+from jobs.judging.rows import VERDICTS
 from jobs.ranking import ranges
+from jobs.ranking.rows import AGREEMENT, SCORES
 from jobs.reporting import answers as report_answers
 from jobs.reporting import judge as report_judge
 from jobs.reporting import metrics as report_metrics
 from jobs.reporting.pages import render_page
+from jobs.reporting.summary import SUMMARY, SummaryRow
+from jobs.scoring.rows import ANSWERS
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -41,24 +46,21 @@ def job(run: Run) -> None:
             f"(first: {open_stages[0].kind}). Run jobs.compress with the same options."
         )
     rows = compress.make_summary(run, planned)
-    compress.write_summary(run, rows)
+    SUMMARY.write(run.folder, rows)
     content = _content(run, planned, rows)
     for name, template in ((HTML, "report.html.j2"), (MARKDOWN, "report.md.j2")):
         write_text(run.folder / name, render_page(template, content))
     print(f"report: {run.folder / HTML}", flush=True)
 
 
-def _content(run: Run, planned: dict, rows: list[dict]) -> dict:
+def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
-    losses = read_table(run.store.root / planned["prune+sft"][0].name / recover.LOSSES)
+    losses = recover.LOSSES.read(run.folder_of(planned["prune+sft"][0]))
     original = rows[0]
-    by_method = {
-        method: {row["sample_id"]: row for row in read_table(run.store.root / made.name / evaluate.ANSWERS)}
-        for method, (_, made) in planned.items()
-    }
+    by_method = {method: ANSWERS.by_sample(run.folder_of(made)) for method, (_, made) in planned.items()}
     judged = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
-    verdicts = {method: read_table(run.store.root / made.name / judge.VERDICTS) for method, made in judged}
-    metrics = {method: run.facts(made)["metrics"] for method, (_, made) in planned.items()}
+    verdicts = {method: VERDICTS.read(run.folder_of(made)) for method, made in judged}
+    metrics = {method: run.facts(made, EvaluateFacts)["metrics"] for method, (_, made) in planned.items()}
     return {
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,
@@ -94,15 +96,18 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     if scored is None:
         return None
     criterion = run.config.ablate.criterion
-    scores = read_table(run.store.root / scored.name / ablate.SCORES)
+    facts: Mapping = run.facts(scored, AblateFacts)
+    scores = SCORES.read(run.folder_of(scored))
     others = compress.comparison(run)
-    pairs = read_table(run.store.root / others.name / ablate.AGREEMENT) if others else []
+    pairs = AGREEMENT.read(run.folder_of(others)) if others else []
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
     tau = {(row["criterion"], row["other"]): ablate.format_tau(row["tau"]) for row in pairs}
-    found = next((run.facts(p) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None)
+    found = next(
+        (run.facts(p, SelectFacts) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None
+    )
     label = CRITERIA[criterion].label
     return {
-        **{key: run.facts(scored)[key] for key in ("pairs_apart", "pairs", "outliers", "failed")},
+        **{key: facts[key] for key in ("pairs_apart", "pairs", "outliers", "failed")},
         "scores": sorted(scores, key=lambda row: row["rank"]),
         "figure": importance_figure(scores, removed, label),
         "label": label,
@@ -118,7 +123,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
 
 def _ranges(run: Run, recorded: Stage) -> dict:
     """Return the recorded activation ranges and the outlier channels."""
-    folder, facts = run.store.root / recorded.name, run.facts(recorded)
+    folder, facts = run.folder_of(recorded), run.facts(recorded, RangesFacts)
     return {
         "figure": (folder / ranges.FIGURE).read_text(),
         "outliers": facts["outliers"],
@@ -127,7 +132,7 @@ def _ranges(run: Run, recorded: Stage) -> dict:
     }
 
 
-def format_row(row: dict) -> dict:
+def format_row(row: Mapping) -> dict:
     """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
     finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]
@@ -147,13 +152,13 @@ def format_row(row: dict) -> dict:
     }
 
 
-def _detectable(rows: list[dict]) -> str:
+def _detectable(rows: Sequence[SummaryRow]) -> str:
     """Return the smallest and the largest difference that the images resolve, "" where all models answer alike."""
     found = [row["difference_detectable_pct"] for row in rows if row["difference_detectable_pct"] is not None]
     return f"{min(found):.1f} to {max(found):.1f}" if found else ""
 
 
-def _quantizer(run: Run, row: dict) -> str:
+def _quantizer(run: Run, row: SummaryRow) -> str:
     """Tell how the weights were rounded."""
     settings = run.config.quantize
     if settings.method == "none":
@@ -169,7 +174,7 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.3f} M"
 
 
-def _weights(row: dict) -> str:
+def _weights(row: Mapping) -> str:
     """Tell the size of the weights; of simulated ones the size that they would have, and the one they have."""
     if row["simulated"]:
         return f"{size(row['nominal_bytes'])} ({size(row['weight_bytes'])} stored)"

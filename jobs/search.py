@@ -21,12 +21,14 @@ of earlier searches in the same run_dir take part. After any stop the same comma
 made again. --resolve-only answers for another budget from the rows.
 """
 
+import logging
 import os
 import time
 from collections.abc import Sequence
 
 from jobs import judge
 from jobs.core.command import main
+from jobs.core.facts import EvaluateFacts
 from jobs.core.progress import Progress
 from jobs.core.run import Run
 from jobs.core.stage import Stage
@@ -35,9 +37,12 @@ from jobs.judging.tables import flag
 from jobs.reporting import card
 from jobs.reporting.search import write_report
 from jobs.searching.budget import Entrant, compare_rows, dominated, format_answer, judge_lines, pareto_front, resolve
-from jobs.searching.rows import LOG, answers, estimates, read_rows, rows_of, totals, write_rows
+from jobs.searching.rows import EVENTS, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import SEARCH, Plan, plans
+from jobs.searching.table import SearchRow
+
+LOG = logging.getLogger("jobs")
 
 OBJECTIVES = {"score": "max", "memory_gib": "min", "ms_per_token": "min"}
 Key = tuple[str, ...]
@@ -67,7 +72,7 @@ class SettingSearch:
         self.failures: dict[Key, str] = {}
         self.lost: dict[Key, dict] = {}
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[SearchRow]:
         """Return the table as it is now."""
         rows = rows_of(self.run, self.plans, self.sizes, self.failures, self.lost)
         return [row for row in rows if row["status"] != "open" or row["screen_pct"] is not None or not self.sampled]
@@ -99,9 +104,7 @@ class SettingSearch:
         ]
         self.lost = dominated(entrants, groups)
         self.open = [plan for plan in seen if plan.setting.key not in self.lost]
-        print(
-            f"search: {len(self.lost)} of {len(seen)} settings lose in the screen, {len(self.open)} go on", flush=True
-        )
+        LOG.info(f"search: {len(self.lost)} of {len(seen)} settings lose in the screen, {len(self.open)} go on")
 
     def evaluate(self) -> None:
         """Evaluate who is left on all images; on a CPU one at a time, so that no other work disturbs the clocks."""
@@ -123,7 +126,7 @@ class SettingSearch:
         """Make what is missing of every setting's stages, as trials of Ray Tune."""
         missing = {key: self.run.missing(stages) for key, (_, stages) in work.items()}
         waiting = [key for key, stages in missing.items() if stages]
-        print(f"search: {name}, {len(work) - len(waiting)} of {len(work)} settings have it already", flush=True)
+        LOG.info(f"search: {name}, {len(work) - len(waiting)} of {len(work)} settings have it already")
         if not waiting:
             return
         from cluster.tuning import Maker, Sampled, Task, run_trials
@@ -149,7 +152,7 @@ class SettingSearch:
         with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
             finished = {key: stages[-1] for key, (_, stages) in work.items() if stages and not missing[key]}
             heard = _TrialListener(self, progress, finished)
-            ends = run_trials(chains, maker, folder / name, folder / LOG, heard, config.search.loggers, trials)
+            ends = run_trials(chains, maker, folder / name, folder / EVENTS, heard, config.search.loggers, trials)
         self.failures |= {key: end["error"] for key, end in ends.items() if end.get("error")}
 
 
@@ -162,15 +165,15 @@ class _TrialListener:
         self._best: tuple[float, str] | None = None
         for key, stage in finished.items():
             if stage.kind == "evaluate":
-                self._note_score(search.run.facts(stage)["metrics"]["baseline_pct"], key)
+                self._note_score(search.run.facts(stage, EvaluateFacts)["metrics"]["baseline_pct"], key)
 
     def __call__(self, event: dict) -> None:
         if event["event"] == "started":
-            print(f"search: making {event['name']}", flush=True)
+            LOG.info(f"search: making {event['name']}")
         elif event["event"] == "made":
-            print(f"search: made {event['name']} in {event['seconds']:.0f} s", flush=True)
+            LOG.info(f"search: made {event['name']} in {event['seconds']:.0f} s")
         elif event["event"] == "failed":
-            print(f"search: {event['name']} failed: {event['error']}", flush=True)
+            LOG.warning(f"search: {event['name']} failed: {event['error']}")
         else:
             self._trial(event)
 
@@ -202,7 +205,7 @@ def _count_makers(run: Run) -> int:
     )
 
 
-def format_rows(rows: Sequence[dict], failure: Exception | None = None) -> str:
+def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> str:
     """Lay the rows out for a terminal; failure: what ended the judge."""
     fronts = {cost: {row["setting"] for row in pareto_front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
@@ -257,21 +260,20 @@ def job(run: Run) -> None:
         raise failure
 
 
-def check_any(rows: Sequence[dict]) -> None:
+def check_any(rows: Sequence[SearchRow]) -> None:
     """RuntimeError if settings were tried, and all of them failed."""
     failed = [row for row in rows if row["status"] == "failed"]
     if failed and not any(row["status"] == "done" for row in rows):
         raise RuntimeError(f"All {len(failed)} settings that were tried failed; the first: {failed[0]['reason']}")
 
 
-def searched(run: Run) -> tuple[list[dict], Exception | None]:
+def searched(run: Run) -> tuple[list[SearchRow], Exception | None]:
     """Do what is not done yet; write the rows, and return them, with what ended the judge."""
     started = time.monotonic()
     search = SettingSearch(run)
     path = write_rows(run, search.rows())
-    print(
+    LOG.info(
         f"search: {len(search.plans)} settings, {len(search.plans) - len(search.open)} over budget; rows are in {path}",
-        flush=True,
     )
     search.build()
     search.narrow()
@@ -282,11 +284,10 @@ def searched(run: Run) -> tuple[list[dict], Exception | None]:
         if run.store.find(plan.evaluation.name):
             judge.refresh_card(run, plan.model, plan.evaluation)
     sums = totals(run, rows)
-    print(
+    LOG.info(
         f"search: took {time.monotonic() - started:.0f} s now; {sums['stages']} stages of {sums['seconds']:.0f} s "
         f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s, without the "
         "evaluations that the screen saved",
-        flush=True,
     )
     return rows, failure
 

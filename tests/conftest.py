@@ -6,8 +6,10 @@ import signal
 import pytest
 
 from cluster.connection import connect, protect
+from jobs.core.logs import configure
 
 os.environ.pop("RAY_ADDRESS", None)
+configure()  # what the rooms say is on sys.stderr, as it is under a job
 protect()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 

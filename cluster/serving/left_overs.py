@@ -1,5 +1,6 @@
 """Applications that a killed driver left behind: their names tell its Ray job, and the next driver ends them."""
 
+import logging
 import re
 import secrets
 
@@ -10,6 +11,8 @@ protect()
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
 from ray._private.state import jobs  # noqa: E402 (of the cluster's own table: ray.util.state needs a dashboard)
+
+LOG = logging.getLogger("cluster.serving")
 
 _OWN = re.compile(r"-job([0-9a-f]+)-[0-9a-f]{6}$")
 
@@ -24,7 +27,7 @@ def end_left() -> None:
     found = {name: match[1] for name in serve.status().applications if (match := _OWN.search(name))}
     dead = {job["JobID"] for job in jobs() if job["IsDead"]} if found else set()
     for name in [name for name, job in found.items() if job in dead]:
-        print(f"serving: {name} was left by a job that has ended; it is ended now", flush=True)
+        LOG.info(f"serving: {name} was left by a job that has ended; it is ended now")
         end(name)
 
 
@@ -33,4 +36,4 @@ def end(name: str) -> None:
     try:
         serve.delete(name)
     except Exception as error:
-        print(f"serving: {name} could not be ended ({one_line(error)})", flush=True)
+        LOG.warning(f"serving: {name} could not be ended ({one_line(error)})")

@@ -31,6 +31,8 @@ from ray import serve  # noqa: E402
 from ray.exceptions import RayTaskError  # noqa: E402
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException  # noqa: E402
 
+LOG = logging.getLogger("cluster.serving")
+
 TRIES = 4  # of one call whose replica dies under it
 POLL_S = 0.2
 HEALTH_PERIOD_S = 2.0  # how soon a dead replica is noticed
@@ -170,9 +172,9 @@ def _leave(name: str, keep: bool) -> None:
     if not stays:
         end(name)
     elif is_private():
-        print(f"serving: {name} is kept only as long as this Ray, which is private and ends with the job", flush=True)
+        LOG.info(f"serving: {name} is kept only as long as this Ray, which is private and ends with the job")
     else:
-        print(f"serving: {name} stays up; the next job that uses it without keeping it ends it", flush=True)
+        LOG.info(f"serving: {name} stays up; the next job that uses it without keeping it ends it")
 
 
 def application_name(label: str, target: str, recipe: dict) -> str:
@@ -240,7 +242,7 @@ def _check_room(scale: Scale) -> None:
     text = f"{scale.replicas} replica(s) of {scale.cpus:g} cores and {scale.gpus:g} GPUs are wanted; there are {there}"
     if is_private():
         raise ValueError(f"{text}: ask for fewer or smaller ones, or add nodes.")
-    print(f"serving: {text}; waiting for nodes", flush=True)
+    LOG.warning(f"serving: {text}; waiting for nodes")
 
 
 def _state(name: str) -> str | None:
@@ -266,7 +268,7 @@ async def _running(name: str) -> None:
         if time.monotonic() - said >= SAID_EVERY_S:
             said = time.monotonic()
             reason = messages[0] if messages else found.status.value
-            print(f"serving: {name} is not up after {said - began:.0f} s: {reason}", flush=True)
+            LOG.warning(f"serving: {name} is not up after {said - began:.0f} s: {reason}")
         await asyncio.sleep(POLL_S)
 
 

@@ -1,5 +1,6 @@
 """Starting and ending Ray Serve itself, which has one HTTP setting for the whole cluster."""
 
+import logging
 import socket
 
 from cluster.connection import is_private, protect
@@ -8,6 +9,8 @@ from cluster.pool import one_line
 protect()
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
+
+LOG = logging.getLogger("cluster.serving")
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -70,4 +73,4 @@ def shut_down() -> None:
         if not serve.status().applications:
             serve.shutdown()
     except Exception as error:  # the cluster is gone: no reason to lose what was computed
-        print(f"serving: Ray Serve could not be ended ({one_line(error)})", flush=True)
+        LOG.warning(f"serving: Ray Serve could not be ended ({one_line(error)})")

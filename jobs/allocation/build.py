@@ -1,21 +1,26 @@
 """What a choice per layer is truly worth: its checkpoint is built, recovered, evaluated, and compared with others."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from actors.judge.verdict import TOP_LABEL
-from cluster.tables import read_table
 from jobs import evaluate, judge, prune, recover
 from jobs.allocation import mixed
 from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice
+from jobs.core.facts import EvaluateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.text import size
 from jobs.scoring.differences import differences
+from jobs.scoring.rows import ANSWERS, AnswerRow
+from jobs.searching.joint_table import JointRow
 from jobs.searching.rows import judged_columns
 from jobs.searching.space import Setting
 from jobs.searching.stages import Plan
+
+LOG = logging.getLogger("jobs.allocation")
 
 UNIFORM = "uniform"
 _METRICS = ("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval")
@@ -63,12 +68,12 @@ def build(run: Run, base: Source, data: Stage, named: Mapping[str, Choice], budg
             own.make(plan.evaluation)
         except (ValueError, RuntimeError) as error:
             failure = str(error)
-            print(f"joint: {method} failed: {failure}", flush=True)
+            LOG.warning(f"joint: {method} failed: {failure}")
         found.append(Built(method, choice, plan, failure))
     return found
 
 
-def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> list[dict]:
+def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> list[JointRow]:
     """Return the rows of choices that were tried, compared with the best uniform one; a failed one has its reason."""
     rows, answers, labels = [], [], []
     for one in built:
@@ -86,14 +91,15 @@ def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> lis
             "checkpoint": model.path if isinstance(model, Source) else str(run.store.root / model.name),
             "evaluation": one.plan.evaluation.name,
         }
-        given: dict[str, dict] = {}
+        given: dict[str, AnswerRow] = {}
         judged: Mapping[str, int | None] = {}
         if one.failure is None:
-            facts = run.facts(one.plan.evaluation)
-            row |= {key: facts["metrics"][key] for key in (*_METRICS, *_COUNTS)}
-            row |= {key: facts["profile"][key] for key in _PROFILE}
-            table = read_table(run.store.root / one.plan.evaluation.name / evaluate.ANSWERS)
-            given = {answer["sample_id"]: answer for answer in table}
+            facts = run.facts(one.plan.evaluation, EvaluateFacts)
+            metrics: Mapping = facts["metrics"]
+            profile: Mapping = facts["profile"]
+            row |= {key: metrics[key] for key in (*_METRICS, *_COUNTS)}
+            row |= {key: profile[key] for key in _PROFILE}
+            given = ANSWERS.by_sample(run.folder_of(one.plan.evaluation))
             if row["is_llm_judge"]:
                 judged = judge.labels(run, judge.stage(run, one.plan.evaluation))
         rows.append(row)
@@ -103,8 +109,8 @@ def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> lis
 
 
 def add_differences(
-    rows: Sequence[dict], answers: Sequence[Mapping[str, dict]], labels: Sequence[Mapping[str, int | None]]
-) -> list[dict]:
+    rows: Sequence[dict], answers: Sequence[Mapping[str, AnswerRow]], labels: Sequence[Mapping[str, int | None]]
+) -> list[JointRow]:
     """Return the rows, each with its difference from the uniform setting of the best score.
 
     The score is the judge's where all rows that are done have one, else the baseline. Without a uniform setting, and
@@ -116,7 +122,7 @@ def add_differences(
     nothing: dict[str, Any] = {**differences([{}], {}, 1.0)[0], **differences([{}], {}, 1.0, "exact_difference")[0]}
     found = [{**row, "score_kind": kind, "best_uniform": False, **nothing} for row in rows]
     if not uniform:
-        return found
+        return cast(list[JointRow], found)
     best = max(uniform, key=lambda number: rows[number][f"{kind}_pct"])
     order = [best, *(number for number in done if number != best)]
     groups = {sample: row["group"] for number in order for sample, row in answers[number].items()}
@@ -133,4 +139,4 @@ def add_differences(
     )
     for number, (difference, exact) in zip(order, columns, strict=True):
         found[number] |= {"best_uniform": number == best, **difference, **exact}
-    return found
+    return cast(list[JointRow], found)

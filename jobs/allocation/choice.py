@@ -4,18 +4,22 @@ Damages do not simply add up, so what the program proposes is measured as a whol
 best choice so far: every single change of it is measured again, and the program looks near it.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, cast, get_args
 
 from actors.maths.columns import Array
 from actors.maths.knapsack import best_choices, predict_damage, tabulate_bytes, tabulate_damage
 from jobs.ranking.measurements import ChoiceMeasurements, check_ranked
+from jobs.searching.joint_table import Damage, SingleRow, TriedRow
+
+LOG = logging.getLogger("jobs.allocation")
 
 Choice = tuple[int, ...]
 REMOVED, WHOLE = 0, 16
-BOTH: tuple[str, ...] = ("kl", "answer_similarity")
+BOTH: tuple[Damage, ...] = get_args(Damage)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class AllocationSearch:
         self._measured, self._memory, self._joint = measured, memory, joint
         self._budget, self._options = budget, memory.options
         self._bytes, self._left = memory.program(budget)
-        self.tried: dict[Choice, dict] = {}
-        self.singles: list[dict] = []
+        self.tried: dict[Choice, TriedRow] = {}
+        self.singles: list[SingleRow] = []
 
     def losses(self, choices: Sequence[Choice], criterion: str, label: str) -> list[float]:
         """Return the measured damage of choices."""
@@ -101,7 +105,7 @@ class AllocationSearch:
 
         One that says nothing, whose damage is no finite number, is not among them.
         """
-        damage = self._joint.damage
+        damage: Damage = self._joint.damage
         known = [choice for choice, row in self.tried.items() if isfinite(row[damage])]
         return sorted(known, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
 
@@ -110,16 +114,14 @@ class AllocationSearch:
         centre: Choice = self._measured.whole
         for number in range(1, self._joint.rounds + 1):
             proposed = self._round(number, centre, uniform if number == 1 else ())
-            print(
-                f"joint: round {number} tried {proposed} choices; best so far {format_choice(self.best[0])}", flush=True
-            )
+            LOG.info(f"joint: round {number} tried {proposed} choices; best so far {format_choice(self.best[0])}")
             if self.best[0] == centre:
                 return
             centre = self.best[0]
 
     def _round(self, number: int, centre: Choice, others: Sequence[Choice]) -> int:
         changes, label = single_changes(centre, self._options), f"round {number}"
-        damage = self._joint.damage
+        damage: Damage = self._joint.damage
         at, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
         check_ranked(damage, [at])
         check_ranked(damage, losses)
@@ -140,8 +142,15 @@ class AllocationSearch:
         values = self.losses(choices, damage, f"{label}, {damage} of choices")
         check_ranked(damage, values)
         for choice, value in zip(choices, values, strict=True):
-            row = {"round": number, "choice": list(choice), "predicted": predicted.get(choice)}
-            row |= dict.fromkeys(BOTH) | {damage: value, "bytes": self._memory.total(choice)}
+            row: TriedRow = {
+                "round": number,
+                "choice": list(choice),
+                "predicted": predicted.get(choice),
+                "kl": None,
+                "answer_similarity": None,
+                "bytes": self._memory.total(choice),
+            }
+            row[damage] = value
             self.tried.setdefault(choice, row)
         return len(choices)
 
@@ -155,7 +164,8 @@ class AllocationSearch:
         values = {each: self.losses(list(changes.values()), each, f"{each} of single changes") for each in BOTH}
         for place, (layer, option) in enumerate(changes):
             row: dict = {"layer": layer, "option": self._options[option]}
-            self.singles.append(row | {each: values[each][place] for each in BOTH})
+            row |= {each: values[each][place] for each in BOTH}
+            self.singles.append(cast(SingleRow, row))
 
 
 def format_choice(choice: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints whose decoder layers have bits of their own, and the rounded layers that choices are measured with."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from jobs import quantize, verify
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.reporting import card
+
+LOG = logging.getLogger("jobs.allocation")
 
 QUANTIZER = "actors.quantizers.mixed:MixedQuantizer"
 
@@ -71,14 +74,14 @@ def _write(run: Run, model, data, bits: Sequence[int], settings: dict, folder: P
         "calibration": quantize.calibration_note(run, data, calibration),
     }
     card.finish(run, model, folder, facts, step)
-    print(f"mixed: {facts['bits_per_weight']:.2f} bits a weight, layers at {list(bits)}", flush=True)
+    LOG.info(f"mixed: {facts['bits_per_weight']:.2f} bits a weight, layers at {list(bits)}")
 
 
 def _write_options(run: Run, model, data, bits: Sequence[int], folder: Path, facts: dict) -> None:
     spec, calibration = run.model_spec(model), quantize.calibration_conversations(run, data)
     with run.workers.worker(QUANTIZER) as worker:
         facts.update(worker.call("options", spec, _settings(run), list(bits), calibration, str(folder)))
-    print(f"rounded: {facts['layers']} layers at {', '.join(map(str, bits))} bits", flush=True)
+    LOG.info(f"rounded: {facts['layers']} layers at {', '.join(map(str, bits))} bits")
 
 
 def _settings(run: Run):

@@ -1,6 +1,7 @@
 """The command line of every job: --config, dotted overrides, --help; one sentence for a user's mistake."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,16 +12,19 @@ from pydantic_core import PydanticUndefined
 
 from cluster import lost
 from jobs.config.schema import Config
+from jobs.core.logs import FLAGS, configure, split_flags
 from jobs.core.options import fields, load_config
 from jobs.core.run import Run
 from jobs.core.signals import interrupt_on_sigterm
+
+LOG = logging.getLogger("jobs.core")
 
 USAGE = """{doc}
 
 Options:
   --config FILE        YAML file with any of the fields below (default: the defaults)
   --<field> VALUE      override one field, e.g. --prune.layers 7; a BOOL alone means true
-{shorthands}  --help               this text
+{shorthands}{flags}  --help               this text
 
 Fields (unit in brackets; data has no defaults: start from a file in configs/):
 {fields}
@@ -41,14 +45,15 @@ def main(
     """
     spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
     name = (spec.name if spec else job.__module__).split(".")[-1]
-    arguments = sys.argv[1:]
+    flags, arguments = split_flags(sys.argv[1:])
     if {"-h", "--help"} & set(arguments):
-        text = USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), fields=_field_help())
+        text = usage(doc, shorthands)
         try:
             print(text, flush=True)
         except BrokenPipeError:  # a reader that has seen enough (`--help | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    configure(**flags)
     with one_sentence(name), Run(parse(arguments, shorthands)) as run:
         if records(run.config):
             run.record_config(name)
@@ -122,6 +127,12 @@ def parse(arguments: list[str], shorthands: Mapping[str, str] = MappingProxyType
     return load_config(path, overrides)
 
 
+def usage(doc: str, shorthands: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return what --help prints of a job."""
+    flags = "".join(f"  --{name:<18} {words}\n" for name, words in FLAGS.items())
+    return USAGE.format(doc=doc.strip(), shorthands=_shorthand_help(shorthands), flags=flags, fields=_field_help())
+
+
 def _shorthand_help(shorthands: Mapping[str, str]) -> str:
     return "".join(f"  --{name:<18} short for --{field}\n" for name, field in shorthands.items())
 
@@ -137,5 +148,5 @@ def _field_help() -> str:
 
 
 def _stop(job: str, message: str, code: int) -> None:
-    print(f"{job}: {message}", file=sys.stderr, flush=True)
+    LOG.error(f"{job}: {message}")
     raise SystemExit(code)

@@ -1,16 +1,22 @@
 """A job's run: its config, its artifacts, its workers."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar, overload
 
 import yaml
 
 from cluster.artifacts import ArtifactStore, Fingerprints, digest
 from cluster.connection import in_submitted_job
 from jobs.config.schema import Config
+from jobs.core.facts import Facts, check_facts
 from jobs.core.sources import Sources
 from jobs.core.stage import Source, Stage
 from jobs.core.workers import Workers
+
+LOG = logging.getLogger("jobs.core")
+F = TypeVar("F", bound=Facts)
 
 
 class Run:
@@ -54,16 +60,17 @@ class Run:
         if found is None:
             for parent in stage.parents:
                 self.make(parent)
-            print(f"{stage.kind}: computing {stage.name}", flush=True)
+            LOG.info(f"{stage.kind}: computing {stage.name}")
             goes_on = stage.resume and self.store.begun(stage.name)
             with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
                 with self.workers.meter() as meter:
                     stage.build(self, folder, facts)
+                check_facts(stage.kind, facts)
                 if not goes_on:  # what killed legs held is not known
                     facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
             found = self.store.find(stage.name)
         elif stage.name not in self._seen:
-            print(f"{stage.kind}: {stage.name} exists, reused", flush=True)
+            LOG.info(f"{stage.kind}: {stage.name} exists, reused")
         self._seen.add(stage.name)
         return str(found)
 
@@ -71,9 +78,17 @@ class Run:
         """Return the stages that would have to be computed."""
         return [s for s in stages if isinstance(s, Stage) and self.store.find(s.name) is None]
 
-    def facts(self, stage: Stage) -> dict:
-        """Return the manifest of a stage that exists."""
+    @overload
+    def facts(self, stage: Stage) -> Facts: ...
+    @overload
+    def facts(self, stage: Stage, kind: type[F]) -> F: ...
+    def facts(self, stage, kind=Facts):
+        """Return the manifest of a stage that exists, as the `kind` of facts that its stage notes (jobs.core.facts)."""
         return self.store.manifest(stage.name)
+
+    def folder_of(self, stage: Stage) -> Path:
+        """Return the folder of a stage that exists."""
+        return self.store.root / stage.name
 
     def base_model(self) -> Source:
         """Return the model of the config, named by its content."""

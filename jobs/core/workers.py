@@ -3,6 +3,7 @@
 Ray starts when the first of them is needed, and not before.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from cluster.pool import Pool
 
 from jobs.config.schema import ReplicasConfig
+
+LOG = logging.getLogger("jobs.core")
 
 REPLICA = "actors.engine.replica:LlavaReplica"
 EMBEDDER = "actors.embedder:Embedder"
@@ -86,9 +89,7 @@ class Workers:
         if fit < 1 and (wanted.count == "auto" or is_private()):
             raise ValueError(_TOO_SMALL.format(wanted.cpus, wanted.gpus, *capacity()))
         if wanted.count != "auto" and wanted.count > fit:
-            print(
-                f"replicas: {wanted.count} wanted, room for {fit} now; the others start when there is room", flush=True
-            )
+            LOG.warning(f"replicas: {wanted.count} wanted, room for {fit} now; the others start when there is room")
         spec = replace(spec, gpus=wanted.gpus, sharers=1 if wanted.gpus else self._count_sharers())
         kwargs |= {"spec": spec, "max_rows": wanted.max_rows}
         return self._host(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count))
@@ -106,7 +107,7 @@ class Workers:
         if cpus > there[0] or (wanted.gpus and there[1] < 1):
             if is_private():
                 raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
-            print(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}", flush=True)
+            LOG.warning(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}")
         return self._host(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
 
     def count_workers(self) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -24,7 +25,7 @@ def svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def importance_figure(scores: list[dict], removed: tuple[int, ...] = (), label: str = "score") -> str:
+def importance_figure(scores: Sequence[Mapping], removed: tuple[int, ...] = (), label: str = "score") -> str:
     """Bar chart of the score without each layer (paper, figure 3), with 95 % intervals."""
     figure, axes = plt.subplots(figsize=(7, 2.8))
     layers = [row["layer"] for row in scores]
@@ -45,7 +46,7 @@ def importance_figure(scores: list[dict], removed: tuple[int, ...] = (), label: 
     return svg(figure)
 
 
-def ranges_figure(rows: list[dict]) -> str:
+def ranges_figure(rows: Sequence[Mapping]) -> str:
     """Largest |x| of the channels that go into the decoder's linears, by layer (paper, figure 4): median, 99 %, max."""
     inputs = list(dict.fromkeys(row["projections"] for row in rows))
     figure, grid = plt.subplots(1, len(inputs), figsize=(2 * len(inputs) + 1, 2.6), sharey=True, squeeze=False)
@@ -64,7 +65,7 @@ def ranges_figure(rows: list[dict]) -> str:
     return svg(figure)
 
 
-def loss_figure(losses: list[dict]) -> str:
+def loss_figure(losses: Sequence[Mapping]) -> str:
     """Line of the training loss per step."""
     figure, axes = plt.subplots(figsize=(7, 2.4))
     axes.plot([row["step"] for row in losses], [row["loss"] for row in losses], color=BLUE, linewidth=1.2)
@@ -75,7 +76,7 @@ def loss_figure(losses: list[dict]) -> str:
     return svg(figure)
 
 
-def tradeoff_figure(rows: list[dict]) -> str:
+def tradeoff_figure(rows: Sequence[Mapping]) -> str:
     """Score of every method against the bytes of its weights, with 95 % intervals; hollow: simulated, nominal bytes."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for row in rows:
@@ -99,7 +100,7 @@ def tradeoff_figure(rows: list[dict]) -> str:
     return svg(figure)
 
 
-def _label(axes, rows: list[dict]) -> None:
+def _label(axes, rows: Sequence[Mapping]) -> None:
     """Write each method beside its point or at an end of its interval, where it covers nothing else if it can."""
     axes.figure.draw_without_rendering()  # limits and sizes are settled only then
     places = [(row["nominal_bytes"] / 2**20, row["baseline_pct"], *row["baseline_interval_pct"]) for row in rows]

@@ -5,6 +5,7 @@ the next job.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -21,6 +22,9 @@ from cluster.tables import PartTable
 from jobs.core.progress import Progress
 from jobs.core.run import Run
 from jobs.core.signals import run_async
+from jobs.judging.rows import VerdictColumns
+
+LOG = logging.getLogger("jobs.judging")
 
 T = TypeVar("T")
 Ask = Callable[[Request], Awaitable[Reply | Failure]]
@@ -48,7 +52,7 @@ class VerdictStore:
 
     def __init__(self, folder: Path):
         self._parts = PartTable(folder)
-        self._unsaved: list[dict] = []
+        self._unsaved: list[VerdictColumns] = []
         self._saved_at = time.monotonic()
         self.known = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
 
@@ -77,7 +81,7 @@ def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, Judged], Judge
     keys = {text: verdict_key(identity, *text, 0) for text in dict.fromkeys(texts)}
     store = VerdictStore(run.folder / FOLDER)
     missing = {key: text for text, key in keys.items() if key not in store.known}
-    print(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before", flush=True)
+    LOG.info(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before")
     failed: dict[str, Judged] = {}
     if missing:
         try:
@@ -178,7 +182,7 @@ def _not_asked(key: str, last: Judged) -> Judged:
     return Judged(key, Verdict(None, reason, None, None, (), 0), last.failure)
 
 
-def judge_columns(judged: Judged) -> dict:
+def judge_columns(judged: Judged) -> VerdictColumns:
     """Return a verdict as the columns of a table of answers."""
     verdict = judged.verdict
     return {

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from actors.judge.cache import JudgeIdentity
 from actors.judge.controls import Control, controls, misses, unbuilt
@@ -12,22 +13,18 @@ from actors.maths.statistics import average, bootstrap_mean
 from jobs.core.run import Run
 from jobs.judging.agreement import sentence
 from jobs.judging.asking import BAD_OUTPUT, Judged, Text, judge_columns, verdicts
+from jobs.judging.rows import JudgedColumns, VerdictRow
 
 KEPT = ("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer")
-NOT_JUDGED = {
-    "is_llm_judge": False,
-    **dict.fromkeys(("judge", "judge_pct", "judge_interval_pct", "judge_bounds_pct", "judge_expected_pct")),
-    **dict.fromkeys(("judge_scored", "judge_total", "judge_unscored", "judge_flagged", "judge_controls")),
-    **dict.fromkeys(("judge_calibrated", "judge_agreement")),
-}
+NOT_JUDGED = {**dict.fromkeys(JudgedColumns.__annotations__), "is_llm_judge": False}
 
 
 @dataclass(frozen=True)
 class JudgedTable:
     """Answers with their verdicts, one row each; and tally, controls and judge of the table, as plain values."""
 
-    rows: list[dict]
-    facts: dict
+    rows: list[VerdictRow]
+    facts: Mapping
 
     @property
     def labels(self) -> dict[str, int | None]:
@@ -59,11 +56,12 @@ def judged_tables(
             "identity": asdict(identity),
         }
         kept = [{key: row[key] for key in KEPT if key in row} for row in rows]
-        judged[name] = JudgedTable([row | judge_columns(one) for row, one in zip(kept, own, strict=True)], facts)
+        judged_rows = [cast(VerdictRow, row | judge_columns(one)) for row, one in zip(kept, own, strict=True)]
+        judged[name] = JudgedTable(judged_rows, facts)
     return judged, found, identity
 
 
-def may_be_asked_again(facts: dict) -> bool:
+def may_be_asked_again(facts: Mapping) -> bool:
     """Tell whether a table lacks verdicts that another try may bring.
 
     What the judge wrote wrongly it writes again, and a call that was refused (too long) is refused again; but where so
@@ -131,13 +129,16 @@ def _control_facts(built: Sequence[Control], judged: Sequence[Judged]) -> dict:
     }
 
 
-def summary_columns(facts: dict, calibration: dict | None) -> dict:
+def summary_columns(facts: Mapping, calibration: dict | None) -> JudgedColumns:
     """Return what a table of results says about one judged table."""
     counted = facts["tally"]
     return {
         "is_llm_judge": True,
         "judge": facts["judge"],
-        **{f"judge_{key}": counted[f"judge_{key}"] for key in ("pct", "interval_pct", "bounds_pct", "expected_pct")},
+        "judge_pct": counted["judge_pct"],
+        "judge_interval_pct": counted["judge_interval_pct"],
+        "judge_bounds_pct": counted["judge_bounds_pct"],
+        "judge_expected_pct": counted["judge_expected_pct"],
         "judge_scored": counted["scored"],
         "judge_total": counted["total"],
         "judge_unscored": facts["unscored"],

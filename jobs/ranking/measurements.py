@@ -7,6 +7,7 @@ the numbers>. Every way to rank and to search reads from it, so none measures ag
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
@@ -16,9 +17,12 @@ from actors.maths.statistics import loss_outliers
 from actors.specs import Conversation, DraftContext
 from cluster.artifacts import digest
 from cluster.tables import PartTable
+from jobs.core.facts import RoundedFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.units import in_units, whole_images
+
+LOG = logging.getLogger("jobs.ranking")
 
 VERSION = 1
 Removed = tuple[int, ...]
@@ -111,7 +115,7 @@ class Measurements:
         for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # dearest first
             if outcome.error:
                 self.failed[part[0].id] = outcome.error
-                print(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}", flush=True)
+                LOG.warning(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}")
                 continue
             new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in known]
             self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
@@ -155,7 +159,7 @@ class ChoiceMeasurements(Measurements):
     def __init__(self, run: Run, pool, model: Stage | Source, data: Stage, samples: Sequence[Conversation], rounded):
         super().__init__(run, pool, model, data, samples)
         self._made_from["rounded"] = rounded.name
-        self.whole = (16,) * run.facts(rounded)["layers"]
+        self.whole = (16,) * run.facts(rounded, RoundedFacts)["layers"]
 
     def key(self, removed: Iterable[int]) -> Removed:
         """Return what identifies a choice: its options, in the order of the layers."""

@@ -1,14 +1,15 @@
 """Recorded activation ranges of the model's decoder (paper, figure 4), as an artifact that only the report reads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.tables import write_table
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.figures.layers import ranges_figure
 from jobs.ranking.calibration import calibration_samples, calibration_settings
+from jobs.ranking.rows import RANGES, RangeRow
 
-RANGES, FIGURE = "ranges.parquet", "ranges.svg"
+FIGURE = "ranges.svg"
 SHOWN = 10
 
 
@@ -23,15 +24,15 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     samples = calibration_samples(run, data)
     with run.workers.replicas(run.model_spec(model), "actors.ranges:RangeRecorder") as pool:
         rows = pool.call("ranges", samples)
-    write_table(folder / RANGES, rows)
+    RANGES.write(folder, rows)
     (folder / FIGURE).write_text(ranges_figure(rows))
     facts["outliers"] = sum(row["outliers"] for row in rows)
     facts["largest_outliers"] = largest_outliers(rows)
 
 
-def largest_outliers(rows: list[dict]) -> list[dict]:
+def largest_outliers(rows: Sequence[RangeRow]) -> list[dict]:
     """Return the SHOWN outlier channels with the largest ratio to their input's median, by layer, linears and index."""
-    named = [
+    named: list[dict] = [
         {"layer": row["layer"], "projections": row["projections"], "channel": channel, "ratio": ratio}
         for row in rows
         for channel, ratio in zip(row["channel_ids"], row["ratios"], strict=True)

@@ -6,19 +6,21 @@ after each removal, beam does so for several sets at once, and the evolutionary 
 criterion itself decides among the survivors. What `jobs.ablate` measured is not measured again.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from actors.criteria import CRITERIA
 from actors.maths.losses import compare_losses
 from actors.maths.subsets import extend_set, mutate_set, select_best, select_earliest, start_stream
-from cluster.tables import write_table
+from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking.calibration import open_measurements
 from jobs.ranking.measurements import Measurements, Removed, check_ranked
+from jobs.ranking.rows import STEPS, SearchStep
 
-STEPS = "steps.parquet"
+LOG = logging.getLogger("jobs.ranking")
 
 
 def stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
@@ -39,7 +41,7 @@ def stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
 
 def one_shot(run: Run, scores: Stage) -> Removed:
     """Return the `prune.layers` layers with the best scores of single removals; ValueError: there are fewer."""
-    order, layers = run.facts(scores)["order"], run.config.prune.layers
+    order, layers = run.facts(scores, AblateFacts)["order"], run.config.prune.layers
     if layers > len(order):
         raise ValueError(
             f"prune.layers is {layers}, but only {len(order)} layers may be removed "
@@ -51,10 +53,10 @@ def one_shot(run: Run, scores: Stage) -> Removed:
 def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: Path, facts: dict) -> None:
     """Search, and compare the set that was found with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
-    order, ranked = run.facts(scores)["order"], one_shot(run, scores)
+    order, ranked = run.facts(scores, AblateFacts)["order"], one_shot(run, scores)
     with open_measurements(run, model, data, [criterion]) as (measured, _):
-        measured.failed.update(run.facts(scores)["failed"])
-        steps: list[dict] = []
+        measured.failed.update(run.facts(scores, AblateFacts)["failed"])
+        steps: list[SearchStep] = []
 
         def note(kind: str, sets: list[Removed], losses: list[float]) -> None:
             steps.extend(
@@ -67,7 +69,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
         else:
             found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
         pair = measured.losses(criterion, [found, ranked], label="against one shot")
-    write_table(folder / STEPS, steps)
+    STEPS.write(folder, steps)
     shown = CRITERIA[criterion].to_unit
     score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
@@ -82,10 +84,9 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
         failed=measured.failed,
     )
     resolved = "" if low > 0 or high < 0 else ", unresolved"
-    print(
+    LOG.info(
         f"select: {prune.search} removes {list(found)} ({facts['score']:.4f}), one shot {list(ranked)} "
         f"({facts['one_shot_score']:.4f}); loss lower by {facts['gain']:.4f} [{low:.4f}, {high:.4f}]{resolved}",
-        flush=True,
     )
 
 

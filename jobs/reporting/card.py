@@ -55,7 +55,7 @@ def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dic
     write(folder, facts)
 
 
-def refresh(folder: Path, evaluation: dict, judged: Mapping | None = None) -> None:
+def refresh(folder: Path, evaluation: Mapping, judged: Mapping | None = None) -> None:
     """Write the scores of an evaluation into the card of a checkpoint that Prunella made; leave others alone.
 
     judged: the columns of jobs.judge.row, if a judge scored the answers.
@@ -151,7 +151,7 @@ def _describe_judge(row: Mapping) -> dict:
     }
 
 
-def write(folder: Path, facts: dict, evaluation: dict | None = None, judged: Mapping | None = None) -> None:
+def write(folder: Path, facts: dict, evaluation: Mapping | None = None, judged: Mapping | None = None) -> None:
     """Write the card into a checkpoint's folder, atomically; `facts` are those of its manifest."""
     source, *steps = facts["history"]
     quantized = next((step for step in steps if step["kind"] == "quantize"), None)

@@ -1,5 +1,7 @@
 """The metrics beside the score, as the report's tables show them."""
 
+from collections.abc import Mapping, Sequence
+
 from actors.maths import repetition
 
 RETAINED = {
@@ -13,7 +15,7 @@ RETAINED = {
 LOOPS = {"block": repetition.LONGEST_BLOCK, "copies": repetition.COPIES, "shortest": repetition.SHORTEST_LOOP}
 
 
-def names(metrics: dict[str, dict]) -> list[dict]:
+def names(metrics: Mapping[str, Mapping]) -> list[dict]:
     """Return every method's confusion matrix, none where the name was not asked for; metrics: by method."""
     return [
         {
@@ -29,7 +31,7 @@ def names(metrics: dict[str, dict]) -> list[dict]:
     ]
 
 
-def _lines(confusion: dict) -> list[dict]:
+def _lines(confusion: Mapping) -> list[dict]:
     """Return the matrix by rows; a cell's kind is what its colour tells: right, or wrong at all, or empty."""
     lines = []
     for number, (label, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
@@ -38,7 +40,7 @@ def _lines(confusion: dict) -> list[dict]:
     return lines
 
 
-def tabulate_retention(rows: list[dict]) -> dict:
+def tabulate_retention(rows: Sequence[Mapping]) -> dict:
     """Return the table of what every method but the first retains."""
     keys = [key for key in RETAINED if key in rows[0]["retention"]]
     return {

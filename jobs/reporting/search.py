@@ -14,15 +14,16 @@ from jobs.judging.tables import flag
 from jobs.reporting import published
 from jobs.reporting.pages import render_page
 from jobs.searching.budget import format_answer, judge_remarks, pareto_front, timed_apart
+from jobs.searching.joint_table import read_joint
 from jobs.searching.rows import totals
 from jobs.searching.stages import SEARCH
+from jobs.searching.table import Cost, SearchRow
 
 HTML = "report.html"
-COSTS = {"memory_gib": "memory", "ms_per_token": "time"}
-JOINT = "joint.json"  # of jobs.joint, in run_dir
+COSTS: dict[Cost, str] = {"memory_gib": "memory", "ms_per_token": "time"}
 
 
-def write_report(run: Run, rows: Sequence[dict], found: dict, failure: Exception | None = None) -> Path:
+def write_report(run: Run, rows: Sequence[SearchRow], found: dict, failure: Exception | None = None) -> Path:
     """Write run_dir/search/report.html and its figures as SVG files beside it.
 
     rows: of the search and of the joint choice; found: what jobs.searching.budget.resolve says of the config's budget;
@@ -57,7 +58,7 @@ def write_report(run: Run, rows: Sequence[dict], found: dict, failure: Exception
     return folder / HTML
 
 
-def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
+def _figures(rows: Sequence[SearchRow], budget: BudgetConfig) -> dict[str, str]:
     """Return the two fronts by name; none where nothing was evaluated."""
     done = [row for row in rows if row["status"] == "done" and row["score_pct"] is not None]
     if not done:
@@ -88,7 +89,7 @@ def _figures(rows: Sequence[dict], budget: BudgetConfig) -> dict[str, str]:
     return found
 
 
-def _format_cells(number: int, row: dict, found: dict, rows: Sequence[dict]) -> dict:
+def _format_cells(number: int, row: SearchRow, found: dict, rows: Sequence[SearchRow]) -> dict:
     """Return a row's cells as text, and what a column is sorted by where that differs."""
     done = row["status"] == "done"
     scored = done and row["score_pct"] is not None
@@ -119,7 +120,7 @@ def _format_cells(number: int, row: dict, found: dict, rows: Sequence[dict]) -> 
     }
 
 
-def _score(row: dict) -> str:
+def _score(row: SearchRow) -> str:
     if row["status"] != "done":
         return ""
     if row["score_pct"] is None:
@@ -129,9 +130,8 @@ def _score(row: dict) -> str:
 
 def _joint(run: Run) -> dict | None:
     """Return what jobs.joint recorded; None if there is nothing, or older code wrote it."""
-    path = run.folder / JOINT
-    found = json.loads(path.read_text()) if path.is_file() else None
-    if not found or not all({"score_kind", "reason", "judge_identity"} <= row.keys() for row in found["candidates"]):
+    found = read_joint(run.folder)
+    if found is None:
         return None
     judged = [row for row in found["candidates"] if row["is_llm_judge"]]
     return {**found, "judged": judged, "remarks": judge_remarks({row["method"]: row for row in found["candidates"]})}

@@ -10,7 +10,7 @@ _UNKNOWN = {"interval_pct": None, "p_holm": None, "detectable_pct": None, "findi
 
 
 def differences(
-    models: Sequence[Mapping[str, float | None]], groups: Mapping[str, str], top: float, label: str = "difference"
+    models: Sequence[Mapping[str, float | None]], groups: Mapping[str, int | str], top: float, label: str = "difference"
 ) -> list[dict]:
     """Compare every model's scores (by sample_id; None: unscored) with the first one's; one dict of columns each.
 
@@ -44,7 +44,7 @@ def name_tests(models: Sequence[Mapping[str, bool]]) -> list[float | None]:
 
 
 def _difference(
-    first: Mapping[str, float | None], other: Mapping[str, float | None], groups: Mapping[str, str], top: float
+    first: Mapping[str, float | None], other: Mapping[str, float | None], groups: Mapping[str, int | str], top: float
 ) -> dict:
     """Compare two models; the p value is not adjusted yet."""
     shared = _shared(first, other)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from actors.maths.sampling import draw_partners
 from actors.specs import Sample
 from jobs.scoring.metrics import fall, mean, name_accuracy, share
+from jobs.scoring.rows import AnswerRow, ControlRow
 
 BLANK, SWAPPED = "blank", "swapped"
 
@@ -17,7 +18,7 @@ def blank_samples(rows: Sequence[Mapping], image: str) -> list[Sample]:
     return [Sample(question, image, question) for question in sorted({row["question"] for row in rows})]
 
 
-def blank_rows(rows: list[dict], answers: Mapping[str, dict]) -> list[dict]:
+def blank_rows(rows: Sequence[Mapping], answers: Mapping[str, dict]) -> list[dict]:
     """Return the rows with the answers that their questions got about the blank image."""
     return [
         {**row, **_answer(answers[row["question"]]), "control": BLANK, "shown": None}
@@ -26,7 +27,7 @@ def blank_rows(rows: list[dict], answers: Mapping[str, dict]) -> list[dict]:
     ]
 
 
-def swapped_rows(rows: list[dict], seed: int) -> list[dict]:
+def swapped_rows(rows: Sequence[Mapping], seed: int) -> list[dict]:
     """Return the rows with the answers that the same questions got about an image of another class.
 
     The questions are the same for all images, so these answers are there already: one image, drawn with `seed`, for
@@ -43,7 +44,7 @@ def swapped_rows(rows: list[dict], seed: int) -> list[dict]:
     return swapped
 
 
-def summary(rows: list[dict], controls: list[dict]) -> dict[str, dict | None]:
+def summary(rows: Sequence[AnswerRow], controls: Sequence[ControlRow]) -> dict[str, dict | None]:
     """Say how far score and disease names fall, by control, paired by question; None for a control without rows.
 
     Both are scored rows. Falls in points; same_answer_pct: the share of questions answered in the very same words.
@@ -69,7 +70,7 @@ def summary(rows: list[dict], controls: list[dict]) -> dict[str, dict | None]:
     return found
 
 
-def _name_fall(named: list[tuple[dict, dict]]) -> dict:
+def _name_fall(named: Sequence[tuple[AnswerRow, ControlRow]]) -> dict:
     before, after = ([pair[side]["verdict"] == "right" for pair in named] for side in (0, 1))
     return fall("name", before, after, [row for _, row in named])
 

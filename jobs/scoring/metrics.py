@@ -14,6 +14,7 @@ from actors.maths.paired import bootstrap_difference, bootstrap_ratio, compute_r
 from actors.maths.repetition import loop_length
 from actors.maths.statistics import bootstrap_mean, bound_draws, cluster_share_interval
 from jobs.config.schema import ClassConfig
+from jobs.scoring.rows import AnswerRow
 
 NAME_QUESTION = "name"
 UNNAMED = ("none", "multiple", "refused")  # the columns of the confusion matrix behind the classes
@@ -26,7 +27,7 @@ GOOD = {  # what is retained; of each, more is better
 }
 
 
-def score_answers(rows: list[dict], cosines: Sequence[float], classes: Sequence[ClassConfig]) -> list[dict]:
+def score_answers(rows: Sequence[dict], cosines: Sequence[float], classes: Sequence[ClassConfig]) -> list[dict]:
     """Return the rows with similarity, baseline score, loop and, for the name question, what was named and its verdict.
 
     cosines: the embedding similarity of every row's answer with its reference.
@@ -47,7 +48,7 @@ def score_answers(rows: list[dict], cosines: Sequence[float], classes: Sequence[
     return found
 
 
-def metrics(rows: list[dict], classes: Sequence[str]) -> dict:
+def metrics(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
     """Summarise the scored answers of one model; classes: the names, in the order of the confusion matrix."""
     return {
         "images": len({row["image"] for row in rows}),
@@ -61,7 +62,7 @@ def metrics(rows: list[dict], classes: Sequence[str]) -> dict:
     }
 
 
-def mean(label: str, rows: list[dict]) -> dict:
+def mean(label: str, rows: Sequence[Mapping]) -> dict:
     """Return the mean of a column from 0 to 1, and its bootstrap interval, None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
@@ -69,7 +70,7 @@ def mean(label: str, rows: list[dict]) -> dict:
     return {f"{label}_pct": 100 * value, f"{label}_interval_pct": [100 * low, 100 * high]}
 
 
-def share(label: str, hits: Sequence[bool], rows: list[dict]) -> dict:
+def share(label: str, hits: Sequence[bool], rows: Sequence[Mapping]) -> dict:
     """Return the share of rows that are hits, and its interval, None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
@@ -77,14 +78,14 @@ def share(label: str, hits: Sequence[bool], rows: list[dict]) -> dict:
     return {f"{label}_pct": 100 * sum(hits) / len(rows), f"{label}_interval_pct": [100 * low, 100 * high]}
 
 
-def name_accuracy(rows: list[dict]) -> dict:
+def name_accuracy(rows: Sequence[AnswerRow]) -> dict:
     """Return the share of answers to the name question that name the right class and no other."""
     asked = [row for row in rows if row["verdict"] is not None]
     found = share("name", [row["verdict"] == "right" for row in asked], asked)
     return {"name_accuracy": found["name_pct"], "name_accuracy_interval": found["name_interval_pct"]}
 
 
-def _names(rows: list[dict], classes: Sequence[str]) -> dict:
+def _names(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
     """Say which diseases were named for which; all None where the name was not asked for."""
     found = {**name_accuracy(rows), "name_verdicts": dict(Counter(row["verdict"] for row in rows))}
     if not rows:
@@ -99,17 +100,17 @@ def _names(rows: list[dict], classes: Sequence[str]) -> dict:
     }
 
 
-def by_name(rows: list[dict]) -> dict[str, list[dict]]:
+def by_name(rows: Sequence[AnswerRow]) -> dict[str, list[AnswerRow]]:
     """Return the answers to other questions, apart for images whose disease was named rightly and for the others."""
     verdicts = {row["image"]: row["verdict"] for row in rows if row["verdict"] is not None}
-    parts: dict[str, list[dict]] = {"right": [], "not_right": []}
+    parts: dict[str, list[AnswerRow]] = {"right": [], "not_right": []}
     for row in rows:
         if row["verdict"] is None and row["image"] in verdicts:
             parts["right" if verdicts[row["image"]] == "right" else "not_right"].append(row)
     return parts
 
 
-def given_name(rows: list[dict]) -> dict:
+def given_name(rows: Sequence[AnswerRow]) -> dict:
     """Return the scores of the parts that `by_name` makes."""
     return {
         part: {
@@ -122,7 +123,7 @@ def given_name(rows: list[dict]) -> dict:
     }
 
 
-def judge_given_name(rows: list[dict], labels: Mapping[str, int | None]) -> dict | None:
+def judge_given_name(rows: Sequence[AnswerRow], labels: Mapping[str, int | None]) -> dict | None:
     """Return the judge's scores of these parts; labels: by sample_id, from 0 to 4; None without any."""
     if not labels:
         return None
@@ -134,7 +135,7 @@ def judge_given_name(rows: list[dict], labels: Mapping[str, int | None]) -> dict
     return found
 
 
-def retention(original: list[dict], rows: list[dict], classes: Sequence[str]) -> dict[str, dict]:
+def retention(original: Sequence[AnswerRow], rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict[str, dict]:
     """Return what a model retains of the original's metrics, on the questions that both answered (percent).
 
     The interval is the ratio's, both models having the same draws; None where the original's number is, or can be, 0.
@@ -160,7 +161,7 @@ def compute_retention(scores: Sequence[float], original: Sequence[float], groups
     return _ratio(*bootstrap_ratio(to_floats(scores), to_floats(original), number_names(groups)))
 
 
-def fall(label: str, before: Sequence[float], after: Sequence[float], rows: list[dict]) -> dict:
+def fall(label: str, before: Sequence[float], after: Sequence[float], rows: Sequence[Mapping]) -> dict:
     """Return how far the mean of a score falls on the same questions, and its interval (points), None without rows."""
     if not rows:
         return {f"{label}_fall_pct": None, f"{label}_fall_interval_pct": None}
@@ -168,7 +169,7 @@ def fall(label: str, before: Sequence[float], after: Sequence[float], rows: list
     return {f"{label}_fall_pct": 100 * value, f"{label}_fall_interval_pct": [100 * low, 100 * high]}
 
 
-def _macro_f1(rows: Sequence[dict], classes: Sequence[str], groups: Array) -> tuple[float, Array]:
+def _macro_f1(rows: Sequence[AnswerRow], classes: Sequence[str], groups: Array) -> tuple[float, Array]:
     """Return macro F1, and its draws when whole groups are resampled (fractions)."""
     truth, given = _numbered(rows, classes)
     return bootstrap_macro_f1(truth, given, len(classes), groups)
@@ -181,13 +182,13 @@ def _ratio(value: float | None, bounds: tuple[float, float] | None) -> dict:
     }
 
 
-def _numbered(rows: Sequence[dict], classes: Sequence[str]) -> tuple[Array, Array]:
+def _numbered(rows: Sequence[AnswerRow], classes: Sequence[str]) -> tuple[Array, Array]:
     """Return truth and what was named as columns of the confusion matrix."""
     place = {name: i for i, name in enumerate(classes)}
     behind = {kind: len(classes) + i for i, kind in enumerate(UNNAMED)}
-    given = [behind[row["verdict"]] if row["named"] is None else place[row["named"]] for row in rows]
+    given = [place[row["named"]] if row["named"] is not None else behind[row["verdict"] or ""] for row in rows]
     return to_places([place[row["class"]] for row in rows]), to_places(given)
 
 
-def _groups(rows: Sequence[dict]) -> Array:
+def _groups(rows: Sequence[Mapping]) -> Array:
     return number_names([row["group"] for row in rows])

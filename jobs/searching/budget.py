@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 from actors.judge.verdict import TOP_LABEL
 from actors.maths.fronts import find_undominated
-from cluster.tables import read_table
-from jobs import judge
 from jobs.config.search import BudgetConfig
 from jobs.core.run import Run
 from jobs.judging import text as judge_text
+from jobs.judging.rows import VERDICTS
 from jobs.judging.tables import by_baseline, flag, remarks
 from jobs.scoring.differences import differences
 from jobs.searching.rows import answers
 from jobs.searching.space import Setting
+from jobs.searching.table import Cost, SearchRow
 
 Scores = Mapping[str, float | None]  # sample_id -> 0 to 1, or a judge's label
 CPU = "CPU"  # what actors.profiler calls the device there
-LIMITS = (("memory_gib", "GiB"), ("ms_per_token", "ms/token"))
+LIMITS: tuple[tuple[Cost, str], ...] = (("memory_gib", "GiB"), ("ms_per_token", "ms/token"))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Entrant:
         return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
 
 
-def dominated(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict[tuple[str, ...], dict]:
+def dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> dict[tuple[str, ...], dict]:
     """Return who loses in the screen, by key: to whom, and by how many points with their interval.
 
     A setting loses if another one takes no more and its answers are better, by the paired interval over images and
@@ -58,7 +58,7 @@ def dominated(entrants: Sequence[Entrant], groups: Mapping[str, str]) -> dict[tu
     return lost
 
 
-def usable(row: dict, timed: bool = False) -> bool:
+def usable(row: SearchRow, timed: bool = False) -> bool:
     """Tell whether a row was evaluated and scored like the others, and is not only simulated.
 
     timed: whether its ms/token counts, too; those of unpacked weights do not belong to the memory of packed ones.
@@ -67,7 +67,7 @@ def usable(row: dict, timed: bool = False) -> bool:
     return known and not (timed and timed_apart(row))
 
 
-def timed_apart(row: dict) -> bool:
+def timed_apart(row: SearchRow) -> bool:
     """Tell whether a row's memory is the estimate of packed weights, and its time that of unpacked ones: on a CPU.
 
     On a GPU both are measured, of the unpacked weights.
@@ -75,7 +75,7 @@ def timed_apart(row: dict) -> bool:
     return row["unpacked"] and row["device"] == CPU
 
 
-def pareto_front(rows: Iterable[dict], cost: str) -> list[dict]:
+def pareto_front(rows: Iterable[SearchRow], cost: Cost) -> list[SearchRow]:
     """Return the usable rows that none dominates by score and cost, cheapest first."""
     known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
     return [
@@ -83,7 +83,7 @@ def pareto_front(rows: Iterable[dict], cost: str) -> list[dict]:
     ]
 
 
-def fits(row: dict, budget: BudgetConfig) -> bool:
+def fits(row: SearchRow, budget: BudgetConfig) -> bool:
     """Tell whether a row can be used and stays within the budget."""
     if not usable(row, timed=budget.ms_per_token is not None):
         return False
@@ -91,7 +91,7 @@ def fits(row: dict, budget: BudgetConfig) -> bool:
     return all(limit is None or row[name] <= limit for name, limit in limits)
 
 
-def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict, dict], dict]) -> dict:
+def resolve(rows: Sequence[SearchRow], budget: BudgetConfig, compare: Callable[[SearchRow, SearchRow], dict]) -> dict:
     """Return {answer, runner_up, margins, difference, nearest, untried, ...} for a budget, from recorded rows alone.
 
     Of equal scores the one that takes less memory, then the faster, wins. margins: what the answer leaves of each
@@ -102,7 +102,7 @@ def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict,
     """
     allowed = [row for row in rows if fits(row, budget)]
     allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
-    distinct: dict[str, dict] = {}  # jobs.joint may have made what the search made, under another name
+    distinct: dict[str, SearchRow] = {}  # jobs.joint may have made what the search made, under another name
     for row in allowed:
         distinct.setdefault(row["evaluation"], row)
     allowed = list(distinct.values())
@@ -125,23 +125,23 @@ def resolve(rows: Sequence[dict], budget: BudgetConfig, compare: Callable[[dict,
         near = [row for row in rows if usable(row, timed=budget.ms_per_token is not None)]
         return {**found, "nearest": min(near, key=lambda row: _excess(row, budget), default=None)}
     best, second = allowed[0], allowed[1] if len(allowed) > 1 else None
-    limits = {name: getattr(budget, name) for name, _ in LIMITS}
+    limits: dict[Cost, float | None] = {name: getattr(budget, name) for name, _ in LIMITS}
     margins = {name: limit - best[name] for name, limit in limits.items() if limit is not None}
     difference = compare(best, second) if second else None
     return {**found, "answer": best, "runner_up": second, "margins": margins, "difference": difference}
 
 
-def _excess(row: dict, budget: BudgetConfig) -> float:
-    limits = {name: getattr(budget, name) for name, _ in LIMITS}
+def _excess(row: SearchRow, budget: BudgetConfig) -> float:
+    limits: dict[Cost, float | None] = {name: getattr(budget, name) for name, _ in LIMITS}
     return max((row[name] / limit for name, limit in limits.items() if limit is not None), default=0.0)
 
 
-def compare_rows(run: Run, best: dict, second: dict) -> dict:
+def compare_rows(run: Run, best: SearchRow, second: SearchRow) -> dict:
     """Return the columns of jobs.scoring.differences for two evaluated rows: the first against the second."""
     tables = [answers(run, row["evaluation"]) for row in (second, best)]
     groups = {sample: row["group"] for table in tables for sample, row in table.items()}
     if best["score_kind"] == second["score_kind"] == "judge":
-        verdicts = [read_table(run.store.root / row["judgement"] / judge.VERDICTS) for row in (second, best)]
+        verdicts = [VERDICTS.read(run.store.root / str(row["judgement"])) for row in (second, best)]
         return differences(
             [{v["sample_id"]: v["judge_label"] for v in table} for table in verdicts], groups, TOP_LABEL
         )[1]

@@ -1,23 +1,29 @@
 """The table of a search: one row per setting, made from artifacts, and so the same however often it was stopped."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from actors.maths.latency import cover_time
-from cluster.artifacts import digest, write_text
-from cluster.tables import read_table
-from jobs import evaluate, judge
+from cluster.artifacts import digest
+from jobs import judge
+from jobs.core.facts import EvaluateFacts, JudgeFacts, PruneFacts
 from jobs.core.run import Run
 from jobs.core.stage import Stage
 from jobs.core.text import GIB
 from jobs.judging.tables import NOT_JUDGED
+from jobs.scoring.rows import ANSWERS, AnswerRow
 from jobs.searching.memory import device_gib, shapes_of
 from jobs.searching.sizing import removals
 from jobs.searching.space import format_command, format_single_command, to_columns
 from jobs.searching.stages import SEARCH, Plan
+from jobs.searching.table import ROWS, SearchRow
 
-ROWS, LOG = "rows.json", "log.jsonl"
+LOG = logging.getLogger("jobs.searching")
+
+EVENTS = "log.jsonl"
 MEASURED_FOR = "measured"  # event of the log: what jobs.joint measured for its choices
 PACKED = "estimate, packed"  # memory_kind of a joint choice on a CPU, whose weights transformers unpacks
 _JUDGED = (*NOT_JUDGED, "judge_identity", "judgement")  # judge_identity: equal where the same judge scored
@@ -30,13 +36,13 @@ MEASURED = (
     "seconds_alone",
     "gpu_hours_alone",
 )
+_HEADLINE = ("score_pct", "score_interval_pct", "score_kind")  # added when the table is written
 _COLUMNS = (
     *(*_JUDGED, "baseline_pct", "baseline_interval_pct"),
     *("images", "answers", "unanswered", "exact_pct", "name_accuracy", "name_accuracy_interval"),
     *("params", "weight_bytes", "memory_gib", "memory_kind", "process_peak_gib"),
     *("ms_per_token", "ms_per_token_p5_p95", "first_token_ms", "device", "threads"),
 )
-_READ = {*_COLUMNS, "conditions", "unpacked", "simulated", "screen", "gpu_hours_alone", "score_kind"}  # of a row
 
 
 def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
@@ -56,7 +62,7 @@ def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
 
 def rows_of(
     run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Mapping, lost: Mapping
-) -> list[dict]:
+) -> list[SearchRow]:
     """Return a row per setting, in the order of the space.
 
     failures: why a setting's stages could not be made, by key; lost: to which setting one lost in the screen, and by
@@ -81,19 +87,22 @@ def rows_of(
 
 def joint_rows(
     run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Sequence[str | None]
-) -> list[dict]:
+) -> list[SearchRow]:
     """Return a row like those of the search for everything that jobs.joint built, or why it could not."""
     ends = [None if failure is None else ("failed", failure) for failure in failures]
     command = format_command()
     return [_row(run, *given, "joint", command) for given in zip(plans, estimated, ends, strict=True)]
 
 
-def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None, method: str, command: str) -> dict:
+def _row(
+    run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None, method: str, command: str
+) -> SearchRow:
     evaluated = run.store.find(plan.evaluation.name)
     status, reason = ("done", None) if evaluated else end or ("open", None)
     made = [stage for stage in plan.chain if run.store.find(stage.name)]
+    pruned = [stage for stage in made if stage.kind == "prune"]
     model = plan.model
-    return {
+    row = {
         "method": method,
         **to_columns(plan.setting),
         "status": status,
@@ -101,8 +110,8 @@ def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None,
         "estimate_gib": round(estimate_gib, 9),
         **_screen(run, plan),
         **_scores(run, plan, estimate_gib, status == "done"),
-        "removed_layers": next((run.facts(stage)["removed"] for stage in made if stage.kind == "prune"), []),
-        "simulated": isinstance(model, Stage) and model in made and bool(run.facts(model).get("simulated")),
+        "removed_layers": run.facts(pruned[0], PruneFacts)["removed"] if pruned else [],
+        "simulated": model in made and bool(run.store.manifest(model.name).get("simulated")),
         "unpacked": _unpacked(plan),
         "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in made), 1),
         "gpu_hours_alone": _gpu_hours(run, made),
@@ -119,7 +128,9 @@ def _row(run: Run, plan: Plan, estimate_gib: float, end: tuple[str, str] | None,
             ]
         ),
         "command": command,
+        **dict.fromkeys(_HEADLINE),
     }
+    return cast(SearchRow, row)
 
 
 def _screen(run: Run, plan: Plan) -> dict:
@@ -127,7 +138,7 @@ def _screen(run: Run, plan: Plan) -> dict:
     keys = ("screen_pct", "screen_interval_pct", "screen_images")
     if plan.screen is None or run.store.find(plan.screen.name) is None:
         return dict.fromkeys(keys)
-    found = run.facts(plan.screen)["metrics"]
+    found = run.facts(plan.screen, EvaluateFacts)["metrics"]
     return dict(zip(keys, (found["baseline_pct"], found["baseline_interval_pct"], found["images"]), strict=True))
 
 
@@ -140,7 +151,7 @@ def _scores(run: Run, plan: Plan, estimate_gib: float, done: bool) -> dict:
     """Return what the evaluation found, and the judge, if there is one."""
     if not done:
         return dict.fromkeys(_COLUMNS)
-    facts = run.facts(plan.evaluation)
+    facts = run.facts(plan.evaluation, EvaluateFacts)
     values = {
         **facts["metrics"],
         **facts["profile"],
@@ -168,10 +179,14 @@ def judged_columns(run: Run, evaluation: Stage) -> dict:
     made = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
     if made is None or run.store.find(made.name) is None:
         return {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
-    return {**judge.row(run, made), "judge_identity": digest(run.facts(made)["identity"]), "judgement": made.name}
+    return {
+        **judge.row(run, made),
+        "judge_identity": digest(run.facts(made, JudgeFacts)["identity"]),
+        "judgement": made.name,
+    }
 
 
-def _headlines(rows: Sequence[dict]) -> list[dict]:
+def _headlines(rows: Sequence[SearchRow]) -> list[SearchRow]:
     """Add the score that settings are compared by: the judge's percentage if all that it judged have one.
 
     What was evaluated without the judge then has none. The scores of several judges do not compare.
@@ -180,16 +195,19 @@ def _headlines(rows: Sequence[dict]) -> list[dict]:
     alike = len({row["judge_identity"] for row in judged}) == 1
     kind = "judge" if alike and all(row["judge_pct"] is not None for row in judged) else "baseline"
     headline = {"score_pct": f"{kind}_pct", "score_interval_pct": f"{kind}_interval_pct"}
-    return [{**row, **{name: row[source] for name, source in headline.items()}, "score_kind": kind} for row in rows]
+    return [
+        cast(SearchRow, {**row, **{name: row.get(source) for name, source in headline.items()}, "score_kind": kind})
+        for row in rows
+    ]
 
 
 def _gpu_hours(run: Run, stages: Sequence[Stage]) -> float | None:
     """Return what the stages held; None if one was made before that was noted."""
-    noted = [facts["gpu_seconds"] for facts in map(run.facts, stages) if "gpu_seconds" in facts]
+    noted = [facts["gpu_seconds"] for facts in [run.facts(stage) for stage in stages] if "gpu_seconds" in facts]
     return round(sum(noted) / 3600, 6) if len(noted) == len(stages) else None
 
 
-def totals(run: Run, rows: Sequence[dict]) -> dict:
+def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
     """Return what the rows' stages took, screens included, and what they would take if each row made its own.
 
     {stages, seconds, seconds_apart, gpu_hours, gpu_hours_apart (None if unknown), busy_seconds: of the log, in which at
@@ -202,7 +220,7 @@ def totals(run: Run, rows: Sequence[dict]) -> dict:
     others = {name for line in measured for name in line["stages"] if run.store.find(name)} - own
     facts, more = ([run.store.manifest(name) for name in names] for names in (own, others))
     seconds = sum(one["seconds"] for one in (*more, *measured))
-    gpu = [row["gpu_hours_alone"] for row in rows]
+    gpu: list[Any] = [row["gpu_hours_alone"] for row in rows]
     known = None not in gpu and all("gpu_seconds" in one for one in (*facts, *more))
     gpu_seconds = sum(one["gpu_seconds"] for one in (*more, *measured)) if known else 0.0
     return {
@@ -217,7 +235,7 @@ def totals(run: Run, rows: Sequence[dict]) -> dict:
 
 def read_log(run: Run) -> list[dict]:
     """Return what was made and what failed, in order; a line that a kill cut short is left out."""
-    path = run.folder / SEARCH / LOG
+    path = run.folder / SEARCH / EVENTS
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -229,63 +247,62 @@ def read_log(run: Run) -> list[dict]:
 
 def write_log(run: Run, event: Mapping) -> None:
     """Add an event to the log."""
-    path = run.folder / SEARCH / LOG
+    path = run.folder / SEARCH / EVENTS
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as log:
         log.write(json.dumps(event) + "\n")
 
 
-def write_rows(run: Run, rows: Sequence[dict]) -> Path:
+def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:
     """Write the rows to run_dir/search/rows.json, atomically, the uniform ones first; rows of other settings stay.
 
     A row that was judged stays judged. Of settings that are not asked for any more those that are not finished go. Rows
     of other data, another base model or another evaluation cannot be compared with these and go, too; what they were
     made from is kept, so that the search that made them writes them again.
     """
-    path = run.folder / SEARCH / ROWS
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = run.folder / SEARCH
+    folder.mkdir(parents=True, exist_ok=True)
     before, conditions = read_rows(run), {row["conditions"] for row in rows}
     alike = [row for row in before if not rows or row.get("conditions") in conditions]
     if len(alike) < len(before):
-        print(
+        LOG.warning(
             f"search: {len(before) - len(alike)} rows of other data, another model or another evaluation leave the "
             "table; the search that made them brings them back",
-            flush=True,
         )
     methods = {row["method"] for row in rows}
     known = {_identity(row): row for row in alike}
     merged = [_with_verdict(row, known.pop(_identity(row), None)) for row in rows]
     others = [row for row in known.values() if row["status"] != "open" or row["method"] not in methods]
     everything = sorted([*merged, *others], key=lambda row: row["method"] != "uniform")
-    write_text(path, json.dumps(_headlines(everything), indent=1))
-    return path
+    return ROWS.write(folder, _headlines(everything))
 
 
 def _identity(row: Mapping) -> tuple:
     return row["method"], row["depth"], row["recovery"], row["quantizer"], row["bits"], row["setting"]
 
 
-def _with_verdict(row: dict, before: Mapping | None) -> dict:
+def _with_verdict(row: SearchRow, before: SearchRow | None) -> SearchRow:
     """Return a row with the judge's score that it had before, if it has none now and is of the same evaluation."""
     if before is None or row["is_llm_judge"] or row["evaluation"] != before["evaluation"]:
         return row
-    return {**row, **{key: before[key] for key in _JUDGED}} if before["is_llm_judge"] else row
+    if not before["is_llm_judge"]:
+        return row
+    return cast(SearchRow, {**row, **{key: value for key, value in before.items() if key in _JUDGED}})
 
 
-def read_rows(run: Run) -> list[dict]:
+def read_rows(run: Run) -> list[SearchRow]:
     """Return the rows that were recorded; none if there was no search yet. Rows of older code are left out."""
     path = run.folder / SEARCH / ROWS
-    recorded = json.loads(path.read_text()) if path.is_file() else []
-    rows = [row for row in recorded if row.keys() >= _READ]
+    recorded = ROWS.read(path.parent) if path.is_file() else []
+    rows = [row for row in recorded if row.keys() >= SearchRow.__required_keys__]
     if len(rows) < len(recorded):
-        print(
+        LOG.warning(
             f"search: {len(recorded) - len(rows)} rows of {path} lack columns, for older code wrote them, and are left "
             "out; what made them brings them back, and makes no stage again that is there",
-            flush=True,
         )
     return rows
 
 
-def answers(run: Run, evaluation: str) -> dict[str, dict]:
+def answers(run: Run, evaluation: str) -> dict[str, AnswerRow]:
     """Return the answers of an evaluation by sample_id."""
-    return {row["sample_id"]: row for row in read_table(run.store.root / evaluation / evaluate.ANSWERS)}
+    return ANSWERS.by_sample(run.store.root / evaluation)

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from jobs import ablate, evaluate, prepare, prune, quantize, recover
 from jobs.config.schema import Config
+from jobs.core.facts import EvaluateFacts
+from jobs.core.logs import into_file
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking import select
@@ -109,7 +111,7 @@ class StageMaker:
     def make(self, name: str, setting: Mapping, one_replica: bool, report: Mapping[str, float]) -> dict:
         """Make the stage of that name, unless it exists; returns {made, pid, numbers of an evaluation, report}.
 
-        one_replica: others are evaluated beside it. What the stage prints goes to run_dir/search/logs.
+        one_replica: others are evaluated beside it. What the stage says goes to run_dir/search/logs.
         """
         (plan,) = plans(self._parent_run, [Setting(**setting)])
         stage = plan.find(name)
@@ -120,11 +122,11 @@ class StageMaker:
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             run = stack.enter_context(Run(config, parent_run=self._parent_run, beside_others=one_replica))
-            stack.enter_context(redirect_stdout(stack.enter_context(open(logs / f"{name}.txt", "a"))))
+            stack.enter_context(into_file(logs / f"{name}.txt"))
             made = run.store.find(name) is None
             run.make(stage)
         found = {"made": made, "pid": os.getpid(), **report}
         if stage.kind == "evaluate":
-            facts = run.facts(stage)
+            facts = run.facts(stage, EvaluateFacts)
             found |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
         return found

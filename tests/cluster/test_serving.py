@@ -106,7 +106,7 @@ def test_what_is_kept_is_used_again_and_ends_with_a_block_that_does_not_keep_it(
 
     first, name = asyncio.run(process(keep=True))
     assert applications() == {name}
-    assert "kept only as long as this Ray, which is private" in capsys.readouterr().out
+    assert "kept only as long as this Ray, which is private" in capsys.readouterr().err
     assert asyncio.run(process(keep=True)) == (first, name) and applications() == {name}
     asyncio.run(ends())
     assert applications() == set()
@@ -221,7 +221,7 @@ def test_what_a_dead_driver_left_is_ended(monkeypatch, capsys):
     table = [{"JobID": "02000000", "IsDead": True}, {"JobID": "03000000", "IsDead": False}]
     monkeypatch.setattr(cluster.serving.left_overs, "jobs", lambda: table)
     end_left()
-    assert ended == [names[1]] and f"{names[1]} was left by a job that has ended" in capsys.readouterr().out
+    assert ended == [names[1]] and f"{names[1]} was left by a job that has ended" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_a_cluster_that_is_gone_does_not_take_the_results_along(monkeypatch, cap
         monkeypatch.setattr(serve, name, gone)
     cluster.serving.service._leave("judge-1", True)
     cluster.serving.service.shut_down()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "judge-1 could not be ended" in said and "Ray Serve could not be ended" in said and "is dead" in said
 
 
@@ -306,7 +306,7 @@ def test_a_long_wait_is_explained_now_and_then(hurried, monkeypatch, capsys):
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"judge": next(found)}))
     monkeypatch.setattr(cluster.serving.service, "SAID_EVERY_S", 0.0)
     asyncio.run(cluster.serving.service._running("judge"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("judge is not up after 0 s: 1 replica waits for a node with 4 GPUs") == 2
 
 

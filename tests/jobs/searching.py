@@ -74,7 +74,8 @@ class Factory:
 
     def stage(self, kind: str, settings: list, parents: tuple, share: float = 0.0, label: str = "") -> Stage:
         def build(run: Run, folder, facts: dict) -> None:
-            facts["removed"] = [1, 2] if settings == [2] else []
+            if kind == "prune":
+                facts["removed"] = [1, 2] if settings == [2] else []
             if kind == "evaluate":
                 (images,) = settings
                 write_table(folder / evaluate.ANSWERS, self.answers(label, images, share))

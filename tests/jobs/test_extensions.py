@@ -1,5 +1,6 @@
 """A quantizer and a criterion that only this file knows: one table entry each, and every job takes them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from actors.quantizers.storage import write_rounded
 from actors.quantizers.table import METHODS, SIMULATED, Layout, Method
 from cluster.tables import read_table
 from jobs import ablate, compress, report
+from jobs.core.facts import FACTS, Facts, Metrics, Profile
 from jobs.core.options import fields, load_config
+from jobs.core.rows import check_rows
 from jobs.searching.space import space
 from tests.jobs.commands import CONFIG, SMALL
 from tests.jobs.here import run_here
@@ -88,6 +91,12 @@ def test_from_pruning_to_the_report(toys, monkeypatch, tmp_path):
     assert "the weight before rounding, linear by linear" in facts["gate"]["linears"]
     row = compress.make_summary(run, planned)[-1]
     assert (row["quantizer"], row["bits"], row["simulated"]) == ("toy", 8, True)
+    for path in (tmp_path / "artifacts").glob("*/manifest.json"):
+        noted = json.loads(path.read_text())
+        check_rows([noted], FACTS.get(noted["recipe"]["kind"], Facts))
+        if noted["recipe"]["kind"] == "evaluate":
+            check_rows([noted["metrics"]], Metrics)
+            check_rows([noted["profile"]], Profile)
     report.job(run)
     page = (tmp_path / report.MARKDOWN).read_text()
     assert "toy, 8 bits" in page and "distance from layer 4" in page and "groups of" not in page

@@ -177,7 +177,7 @@ def test_depths_at_which_every_set_says_nothing_are_no_rivals(tmp_path, monkeypa
     monkeypatch.setattr(joint.ablate, "stage", lambda *_: "scores")
     monkeypatch.setattr(joint.select, "stage", lambda own, *_: own.config.prune.layers)
     monkeypatch.setattr(Run, "make", make)
-    monkeypatch.setattr(Run, "facts", lambda own, stage: {"order": range(9), "removed": [stage]})
+    monkeypatch.setattr(Run, "facts", lambda own, stage, kind: {"order": range(9), "removed": [stage]})
     assert joint.removal_order(run_with(tmp_path, prune__search="greedy"), None, None, 6) == (
         [[], [1], [2]],
         ["scores", 1, 2],
@@ -241,7 +241,7 @@ def test_choices_are_kept_apart_from_sets_and_found_again(tmp_path, monkeypatch)
 
     monkeypatch.setattr(measurements, "in_units", in_units)
     run = run_with(tmp_path)
-    monkeypatch.setattr(run, "facts", lambda stage: {"layers": 3})
+    monkeypatch.setattr(run, "facts", lambda stage, kind=None: {"layers": 3})
     model, data, rounded, other = (Stage(kind, 1, {}, (), lambda *_: None) for kind in ("m", "data", "r", "o"))
     samples = [Conversation("one", "one.png", "What?", "This.")]
 

@@ -187,7 +187,8 @@ def test_summary_columns_of_judged_models(tmp_path, monkeypatch):
     assert [row["difference_finding"] for row in rows] == [None, "identical", "worse", "unresolved"]
     assert rows[0]["judge_difference_pct"] == rows[1]["judge_difference_pct"] == 0
     assert rows[1]["judge_difference_detectable_pct"] is None and rows[3]["judge_difference_detectable_pct"] > 0
-    columns = {"params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False, "name_accuracy": None}
+    columns = {"params": 1, "bits": 4, "nominal_bytes": 1, "simulated": False}
+    columns |= dict.fromkeys(("name_accuracy", "name_accuracy_interval"))
     columns |= {
         "baseline_pct": 1.0,
         "baseline_interval_pct": [0, 2],

@@ -92,7 +92,7 @@ def test_a_poison_sample_is_left_out_with_its_reason_and_its_units_others_are_ke
     found = measured.losses("answer_similarity", [(1,)])
     assert len(found.values_NK) == 9
     assert measured.failed == {"s5": "ValueError: a truncated image"}
-    assert "s5 failed three times and is left out: ValueError: a truncated image" in capsys.readouterr().out
+    assert "s5 failed three times and is left out: ValueError: a truncated image" in capsys.readouterr().err
     pool = FakePool(poison=("s5",))
     measured._pool = pool
     measured.losses("answer_similarity", [(2,)])

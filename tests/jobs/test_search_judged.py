@@ -8,6 +8,7 @@ import pytest
 from actors.judge.calls import Failure
 from jobs import search
 from jobs.searching.budget import compare_rows
+from jobs.searching.joint_table import JointRow
 from jobs.searching.rows import read_rows
 from tests.jobs.judging import (
     DISEASES,
@@ -102,7 +103,8 @@ def test_a_flagged_choice_of_the_joint_search_is_shown_so(factory, tmp_path, mon
     choice = {"method": "joint 1", "choice": [4, 0], "predicted": None, "kl": 0.5, "estimate_bytes": 2**20}
     choice |= {"best_uniform": True, "difference_finding": None}
     added = {"choices": 1, "mean_predicted": 0.25, "mean_measured": 0.5, "spearman": None}
-    joint = {"budget_bytes": 2**20, "damage": "kl", "additivity": added, "candidates": [{**row, **choice}]}
+    made = {**dict.fromkeys(JointRow.__required_keys__), **row, **choice}
+    joint = {"budget_bytes": 2**20, "damage": "kl", "additivity": added, "candidates": [made]}
     (tmp_path / "joint.json").write_text(json.dumps(joint))
     search.job(new_run(tmp_path, search__resolve_only="true"))
     page = (tmp_path / "search" / "report.html").read_text().partition("A choice for every layer")[2]

@@ -13,6 +13,7 @@ from jobs.reporting import published
 from jobs.reporting import search as search_report
 from jobs.reporting.search import write_report
 from jobs.searching.budget import resolve
+from jobs.searching.joint_table import JointRow
 from tests.jobs.browsing import check_readable, check_width, needs_chromium, page_of
 
 HOSTILE = "</td></tr></table><script>window.broken = 1</script>"
@@ -62,7 +63,8 @@ def new_run(folder) -> Run:
 def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     run = new_run(folder)
-    choice = {"method": "joint 1", "choice": [4, 0, 16, 8], "predicted": 0.5, "kl": 0.75, "estimate_bytes": 2**20}
+    choice = dict.fromkeys(JointRow.__required_keys__)
+    choice |= {"method": "joint 1", "choice": [4, 0, 16, 8], "predicted": 0.5, "kl": 0.75, "estimate_bytes": 2**20}
     choice |= {"baseline_pct": 90.0, "baseline_interval_pct": [85.0, 94.0], "best_uniform": False}
     choice |= {"score_kind": "baseline", "status": "done", "reason": None}
     choice |= {"is_llm_judge": False, "judge_identity": None}

@@ -36,7 +36,7 @@ def test_rows_of_another_model_or_evaluation_leave_the_table(factory, tmp_path, 
     old = [{**row, "conditions": "other"} for row in read_rows(new_run(tmp_path))]
     path.write_text(json.dumps(old))
     search.job(new_run(tmp_path, search__depths="[0]"))
-    assert len(read_rows(new_run(tmp_path))) == 4 and "8 rows of other data" in capsys.readouterr().out
+    assert len(read_rows(new_run(tmp_path))) == 4 and "8 rows of other data" in capsys.readouterr().err
 
 
 def test_rows_of_older_code_and_unfinished_ones_of_a_wider_search_go(factory, tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_rows_of_older_code_and_unfinished_ones_of_a_wider_search_go(factory, tm
     path = tmp_path / "search" / "rows.json"
     path.write_text(json.dumps([{key: value for key, value in row.items() if key != "unpacked"} for row in rows]))
     capsys.readouterr()
-    assert read_rows(new_run(tmp_path)) == [] and f"{len(rows)} rows of" in capsys.readouterr().out
+    assert read_rows(new_run(tmp_path)) == [] and f"{len(rows)} rows of" in capsys.readouterr().err
 
 
 def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path, capsys, monkeypatch):

@@ -30,7 +30,7 @@ def row(kind: str, method: str = "quant") -> dict:
     """A row of the summary; kind: "original", or a quantized checkpoint of FACTS, by rtn."""
     bits = {"simulated": "3", "packed": "4"}.get(kind, "4")
     config = load_config(None, [("quantize.method", "rtn"), ("quantize.bits", bits)])
-    run = SimpleNamespace(config=config, facts=lambda stage: FACTS[stage.settings["kind"]])
+    run = SimpleNamespace(config=config, facts=lambda stage, kind=None: FACTS[stage.settings["kind"]])
     profile, model = PROFILE, Source("model", "path")
     if kind != "original":
         model = Stage("quantize", 3, {"kind": kind}, (), lambda *_: None)

@@ -32,7 +32,7 @@ def test_only_the_broken_question_is_left_out(capsys):
     ]
     assert [(unit, outcome.error) for unit, outcome in found if outcome.error] == [([3], "ValueError: three")]
     assert Counter(pool.calls) == Counter([("double", *n) for n in ((1, 2), (3, 4), (5,), (3,), (4,))])
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "units: 3/3 done" in shown and "units, one by one: 2/2 done" in shown
 
 
@@ -40,7 +40,7 @@ def test_a_unit_of_one_is_not_tried_again(capsys):
     pool = Pool()
     ((unit, outcome),) = in_units(pool, "double", [[3]], lambda unit: (unit, 0), "units")
     assert (unit, outcome.attempts, len(pool.calls)) == ([3], 3, 1)
-    assert "one by one" not in capsys.readouterr().out
+    assert "one by one" not in capsys.readouterr().err
 
 
 def test_units_hold_whole_images():
