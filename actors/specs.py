@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from actors.quantizers.table import find_method
@@ -18,6 +19,14 @@ NOT_ROUNDED = [*_PARTS, *(f"model.{name}" for name in _PARTS), "language_model.l
 
 class GateError(ValueError):
     """A checkpoint that must not be published, and why."""
+
+
+class Change(Enum):
+    """How a checkpoint was made from its parent, and so what the gate demands of it."""
+
+    PRUNED = "pruned"  # nothing but layers went: the parent without them gives the same logits
+    TRAINED = "trained"  # the decoder's linears have other weights; everything else is the parent's
+    ROUNDED = "rounded"  # the decoder's linears are rounded, and compute what they did within their bits
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from actors.specs import Change
 from jobs import ablate, prepare, verify
 from jobs.core.command import main
 from jobs.core.facts import SelectFacts
@@ -79,7 +80,7 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
     spec = run.model_spec(model)
     with run.workers.worker("actors.checkpoint.pruning:Surgeon") as worker:
         facts.update(worker.call("prune", spec.path, str(folder), list(removed), spec.revision))
-    facts["gate"] = verify.passed(run, folder, model, facts["removed"])
+    facts["gate"] = verify.verify_change(run, folder, model, Change.PRUNED, facts["removed"])
     step = {"kind": "prune", "removed": facts["removed"], "left": facts["layers"], "chosen": _describe_choice(run)}
     card.finish(run, model, folder, facts, step)
     LOG.info(f"prune: removed layers {facts['removed']}, {facts['layers']} are left")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from actors.maths.sampling import draw_places
 from actors.quantizers.table import find_method
-from actors.specs import Conversation, QuantizeSettings
+from actors.specs import Change, Conversation, QuantizeSettings
 from jobs import prepare, verify
 from jobs.core.command import main
 from jobs.core.run import Run
@@ -116,7 +116,7 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
             facts.update(searched_by(workers, count, spec, chosen_settings(run), calibration, folder))
         else:
             facts.update(workers.call("quantize", spec, chosen_settings(run), calibration, str(folder)))
-    facts["gate"] = verify.passed(run, folder, model)
+    facts["gate"] = verify.verify_change(run, folder, model, Change.ROUNDED)
     step = {
         "kind": "quantize",
         "method": quantize.method,

@@ -12,7 +12,7 @@ fine-tuning to the domain:
 from pathlib import Path
 from typing import TypedDict
 
-from actors.specs import Conversation, LoraSettings
+from actors.specs import Change, Conversation, LoraSettings
 from jobs import prepare, verify
 from jobs.core.command import main
 from jobs.core.progress import Progress
@@ -66,7 +66,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     LOSSES.write(folder, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
-    facts["gate"] = verify.passed(run, folder, model, trained=True)
+    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED)
     step = {
         "kind": "recover",
         "settings": run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),

@@ -8,29 +8,27 @@ which tensor, module or file is wrong. Tensors are compared with their sums wher
 published copies do). After prune, recover and quantize it runs by itself, before their checkpoint is published.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from actors.specs import GateError, ModelSpec
+from actors.specs import Change, GateError, ModelSpec
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
 
-def passed(
-    run: Run, folder: Path, parent: Stage | Source, removed: list[int] | None = None, trained: bool = False
-) -> dict:
+def verify_change(run: Run, folder: Path, parent: Stage | Source, change: Change, removed: Sequence[int] = ()) -> dict:
     """Return what the gate found out about a new checkpoint, to be noted in its manifest; RuntimeError: it is refused.
 
-    removed: `parent` without these layers must give the same logits. trained: only the decoder's linears may differ
-    from `parent`. Neither: it was rounded.
+    change: how it was made from `parent`; removed: the layers that pruning took, zero-based.
     """
-    return _checked(run, folder, run.model_spec(parent), removed, None, True, trained)
+    return _verify(run, folder, run.model_spec(parent), change, list(removed), None, True)
 
 
 def verify_checkpoint(run: Run, folder: Path) -> dict:
     """Return what the gate finds out about a checkpoint that exists, its sums included; RuntimeError: it is refused."""
-    return _checked(run, folder, None, None, known_sums(folder), False)
+    return _verify(run, folder, None, None, (), known_sums(folder), False)
 
 
 def known_sums(folder: Path) -> dict[str, str] | None:
@@ -47,7 +45,7 @@ def require_folder(run: Run) -> Path:
     return folder
 
 
-def _checked(run: Run, folder: Path, *arguments) -> dict:
+def _verify(run: Run, folder: Path, *arguments) -> dict:
     model = run.config.model
     spec = ModelSpec(str(folder), model.dtype, None, model.trust_remote_code)
     with run.workers.worker("actors.gate.check:Gate") as worker:

@@ -7,14 +7,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from actors.gate.check import Gate
-from actors.specs import GateError, ModelSpec
+from actors.specs import Change, GateError, ModelSpec
 
 LAYER = "language_model.model.layers.{}.{}"
 UP = LAYER.format(1, "mlp.up_proj")
 
 
-def check(folder, parent=None, removed=None, **options) -> dict:
-    return Gate().check(ModelSpec(str(folder)), ModelSpec(str(parent)) if parent else None, removed, **options)
+def check(folder, parent=None, removed=None, change=None, **options) -> dict:
+    """Check a folder against its parent: `removed` says that it was pruned, else it was rounded, or `change`."""
+    change = change or (Change.ROUNDED if removed is None else Change.PRUNED)
+    spec = ModelSpec(str(parent)) if parent else None
+    return Gate().check(ModelSpec(str(folder)), spec, change if parent else None, removed or (), **options)
 
 
 def refused(words: str, folder, *arguments, **options) -> None:

@@ -3,6 +3,14 @@
 Prompts about one image are equal up to the end of the image, and the image is most of them. Behind the common
 beginning an input sees that and itself, at the positions that it would have alone, so what is computed is the same.
 
+Example: the inputs [i i i a b] and [i i i c] begin with the same three tokens. They share one row of six tokens, the
+shorter one first (shared = 3, starts = [3, 4]); "b" sees "i i i a b", and "c" sees "i i i c":
+
+    slot       0  1  2  3  4  5
+    token      i  i  i  c  a  b
+    position   0  1  2  3  3  4
+    branch    -1 -1 -1  0  1  1
+
 Axes: N inputs, G rows, K inputs of a row, Q tokens of a row, D width.
 """
 

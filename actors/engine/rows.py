@@ -88,7 +88,8 @@ class PromptPass:
 
     Row r is a variant of row source_R[r] and joins the batch at layer join_R[r]: below it, it equals that row,
     which runs there in its place. Rows are sorted by the layer at which they join; the first G rows are the
-    sources. By default every row is its own source, there from the start.
+    sources (actors.engine.verification.RowPlan has an example). By default every row is its own source, there from the
+    start.
     """
 
     def __init__(
@@ -160,6 +161,14 @@ class Part:
 
 class StepPass:
     """Goes on with some rows of prompt passes, token by token; takes their part of the caches, layer by layer.
+
+    Rows have read different numbers of tokens, but a new token goes into the same slot of all of them. A mask hides the
+    empty slots of a row, and every row counts its own positions. Example: rows that read five and three tokens, and two
+    new tokens x, y each:
+
+        slot       0 1 2 3 4 5 6
+        row 0      a b c d e x y    positions 0 1 2 3 4 5 6
+        row 1      f g h - - x y    positions 0 1 2 - - 3 4
 
     Every row runs every layer that any of them keeps, and those that don't keep it take their old hidden state
     afterwards: for single tokens that is sooner than to gather and scatter rows.

@@ -103,21 +103,50 @@ def pack_prompts(model: Llava, prompts: Sequence[torch.Tensor], drafts: Sequence
     return packs(prompts, fed)
 
 
+@dataclass(frozen=True)
+class RowPlan:
+    """Which rows a verifying pass runs: the base of every row of inputs first, then what differs from it, by layer.
+
+    row_of[g, v]: the row of variant v of the inputs in row g. keep_RL, source_R, join_R: see PromptPass. Example: two
+    rows of inputs, four layers, a base that keeps all, and three variants: v0 without layer 2, v1 the base itself, v2
+    without layer 1. Six rows run, the last two of them only layer 3 on their own:
+
+        row  inputs  layers     source  joins at  row_of
+        0    g = 0   0 1 2 3    0       0         (0, v1)
+        1    g = 1   0 1 2 3    1       0         (1, v1)
+        2    g = 0   0   2 3    0       1         (0, v2)
+        3    g = 1   0   2 3    1       1         (1, v2)
+        4    g = 0   0 1   3    0       2         (0, v0)
+        5    g = 1   0 1   3    1       2         (1, v0)
+    """
+
+    row_of: dict[tuple[int, int], int]
+    keep_RL: torch.Tensor
+    source_R: list[int]
+    join_R: list[int]
+
+
+def plan_rows(groups: int, base_L: torch.Tensor, keep_VL: torch.Tensor) -> RowPlan:
+    """Return the rows for V variants of `groups` rows of inputs."""
+    differs = (keep_VL != base_L[None]).tolist()
+    row_of = {(g, v): g for v, row in enumerate(differs) if not any(row) for g in range(groups)}
+    joins = sorted((row.index(True), v) for v, row in enumerate(differs) if any(row))
+    joining = [(layer, g, v) for layer, v in joins for g in range(groups)]
+    row_of |= {(g, v): row for row, (_, g, v) in enumerate(joining, start=groups)}
+    keep_RL = torch.cat([base_L.repeat(groups, 1), keep_VL[[v for _, _, v in joining]]])
+    source_R = [*range(groups), *(g for _, g, _ in joining)]
+    return RowPlan(row_of, keep_RL, source_R, [*([0] * groups), *(layer for layer, _, _ in joining)])
+
+
 class Verification:
     """One pass over prompts and drafts, for the base and for variants that join where they differ from it."""
 
     def __init__(self, model: Llava, pack: Pack, prompts: Sequence[torch.Tensor], base_L, keep_VL: torch.Tensor):
         self._pack, self._prompts = pack, prompts
         self._place = {n: (g, k) for g, row in enumerate(pack.rows) for k, n in enumerate(row)}
-        groups = len(pack.rows)
-        differs = (keep_VL != base_L[None]).tolist()
-        joins = [(row.index(True), v) for v, row in enumerate(differs) if any(row)]
-        order = [(join, g, v) for join, v in sorted(joins) for g in range(groups)]
-        base = [((g, v), g) for v, row in enumerate(differs) if not any(row) for g in range(groups)]
-        self._rows = dict(base) | {(g, v): row for row, (_, g, v) in enumerate(order, start=groups)}
-        keep = torch.cat([base_L.repeat(groups, 1), keep_VL[[v for _, _, v in order]]])
-        source, join = [*range(groups), *(g for _, g, _ in order)], [*([0] * groups), *(j for j, _, _ in order)]
-        self.state = PromptPass(model, keep, source, join)
+        plan = plan_rows(len(pack.rows), base_L, keep_VL)
+        self._row_of = plan.row_of
+        self.state = PromptPass(model, plan.keep_RL, plan.source_R, plan.join_R)
         self.hidden_RQD = self.state.forward(model, pack.embeds_GQD, pack.layout)
 
     @property
@@ -127,7 +156,7 @@ class Verification:
 
     def row(self, n: int, variant: int) -> int:
         """Return the row of an input and a variant."""
-        return self._rows[self._place[n][0], variant]
+        return self._row_of[self._place[n][0], variant]
 
     def slots(self, n: int, count: int) -> list[int]:
         """Return where the first `count` tokens of an input stand in its row."""

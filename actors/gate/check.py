@@ -25,7 +25,7 @@ from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_pr
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.quantizers.table import GEMM
-from actors.specs import GateError, ModelSpec
+from actors.specs import Change, GateError, ModelSpec
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
@@ -45,17 +45,16 @@ class Gate:
         self,
         spec: ModelSpec,
         parent: ModelSpec | None = None,
-        removed: Sequence[int] | None = None,
+        change: Change | None = None,
+        removed: Sequence[int] = (),
         sums: Mapping[str, str] | None = None,
         keep_probe: bool = False,
-        trained: bool = False,
     ) -> dict:
         """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
 
-        removed: the checkpoint is `parent` without these layers, whose logits it must give. parent without removed: it
-        is `parent` with rounded weights, or, if `trained`, with other weights in the decoder's linears and nothing else
-        changed. sums: SHA-256 of every tensor as first published. keep_probe: write what the probe gave into the
-        folder, for later checks. GateError: a check failed.
+        parent, change: what it was made from, and how; without them only the folder itself is looked at. removed: the
+        layers that pruning took, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write what
+        the probe gave into the folder, for later checks. GateError: a check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
@@ -67,23 +66,21 @@ class Gate:
         found["names"] = check_names(folder)
         processor = loaded(lambda: load_processor(spec.path, None, trusted))
         found["processor"] = f"{type(processor).__name__} with a chat template"
-        before = Parent(parent, removed or ()) if parent else None
+        before = Parent(parent, removed) if parent else None
         if before:
             _check_count(config, before)
-            may_differ = _may_differ(config, removed, trained)
-            found["kept"] = check_kept(folder, before.folder, before.renumbered, may_differ)
+            found["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, change))
         model = load_plainly(spec, config)
         found["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
-        rounded_from = before.folder if before and removed is None and not trained else None
+        rounded_from = before.folder if before and change is Change.ROUNDED else None
         found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         said, off = [], None
-        if before and not trained:
-            found["layers"], off, close = _compare_with_parent(
-                before, model, processor, config, spec, removed is not None, logits
-            )
+        if before and change is not Change.TRAINED:
+            pruned = change is Change.PRUNED
+            found["layers"], off, close = _compare_with_parent(before, model, processor, config, spec, pruned, logits)
             said.append(close)
         if (folder / PROBE).is_file():
             kept, computed = kept_probe(folder)
@@ -142,14 +139,14 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _may_differ(config, removed: Sequence[int] | None, trained: bool) -> Callable[[str], bool]:
+def _may_differ(config, change: Change | None) -> Callable[[str], bool]:
     """Return what tells by its name whether a tensor may differ from the model before: none if that was pruned alone.
 
     Training and rounding change the decoder's linears; AWQ their norms and biases, too.
     """
-    if removed is not None:
+    if change is Change.PRUNED:
         return lambda name: False
-    if may_be_scaled(config) and not trained:
+    if may_be_scaled(config) and change is Change.ROUNDED:
         return lambda name: bool(LAYER.search(name))
     linears = "|".join(map(re.escape, linear_shapes(config)))
     changed = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.quantizers.table import METHODS
+from actors.specs import Change
 from jobs import quantize, verify
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
@@ -63,7 +64,7 @@ def _write(run: Run, model, data, bits: Sequence[int], settings: dict, folder: P
     spec, calibration = run.model_spec(model), quantize.calibration_conversations(run, data)
     with run.workers.worker(QUANTIZER) as worker:
         facts.update(worker.call("quantize", spec, _settings(run), list(bits), calibration, str(folder)))
-    facts["gate"] = verify.passed(run, folder, model)
+    facts["gate"] = verify.verify_change(run, folder, model, Change.ROUNDED)
     step = {
         "kind": "quantize",
         "method": settings["method"],

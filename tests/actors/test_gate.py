@@ -9,7 +9,7 @@ import torch
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.gate.check import Gate
 from actors.probe import PROBE, kept_probe
-from actors.specs import LoraSettings, ModelSpec
+from actors.specs import Change, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import check
 from tests.quantizing import PACKED, quantize
@@ -75,7 +75,9 @@ def test_a_probe_kept_in_bfloat16_passes_in_float32(tmp_path):
     """As jobs.verify tries it; also where the folder does not say in which type its probe was computed."""
     source = save_tiny(tmp_path / "a", "clip-llama", layers=16, dtype=torch.bfloat16)
     prune_checkpoint(source, str(tmp_path / "b"), [1])
-    Gate().check(ModelSpec(str(tmp_path / "b"), "bfloat16"), ModelSpec(source, "bfloat16"), [1], keep_probe=True)
+    Gate().check(
+        ModelSpec(str(tmp_path / "b"), "bfloat16"), ModelSpec(source, "bfloat16"), Change.PRUNED, [1], keep_probe=True
+    )
     logits, dtype = kept_probe(tmp_path / "b")
     assert dtype == "bfloat16" and float(check(tmp_path / "b")["logits"].split()[0]) > 0.02
     np.save(tmp_path / "b" / PROBE, logits)
@@ -95,7 +97,7 @@ def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
         draw_conversations(lesions, 4), settings, str(tmp_path / "c")
     )
     assert len(list(steps)) == 2
-    found = check(tmp_path / "c", tmp_path / "b", trained=True)
+    found = check(tmp_path / "c", tmp_path / "b", change=Change.TRAINED)
     assert float(found["logits"].split()[0]) < 1e-5
     rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
 

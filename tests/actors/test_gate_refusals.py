@@ -14,7 +14,7 @@ from actors.checkpoint.pruning import prune_checkpoint
 from actors.checkpoint.tensors import publish_names, write_tensors
 from actors.gate import check as gate
 from actors.probe import PROBE, kept_probe, write_probe
-from actors.specs import GateError, LoraSettings, ModelSpec
+from actors.specs import Change, GateError, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import quantize
@@ -168,14 +168,16 @@ def recovered(made, lesions, tmp_path_factory):
 
 def test_a_recovered_checkpoint_passes(made, recovered):
     """All but its decoder's linears is the model before; they were trained, so as a pruned model it is refused."""
-    found = check(recovered, made[1], trained=True)
+    found = check(recovered, made[1], change=Change.TRAINED)
     assert set(found) == CHECKS | {"kept"} and found["logits"].startswith("0 from what it gave when it was made")
     assert (
         found["kept"]
         == f"{len(load_file(recovered / 'model.safetensors')) - 3 * 7} tensors are those of the model before"
     )
     refused(r"layers\.0\.\S+_proj\.weight' is not .* of the model before", recovered, made[1], [])
-    refused("says 3 decoder layers, but 5 of the model before were to be kept", recovered, made[0], trained=True)
+    refused(
+        "says 3 decoder layers, but 5 of the model before were to be kept", recovered, made[0], change=Change.TRAINED
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_a_recovered_checkpoint_of_which_more_was_changed(made, recovered, tmp_p
 
     change(shutil.copytree(recovered, tmp_path / "copy"), nudge)
     check(tmp_path / "copy")
-    refused(f"'{name}' is not '{name}' of the model before", tmp_path / "copy", made[1], trained=True)
+    refused(f"'{name}' is not '{name}' of the model before", tmp_path / "copy", made[1], change=Change.TRAINED)
 
 
 def test_new_and_missing_tensors_against_sums(made, copy):

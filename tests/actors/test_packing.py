@@ -32,6 +32,13 @@ def test_rows_by_hand():
     assert pair.slots(1, 8) == [0, 1, 2, 3, 4, 7, 8, 9]
 
 
+def test_the_example_of_the_docstring():
+    [pack] = packed("iiiab|", "iiic|")
+    assert (text(pack.embeds_GQD[0]), pack.shared, pack.starts) == ("iiicab", 3, [3, 4])
+    assert pack.layout.positions_Q.tolist() == [0, 1, 2, 3, 3, 4]
+    assert pack.layout.branches_Q.tolist() == [-1, -1, -1, 0, 1, 1]
+
+
 def test_a_part_sees_the_beginning_and_itself():
     """Beginning "AA", parts "p" and "qr"; with a window of 2, positions decide and not slots."""
     [pack] = packed("AAp|", "AAqr|")

@@ -6,6 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from actors.checkpoint.loading import language_model
 from actors.engine.rows import Part, PromptPass, RowCache, StepPass, attention_windows, switched
+from actors.engine.verification import plan_rows
 from tests.tiny import LAYERS, WIDTH, tiny_config, tiny_model
 
 
@@ -125,3 +126,25 @@ def test_cache_keeps_value_width():
     keys, values = RowCache(capacity=4).update(torch.ones(2, 3, 1, 8), torch.ones(2, 3, 1, 5), 0)
     assert keys.shape == (2, 3, 1, 8) and values.shape == (2, 3, 1, 5)
     assert keys.sum() == 48 and values.sum() == 30
+
+
+def test_the_example_of_a_row_plan():
+    base, variants = torch.tensor([True] * 4), torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 1]]).bool()
+    plan = plan_rows(2, base, variants)
+    assert plan.source_R == [0, 1, 0, 1, 0, 1] and plan.join_R == [0, 0, 1, 1, 2, 2]
+    assert plan.row_of == {(0, 1): 0, (1, 1): 1, (0, 2): 2, (1, 2): 3, (0, 0): 4, (1, 0): 5}
+    assert plan.keep_RL.tolist() == [[True] * 4] * 2 + [[True, False, True, True]] * 2 + [[True, True, False, True]] * 2
+
+
+@torch.inference_mode()
+def test_the_example_of_a_step_pass(model):
+    """Rows that read five and three tokens, and two new tokens each: one slot for both, positions of their own."""
+    prompt = PromptPass(model, keep((), ()))
+    prompt.forward(model, torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)))
+    steps = StepPass([Part(prompt, [0, 1], [range(5), range(3)])], 2, torch.float32)
+    with switched(model, steps) as decoder:
+        for positions in ([5, 3], [6, 4]):
+            steps.forward(decoder, torch.tensor([1, 2]), torch.tensor(positions))
+    assert steps.valid_RS.int().tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]]
+    assert steps.key_positions_RS[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert steps.key_positions_RS[1, [0, 1, 2, 5, 6]].tolist() == [0, 1, 2, 3, 4]
