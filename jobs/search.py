@@ -60,7 +60,7 @@ class SettingSearch:
         self.sizes = estimates(run, self.plans)
         limit = run.config.search.budget.memory_gib
         within = [limit is None or size <= limit for size in self.sizes]
-        self.within = [plan for plan, fits in zip(self.plans, within, strict=True) if fits]
+        self.within = [plan for plan, small in zip(self.plans, within, strict=True) if small]
         self.open = self.within
         self.sampled = len(self.open) > run.config.search.max_trials
         if self.sampled and run.config.search.screen_images is None:

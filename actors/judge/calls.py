@@ -4,6 +4,7 @@ An engine is anything with `async def ask(request: Request) -> Reply | Failure`.
 the ladder decides by their kind.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,3 +55,6 @@ class Failure:
     kind: FailureKind
     message: str
     retry_after: float | None = None
+
+
+JudgeCall = Callable[[Request], Awaitable[Reply | Failure]]  # an engine's `ask`

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from actors.judge.calls import Failure, Reply, Request
+from actors.judge.calls import Failure, JudgeCall, Reply, Request
 from actors.judge.prompt import SYSTEM, Judgement, LabelOnly, schema_of, user_message
 from actors.judge.verdict import Verdict, expected_score, read_output
 
@@ -95,7 +95,7 @@ def request(question: str, reference: str, candidate: str, rung: Rung) -> Reques
 
 
 async def judge(
-    ask: Callable[[Request], Awaitable[Reply | Failure]],
+    ask: JudgeCall,
     question: str,
     reference: str,
     candidate: str,

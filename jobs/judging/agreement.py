@@ -15,7 +15,7 @@ from actors.maths.columns import number_names, to_floats
 from cluster.artifacts import file_sha256, write_text
 from jobs.core.run import Run
 from jobs.judging.answer_tables import REQUIRED, AnswerTable, read_table_of
-from jobs.judging.asking import Judged, Text
+from jobs.judging.asking import KeyedVerdict, Text
 
 FILE = "agreement.json"
 
@@ -94,7 +94,7 @@ def resolved(rated: AnswerTable, answers: Sequence[Mapping]) -> list[Rating]:
 
 
 def record(
-    run: Run, rated: AnswerTable, ratings: Sequence[Rating], found: Mapping[Text, Judged], identity: JudgeIdentity
+    run: Run, rated: AnswerTable, ratings: Sequence[Rating], found: Mapping[Text, KeyedVerdict], identity: JudgeIdentity
 ) -> dict:
     """Compare the verdicts with the ratings, write run_dir/agreement.json, and return what it says."""
     labels = {rating.item: found[rating.text].verdict.label for rating in ratings}

@@ -8,14 +8,14 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from actors.judge.cache import JudgeIdentity, may_be_cached, verdict_key
-from actors.judge.calls import Failure, Reply, Request
+from actors.judge.calls import Failure, JudgeCall, Reply, Request
 from actors.judge.ladder import judge
 from actors.judge.verdict import Verdict
 from cluster.tables import PartTable
@@ -27,7 +27,6 @@ from jobs.judging.rows import VerdictColumns
 LOG = logging.getLogger("jobs.judging")
 
 T = TypeVar("T")
-Ask = Callable[[Request], Awaitable[Reply | Failure]]
 Text = tuple[str, str, str]  # question, reference, candidate
 
 FOLDER = "verdicts"
@@ -39,7 +38,7 @@ PROBE = ("What is the name of this disease?", "This is psoriasis.", "This is pso
 
 
 @dataclass(frozen=True)
-class Judged:
+class KeyedVerdict:
     """A verdict under its key; `failure` is why there is no label: a kind of Failure, or BAD_OUTPUT (None: scored)."""
 
     key: str
@@ -56,7 +55,7 @@ class VerdictStore:
         self._saved_at = time.monotonic()
         self.known = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
 
-    def add(self, judged: Judged) -> None:
+    def add(self, judged: KeyedVerdict) -> None:
         """Keep a verdict if it is scored; it reaches the disk now and then, and with `save`."""
         if not may_be_cached(judged.verdict):
             return
@@ -72,7 +71,7 @@ class VerdictStore:
         self._unsaved, self._saved_at = [], time.monotonic()
 
 
-def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, Judged], JudgeIdentity]:
+def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, KeyedVerdict], JudgeIdentity]:
     """Return a verdict for every text, and whose they are; the judge is started only if one is missing.
 
     ValueError: the judge refuses the first call (key, model, URL). RuntimeError: it cannot be reached at all.
@@ -82,7 +81,7 @@ def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, Judged], Judge
     store = VerdictStore(run.folder / FOLDER)
     missing = {key: text for text, key in keys.items() if key not in store.known}
     LOG.info(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before")
-    failed: dict[str, Judged] = {}
+    failed: dict[str, KeyedVerdict] = {}
     if missing:
         try:
             failed = run_async(_session(run, missing, store))
@@ -107,7 +106,7 @@ def check_judge(run: Run) -> None:
     check(run)
 
 
-async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -> dict[str, Judged]:
+async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -> dict[str, KeyedVerdict]:
     from jobs.judging.engine import judge_engine
 
     async with judge_engine(run) as (ask, _):
@@ -115,7 +114,7 @@ async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -
         return await ask_all(ask, missing, store, run.config.judge.concurrency)
 
 
-async def probe(ask: Ask, name: str) -> None:
+async def probe(ask: JudgeCall, name: str) -> None:
     """Judge one known answer, so that what no answer would survive ends the job before all of them fail."""
     first = await judge_one(ask, "", PROBE)
     if first.failure in ("refused", "denied"):
@@ -127,15 +126,17 @@ async def probe(ask: Ask, name: str) -> None:
         raise RuntimeError(f"The judge {name} does not answer ({first.verdict.reason}). Nothing was judged.")
 
 
-async def ask_all(ask: Ask, missing: Mapping[str, Text], store: VerdictStore, concurrency: int) -> dict[str, Judged]:
+async def ask_all(
+    ask: JudgeCall, missing: Mapping[str, Text], store: VerdictStore, concurrency: int
+) -> dict[str, KeyedVerdict]:
     """Judge every text, `concurrency` at a time; scored verdicts go to the store, the others are returned.
 
     A worker that waits before it asks again keeps its place: an endpoint that asks for patience gets fewer calls.
     What is refused for its own sake (too long) says nothing of the judge, neither that it is there nor that it is gone.
     """
     waiting = iter(missing.items())
-    failed: dict[str, Judged] = {}
-    in_a_row: list[Judged] = []
+    failed: dict[str, KeyedVerdict] = {}
+    in_a_row: list[KeyedVerdict] = []
 
     async def work(progress: Progress) -> None:
         for key, text in waiting:
@@ -162,7 +163,7 @@ async def ask_all(ask: Ask, missing: Mapping[str, Text], store: VerdictStore, co
     return failed
 
 
-async def judge_one(ask: Ask, key: str, text: Text) -> Judged:
+async def judge_one(ask: JudgeCall, key: str, text: Text) -> KeyedVerdict:
     """Climb the ladder for one text."""
     last: Reply | Failure | None = None
 
@@ -173,16 +174,16 @@ async def judge_one(ask: Ask, key: str, text: Text) -> Judged:
 
     verdict = await judge(remembered, *text)
     if verdict.scored:
-        return Judged(key, verdict)
-    return Judged(key, verdict, last.kind if isinstance(last, Failure) else BAD_OUTPUT)
+        return KeyedVerdict(key, verdict)
+    return KeyedVerdict(key, verdict, last.kind if isinstance(last, Failure) else BAD_OUTPUT)
 
 
-def _not_asked(key: str, last: Judged) -> Judged:
+def _not_asked(key: str, last: KeyedVerdict) -> KeyedVerdict:
     reason = f"not asked: the judge failed {GIVE_UP} times in a row, at last {last.verdict.reason}"
-    return Judged(key, Verdict(None, reason, None, None, (), 0), last.failure)
+    return KeyedVerdict(key, Verdict(None, reason, None, None, (), 0), last.failure)
 
 
-def judge_columns(judged: Judged) -> VerdictColumns:
+def judge_columns(judged: KeyedVerdict) -> VerdictColumns:
     """Return a verdict as the columns of a table of answers."""
     verdict = judged.verdict
     return {
@@ -196,7 +197,7 @@ def judge_columns(judged: Judged) -> VerdictColumns:
     }
 
 
-def _from_row(row: dict) -> Judged:
+def _from_row(row: dict) -> KeyedVerdict:
     names = ("label", "reason", "expected", "label_mass", "raw", "tries")
     values = {name: row[f"judge_{name}"] for name in names}
-    return Judged(row["judge_key"], Verdict(**{**values, "raw": tuple(values["raw"])}))
+    return KeyedVerdict(row["judge_key"], Verdict(**{**values, "raw": tuple(values["raw"])}))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.judge.cache import JudgeIdentity
-from actors.judge.calls import Failure, Reply, Request, fold_system
+from actors.judge.calls import Failure, JudgeCall, Reply, Request, fold_system
 from cluster.artifacts import digest
 from jobs.config.judge import JudgeConfig
 from jobs.core.run import Run
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cluster.serving.service import Scale, Service
     from cluster.serving.vllm import VLLM
 
-Ask = Callable[[Request], Awaitable[Reply | Failure]]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _FOLDED = ", the system's text in the user's turn"
 _NONE = (
@@ -33,7 +32,7 @@ _NONE = (
 
 
 @asynccontextmanager
-async def judge_engine(run: Run) -> AsyncIterator[tuple[Ask, JudgeIdentity]]:
+async def judge_engine(run: Run) -> AsyncIterator[tuple[JudgeCall, JudgeIdentity]]:
     """Yield what asks the configured judge, and its identity; the judge goes with the block, unless judge.keep.
 
     Asking returns a Failure where no answer came, and never raises. ValueError: the config names no judge, or one
@@ -164,7 +163,7 @@ class _ServedJudge:
         return self.run.config.judge
 
     @asynccontextmanager
-    async def transformers(self) -> AsyncIterator[Ask]:
+    async def transformers(self) -> AsyncIterator[JudgeCall]:
         from cluster.serving.service import serve_class
 
         kwargs, scale = self._kwargs(), self.scale()
@@ -173,7 +172,7 @@ class _ServedJudge:
             yield lambda request: self._through(lambda: _call(service, request, self.settings.timeout))
 
     @asynccontextmanager
-    async def vllm(self) -> AsyncIterator[Ask]:
+    async def vllm(self) -> AsyncIterator[JudgeCall]:
         from actors.judge.local import folds_system
         from actors.judge.openai import chat_body, read_completion
         from cluster.serving.service import host_application

@@ -12,7 +12,7 @@ from actors.maths.columns import number_names, to_percent
 from actors.maths.statistics import average, bootstrap_mean
 from jobs.core.run import Run
 from jobs.judging.agreement import sentence
-from jobs.judging.asking import BAD_OUTPUT, Judged, Text, judge_columns, verdicts
+from jobs.judging.asking import BAD_OUTPUT, KeyedVerdict, Text, judge_columns, verdicts
 from jobs.judging.rows import JudgedColumns, VerdictRow
 
 KEPT = ("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer")
@@ -36,7 +36,7 @@ class JudgedTable:
 
 def judged_tables(
     run: Run, tables: Mapping[str, Sequence[Mapping]]
-) -> tuple[dict[str, JudgedTable], dict[Text, Judged], JudgeIdentity]:
+) -> tuple[dict[str, JudgedTable], dict[Text, KeyedVerdict], JudgeIdentity]:
     """Judge all rows of all tables, and the controls of each, in one session.
 
     The judge is told question, reference and answer, nothing else. Returns the tables, every verdict, and whose.
@@ -71,7 +71,7 @@ def may_be_asked_again(facts: Mapping) -> bool:
     return bool({*facts["unscored"], *facts["controls"]["unscored"]} - final)
 
 
-def _failures(judged: Sequence[Judged]) -> dict[str, int]:
+def _failures(judged: Sequence[KeyedVerdict]) -> dict[str, int]:
     return dict(Counter(one.failure for one in judged if one.failure))
 
 
@@ -92,7 +92,7 @@ def _control_text(control: Control) -> Text:
     return control.question, control.reference, control.candidate
 
 
-def _tally(rows: Sequence[Mapping], own: Sequence[Judged]) -> dict:
+def _tally(rows: Sequence[Mapping], own: Sequence[KeyedVerdict]) -> dict:
     """Return the tally of labels with its interval, which like the percentage is None where there is no headline."""
     labels = [one.verdict.label for one in own]
     found = tally(labels)
@@ -114,7 +114,7 @@ def _tally(rows: Sequence[Mapping], own: Sequence[Judged]) -> dict:
     }
 
 
-def _control_facts(built: Sequence[Control], judged: Sequence[Judged]) -> dict:
+def _control_facts(built: Sequence[Control], judged: Sequence[KeyedVerdict]) -> dict:
     missed = misses(built, [one.verdict.label for one in judged])
     return {
         "count": len(built),

@@ -83,7 +83,7 @@ def pareto_front(rows: Iterable[SearchRow], cost: Cost) -> list[SearchRow]:
     ]
 
 
-def fits(row: SearchRow, budget: BudgetConfig) -> bool:
+def within_budget(row: SearchRow, budget: BudgetConfig) -> bool:
     """Tell whether a row can be used and stays within the budget."""
     if not usable(row, timed=budget.ms_per_token is not None):
         return False
@@ -100,7 +100,7 @@ def resolve(rows: Sequence[SearchRow], budget: BudgetConfig, compare: Callable[[
     open: settings that are not finished. unjudged: evaluated ones without the judge's score that the others have.
     untimed: joint choices whose ms/token is not that of the memory they are counted with, where time is limited.
     """
-    allowed = [row for row in rows if fits(row, budget)]
+    allowed = [row for row in rows if within_budget(row, budget)]
     allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
     distinct: dict[str, SearchRow] = {}  # jobs.joint may have made what the search made, under another name
     for row in allowed:

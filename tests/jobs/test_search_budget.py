@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.config.search import BudgetConfig
-from jobs.searching.budget import Entrant, dominated, fits, format_answer, judge_remarks, pareto_front, resolve
+from jobs.searching.budget import Entrant, dominated, format_answer, judge_remarks, pareto_front, resolve, within_budget
 from jobs.searching.space import Setting
 
 IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
@@ -101,7 +101,7 @@ def test_another_budget_has_another_answer():
 
 def test_what_is_simulated_failed_or_was_not_run_is_no_answer():
     budget = BudgetConfig(memory_gib=3.7)
-    assert not any(fits(one, budget) for one in ROWS)
+    assert not any(within_budget(one, budget) for one in ROWS)
     found = resolve(ROWS, budget, difference)
     assert found["answer"] is None and found["nearest"]["setting"] in ("deep", "deep sft")
     assert "none fits; the nearest is deep" in format_answer(found, budget)
@@ -127,7 +127,7 @@ def test_packed_memory_and_unpacked_time_are_not_one_answer():
         [*ROWS, joint], "ms_per_token"
     )
     measured = {**joint, "device": "NVIDIA T4"}  # both of the unpacked weights
-    assert fits(measured, both) and measured in pareto_front([*ROWS, measured], "ms_per_token")
+    assert within_budget(measured, both) and measured in pareto_front([*ROWS, measured], "ms_per_token")
 
 
 def test_a_judge_that_failed_its_controls_and_two_judges_are_told_of():
