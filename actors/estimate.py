@@ -127,8 +127,8 @@ def architecture(config, trust_remote_code: bool = False) -> Architecture:
             else:
                 others[number] += parameter.numel()
             continue
-        found = [part for key, part in _PARTS.items() if key in name and (part != "embeddings" or "language" in name)]
-        parts[found[0] if found else "head"] += parameter.numel()
+        named = [part for key, part in _PARTS.items() if key in name and (part != "embeddings" or "language" in name)]
+        parts[named[0] if named else "head"] += parameter.numel()
     layers = tuple(Layer(tuple(lin), rest, w) for lin, rest, w in zip(linears, others, windows, strict=True))
     return Architecture(config, parts, layers)
 
@@ -159,28 +159,28 @@ def estimate(config: Any, setting: Setting) -> dict:
     """
     shapes = config if isinstance(config, Architecture) else architecture(config)
     context = _checked(shapes, setting)
-    kept = [(layer, bits) for layer, bits in zip(shapes.layers, setting.bits, strict=True) if bits]
+    present = [(layer, bits) for layer, bits in zip(shapes.layers, setting.bits, strict=True) if bits]
     size = setting.dtype_bytes
-    layers = [layer_bytes(layer, bits, setting) for layer, bits in kept]
+    layers = [layer_bytes(layer, bits, setting) for layer, bits in present]
     parts = {name: size * count for name, count in shapes.parts.items()}
-    caches = [cache_bytes(shapes, layer, setting, context) for layer, _ in kept]
+    caches = [cache_bytes(shapes, layer, setting, context) for layer, _ in present]
     weights, cache = sum(parts.values()) + sum(layers), sum(caches)
-    phases = _phases(shapes, kept, setting, context, caches)
+    phases = _phases(shapes, present, setting, context, caches)
     activation = max(phases.values()) - cache
     first = parts["vision_tower"] + parts["projector"] + parts["embeddings"]
     placed = [first, *(a + b for a, b in zip(layers, caches, strict=True)), parts["head"]]
     return {
-        "params": sum(shapes.parts.values()) + sum(layer.params for layer, _ in kept),
+        "params": sum(shapes.parts.values()) + sum(layer.params for layer, _ in present),
         "weight_bytes": weights,
         "kv_cache_bytes": cache,
         "activation_bytes": activation,
         "total_bytes": weights + cache + activation,
         "parts": {**parts, "decoder_layers": sum(layers)},
         "phases": phases,
-        "workspace_bytes": _workspace(kept, setting),
+        "workspace_bytes": _workspace(present, setting),
         "device_bytes": largest_share(placed, setting.devices) + activation,
         "context": context,
-        "simulated": any(setting.layout and bits not in setting.layout.bits for _, bits in kept if bits != 16),
+        "simulated": any(setting.layout and bits not in setting.layout.bits for _, bits in present if bits != 16),
     }
 
 
@@ -223,7 +223,7 @@ def _checked(shapes: Architecture, setting: Setting) -> int:
     return context
 
 
-def _phases(shapes: Architecture, kept, setting: Setting, context: int, caches: Sequence[int]) -> dict[str, int]:
+def _phases(shapes: Architecture, present, setting: Setting, context: int, caches: Sequence[int]) -> dict[str, int]:
     """Return what each moment holds beyond the weights, the caller's pixels included."""
     text, vision, size = shapes.config.text_config, shapes.config.vision_config, setting.dtype_bytes
     rows, images = setting.batch, setting.batch * setting.images
@@ -232,11 +232,11 @@ def _phases(shapes: Architecture, kept, setting: Setting, context: int, caches: 
     states = images * 2 * shapes.tower_tokens * vision.hidden_size * size  # stay with the features to the answer's end
     features = images * shapes.image_tokens * text.hidden_size * size
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    copies = mlp_copies(text.hidden_act, gated=sum(o == text.intermediate_size for o, _ in kept[0][0].linears) > 1)
-    masked = rows > 1 or any(layer.window is not None and layer.window < context for layer, _ in kept)
-    prompt = len(kept) * rows * context * cached_bytes(text, 1, size)  # sliding windows are cut after it
+    copies = mlp_copies(text.hidden_act, gated=sum(o == text.intermediate_size for o, _ in present[0][0].linears) > 1)
+    masked = rows > 1 or any(layer.window is not None and layer.window < context for layer, _ in present)
+    prompt = len(present) * rows * context * cached_bytes(text, 1, size)  # sliding windows are cut after it
     reading = prefill_bytes(rows, context, text.hidden_size, text.intermediate_size, copies, head, masked, size)
-    unpacked = _workspace(kept, setting)
+    unpacked = _workspace(present, setting)
     wide = rows * context * text.intermediate_size * size  # where a weight is unpacked, one tensor less is alive
     grown = max(caches) // 2  # a layer's keys are copied when they grow
     logits = logit_bytes(rows, text.vocab_size, size)
@@ -247,9 +247,9 @@ def _phases(shapes: Architecture, kept, setting: Setting, context: int, caches: 
     }
 
 
-def _workspace(kept, setting: Setting) -> int:
+def _workspace(present, setting: Setting) -> int:
     """Return the most bytes that unpacking a rounded weight takes."""
-    rounded = {shape for layer, bits in kept if bits != 16 for shape in layer.linears}
+    rounded = {shape for layer, bits in present if bits != 16 for shape in layer.linears}
     if not rounded or setting.layout is None:
         return 0
     return max(setting.layout.unpacked_bytes(outputs * inputs, setting.dtype_bytes) for outputs, inputs in rounded)

@@ -18,10 +18,10 @@ def resident_bytes(process: int | str = "self", peak: bool = False) -> int:
         text = Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
         text = ""
-    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", text, re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", text, re.MULTILINE)
+    if match is None:
         raise ProcessLookupError(f"process {process} has no memory any more")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 def taken(device: str) -> dict[str, int]:
@@ -69,8 +69,8 @@ def _on_gpus(allocated: str, reserved: str) -> dict[str, int]:
     sums, drivers = {"allocated": 0, "reserved": 0}, []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        kept = getattr(torch.cuda, reserved)(number)
+        reserved_bytes = getattr(torch.cuda, reserved)(number)
         sums["allocated"] += getattr(torch.cuda, allocated)(number)
-        sums["reserved"] += kept
-        drivers.append(total - free - torch.cuda.memory_reserved(number) + kept)
+        sums["reserved"] += reserved_bytes
+        drivers.append(total - free - torch.cuda.memory_reserved(number) + reserved_bytes)
     return {**sums, **({"fullest": max(drivers)} if len(drivers) > 1 else {}), "driver": sum(drivers)}

@@ -91,13 +91,13 @@ def claim_devices(device: str, gpus: float) -> list[torch.device]:
     visible = torch.cuda.device_count()
     if gpus > visible:
         raise ValueError(f"A replica was given {gpus:g} GPUs, but {visible} are visible here: lower replicas.gpus.")
-    found = [torch.device("cuda", number) for number in range(max(1, int(gpus)))]
-    for each in found:
+    devices = [torch.device("cuda", number) for number in range(max(1, int(gpus)))]
+    for each in devices:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), each)
-    return found
+    return devices
 
 
 def out_of_memory(error: Exception) -> bool:
     """Tell whether an allocation failed: torch has a class for that on a GPU, and a bare RuntimeError on a CPU."""
-    said = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    phrases = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in phrases)

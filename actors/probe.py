@@ -40,5 +40,5 @@ def write_probe(folder: Path, logits: np.ndarray, dtype: str) -> None:
 
 def kept_probe(folder: Path) -> tuple[np.ndarray, str | None]:
     """Return the logits [V] that a folder keeps, and the type that they were computed in; None: it does not say."""
-    kept = np.load(folder / PROBE, allow_pickle=False)
-    return (kept[kept.dtype.names[0]], kept.dtype.names[0]) if kept.dtype.names else (kept, None)
+    archive = np.load(folder / PROBE, allow_pickle=False)
+    return (archive[archive.dtype.names[0]], archive.dtype.names[0]) if archive.dtype.names else (archive, None)

@@ -38,9 +38,9 @@ class RangeRecorder:
                 if name not in linears:
                     linears.append(name)
                 if first == name:
-                    found = x.abs().flatten(0, -2).amax(0).float().cpu()
+                    maxima = x.abs().flatten(0, -2).amax(0).float().cpu()
                     known = largest.get((layer, name))
-                    largest[layer, name] = found if known is None else torch.maximum(known, found)
+                    largest[layer, name] = maxima if known is None else torch.maximum(known, maxima)
 
             return hook
 

@@ -74,8 +74,8 @@ def watch(address: str) -> Watch:
         places = [_head(context.gcs_address)]
         for node in ray.nodes():
             if node["NodeID"] == context.get_node_id():
-                own = node["NodeManagerAddress"], node["NodeManagerPort"]
-                places.append(("the raylet of this machine", *own, RAYLET_LOST_AFTER_S))
+                raylet = node["NodeManagerAddress"], node["NodeManagerPort"]
+                places.append(("the raylet of this machine", *raylet, RAYLET_LOST_AFTER_S))
         watched = Watch(places)
     watched.start()
     return watched

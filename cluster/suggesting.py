@@ -56,9 +56,9 @@ class Suggestions(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Note what a trial found; Optuna is told when its batch has ended."""
-        found = result or {}
-        whole = not error and all(found.get(name) is not None for name in self._names)
-        self._ends[trial_id] = [float(found[name]) for name in self._names] if whole else None
+        scores = result or {}
+        whole = not error and all(scores.get(name) is not None for name in self._names)
+        self._ends[trial_id] = [float(scores[name]) for name in self._names] if whole else None
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: a search that is resumed is told again what is finished."""
@@ -84,7 +84,7 @@ class Suggestions(Searcher):
                 self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 self._tell(trial, self._known.get(key))
-        near = min(self._left, key=lambda one: sum(a != b for a, b in zip(one, key, strict=True)))
+        near = min(self._left, key=lambda key_left: sum(a != b for a, b in zip(key_left, key, strict=True)))
         self._study.enqueue_trial({str(place): value for place, value in enumerate(near)})
         return self._study.ask(self._space), near
 

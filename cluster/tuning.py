@@ -101,16 +101,16 @@ class _Broker:
             tries += 1
             try:
                 call = partial(worker.call, "make", task.name, *task.args)
-                found = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+                report = await asyncio.get_running_loop().run_in_executor(self._threads, call)
             except WorkerDied as error:  # of the stage, or of what it asked for
                 reason = str(error)
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError | RuntimeError) else one_line(error)
                 break
             else:
-                if found["made"]:
-                    self._note("made", task, started, tries=tries, pid=found["pid"])
-                return {**found, "error": None}
+                if report["made"]:
+                    self._note("made", task, started, tries=tries, pid=report["pid"])
+                return {**report, "error": None}
         self._note("failed", task, started, tries=tries, error=reason)
         return {"error": reason}
 
@@ -129,12 +129,12 @@ class _Broker:
 
 def _coordinate(config: dict, broker: Any, chains: Mapping[Key, Sequence[Task]]) -> None:
     """Ask for one setting's stages in order, and report what the last one says."""
-    found: dict = {}
+    ends: dict = {}
     for task in chains[tuple(config["setting"].values())]:
-        found = ray.get(broker.make.remote(task))
-        if found["error"]:
+        ends = ray.get(broker.make.remote(task))
+        if ends["error"]:
             break
-    tune.report({**found, "failed": int(bool(found.get("error")))})
+    tune.report({**ends, "failed": int(bool(ends.get("error")))})
 
 
 class _Watch(tune.Callback):
@@ -230,11 +230,11 @@ def _space(keys: list[Key], parallel: int, sampled: Sampled | None) -> tuple[dic
 
 
 def _loggers(names: Sequence[str], folder: Path) -> list:
-    found: list = []
+    callbacks: list = []
     if "tensorboard" in names:
         from ray.tune.logger import TBXLoggerCallback
 
-        found.append(TBXLoggerCallback())
+        callbacks.append(TBXLoggerCallback())
     if "mlflow" in names:
         if importlib.util.find_spec("mlflow") is None:
             raise ValueError("The logger mlflow is not installed: pip install mlflow-skinny, or leave it out.")
@@ -242,8 +242,8 @@ def _loggers(names: Sequence[str], folder: Path) -> list:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         store = f"sqlite:///{folder.resolve()}/mlflow.db"
-        found.append(MLflowLoggerCallback(store, experiment_name=folder.name))
-    return found
+        callbacks.append(MLflowLoggerCallback(store, experiment_name=folder.name))
+    return callbacks
 
 
 def _quiet() -> None:

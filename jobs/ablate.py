@@ -148,8 +148,8 @@ def agreement_rows(scores: Sequence[LayerScore]) -> list[Agreement]:
     for row in scores:
         losses.setdefault(row["criterion"], []).append(row["loss"])
     return [
-        {"criterion": one, "other": other, "tau": compute_kendall_tau(losses[one], losses[other])}
-        for one in losses
+        {"criterion": criterion, "other": other, "tau": compute_kendall_tau(losses[criterion], losses[other])}
+        for criterion in losses
         for other in losses
     ]
 

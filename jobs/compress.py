@@ -121,8 +121,8 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
         )
     judges = judgements(run, planned)
     compared = _compare_methods(run, tables, [] if run.missing(judges) else judges)
-    told = {"judge_failure": None if failure is None else str(failure)}
-    return [cast(SummaryRow, row | told | columns) for row, columns in zip(rows, compared, strict=True)]
+    end = {"judge_failure": None if failure is None else str(failure)}
+    return [cast(SummaryRow, row | end | columns) for row, columns in zip(rows, compared, strict=True)]
 
 
 def _bits(run: Run, model: Stage | Source, profile: Profile) -> dict:
@@ -148,19 +148,19 @@ def _compare_methods(run: Run, tables: list[dict[str, AnswerRow]], judges: list[
     groups = {s: row["group"] for s, row in tables[0].items()}
     baseline = differences([{s: row["baseline"] for s, row in rows.items()} for rows in tables], groups, 1.0)
     named = name_tests([{s: r["verdict"] == "right" for s, r in rows.items() if r["verdict"]} for rows in tables])
-    labels = [judge.labels(run, one) for one in judges] or [{} for _ in tables]
+    labels = [judge.labels(run, judgement) for judgement in judges] or [{} for _ in tables]
     judged = differences(labels, groups, TOP_LABEL, "judge_difference")
-    kept = [
+    shares = [
         {
-            "judge_retention": _judge_retention(labels[0], one, groups),
-            "judge_given_name": judge_given_name(list(rows.values()), one),
+            "judge_retention": _judge_retention(labels[0], judgement, groups),
+            "judge_given_name": judge_given_name(list(rows.values()), judgement),
         }
-        for one, rows in zip(labels, tables, strict=True)
+        for judgement, rows in zip(labels, tables, strict=True)
     ]
-    columns: Sequence[Mapping] = [judge.row(run, one) for one in judges] or [NOT_JUDGED for _ in tables]
+    columns: Sequence[Mapping] = [judge.row(run, judgement) for judgement in judges] or [NOT_JUDGED for _ in tables]
     return [
-        {**column, **one, "name_p_holm": p, **other, **share}
-        for column, one, p, other, share in zip(columns, baseline, named, judged, kept, strict=True)
+        {**column, **judgement, "name_p_holm": p, **other, **share}
+        for column, judgement, p, other, share in zip(columns, baseline, named, judged, shares, strict=True)
     ]
 
 

@@ -49,14 +49,14 @@ def rows(run: Run) -> list[dict]:
         shapes = architecture(model, config.model.trust_remote_code)
     wanted = config.quantize.method if config.estimate.quantizer is None else config.estimate.quantizer
     methods = [(each, checked_bits(config, model, each)) for each in (wanted if isinstance(wanted, list) else [wanted])]
-    found = []
+    table = []
     for removed, known in removals(config, [layer.window for layer in shapes.layers]):
         for method, bits in methods:
             asked = setting(config, method, uniform(len(shapes.layers), removed, bits))
             who = {"removed": len(removed), "removed_layers": removed if known else None}
             seeing = estimate(shapes, setting(config, method, asked.bits, least_images=1))
-            found.append({**who, **row(estimate(shapes, asked), seeing, asked, bits, config, source)})
-    return found
+            table.append({**who, **row(estimate(shapes, asked), seeing, asked, bits, config, source)})
+    return table
 
 
 def row(sizes: dict, seeing: dict, asked, bits: int, config: Config, source: str) -> dict:
@@ -87,12 +87,12 @@ def row(sizes: dict, seeing: dict, asked, bits: int, config: Config, source: str
     }
 
 
-def format_rows(found: Sequence[dict]) -> str:
+def format_rows(table: Sequence[dict]) -> str:
     """Lay rows out for a terminal."""
     lines = [["removed", "quantizer", "bits", "params B", "weights", "cache", "activations", "total GiB", "with image"]]
-    several = found[0]["assumptions"]["devices"] > 1
+    several = table[0]["assumptions"]["devices"] > 1
     lines[0] += ["fullest GPU"] if several else []
-    for each in found:
+    for each in table:
         cells = [str(each["removed"]), each["quantizer"], f"{each['bits']}{'*' if each['simulated'] else ''}"]
         cells.append(f"{each['params'] / 1e9:.4f}")
         sizes = (
@@ -106,13 +106,13 @@ def format_rows(found: Sequence[dict]) -> str:
         lines.append(cells + [f"{each[size]:.4f}" for size in sizes])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    if any(each["simulated"] for each in found):
+    if any(each["simulated"] for each in table):
         text.append("* counted at these bits, but stored in 16: simulated, for studies of accuracy.")
-    told = found[0]["assumptions"]
+    given = table[0]["assumptions"]
     text += [
-        f"Batch {told['batch']}, prompt of {told['context']} tokens with {told['images']} image(s), "
-        f"{told['decode_tokens']} new tokens, {told['dtype']}, groups of {told['group_size']}; {told['architecture']}.",
-        f"Each GPU's context (about {told['cuda_context_gib']:g} GiB) and the allocator's reserve come on top.",
+        f"Batch {given['batch']}, prompt of {given['context']} tokens with {given['images']} image(s), "
+        f"{given['decode_tokens']} new tokens, {given['dtype']}, groups of {given['group_size']}; {given['architecture']}.",
+        f"Each GPU's context (about {given['cuda_context_gib']:g} GiB) and the allocator's reserve come on top.",
     ]
     return "\n".join(text)
 
@@ -122,12 +122,12 @@ def job(run: Run) -> None:
     from actors.checkpoint.loading import quiet
 
     quiet()
-    found = rows(run)
+    table = rows(run)
     if run.config.estimate.json_rows:
-        for each in found:
+        for each in table:
             print(json.dumps(each), flush=True)
     else:
-        print(format_rows(found), flush=True)
+        print(format_rows(table), flush=True)
 
 
 if __name__ == "__main__":

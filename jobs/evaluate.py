@@ -76,7 +76,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     with run.workers.replicas(run.model_spec(model)) as pool:
         profile = merge_rounds([measure_round(pool, samples[0], evaluate, evaluate.timed_runs)])
         for part, answers in _answer_units(
-            run, pool, [one for one in samples if one.id not in given], "evaluate", failed
+            run, pool, [each for each in samples if each.id not in given], "evaluate", failed
         ):
             table.add(digest([sample.id for sample in part]), answers)
             given |= {row["sample_id"]: row for row in answers}
@@ -89,16 +89,16 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
             for _, answers in _answer_units(run, pool, asked, "blank image", failed):
                 blank |= {row["sample_id"]: row for row in answers}
     answered = [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given]
-    found = _score_answers(run, answered)
-    ANSWERS.write(folder, found)
+    scored = _score_answers(run, answered)
+    ANSWERS.write(folder, scored)
     names = [kind.name for kind in run.config.data.classes]
-    facts["metrics"] = {**metrics(found, names), "unanswered": len(samples) - len(given)}
+    facts["metrics"] = {**metrics(scored, names), "unanswered": len(samples) - len(given)}
     facts["controls"] = None
     if evaluate.controls:
         controls = _score_answers(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
         if controls:
             CONTROLS.write(folder, controls)
-        facts["controls"] = summary(found, controls)
+        facts["controls"] = summary(scored, controls)
     facts["profile"] = profile
 
 
@@ -139,7 +139,11 @@ def choose_images(rows: Sequence[ConversationRow], limit: int | None) -> list[st
     by_class: dict[str, list[str]] = {}
     for image, label in sorted({(row["image"], row["class"]) for row in rows}):
         by_class.setdefault(label, []).append(image)
-    turns = sorted((turn, label, image) for label, own in by_class.items() for turn, image in enumerate(own))
+    turns = sorted(
+        (turn, label, image)
+        for label, images_of_class in by_class.items()
+        for turn, image in enumerate(images_of_class)
+    )
     return [image for _, _, image in turns][:limit]
 
 

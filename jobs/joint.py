@@ -65,13 +65,13 @@ def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[
     sets: list[list[int]] = [[]]
     made = [scores]
     for count in range(1, min(most, len(run.facts(scores, AblateFacts)["order"])) + 1):
-        own = pruning(run, count)
+        pruned_run = pruning(run, count)
         if run.config.prune.search == "one_shot":
-            sets.append(list(select.one_shot(own, scores)))
+            sets.append(list(select.one_shot(pruned_run, scores)))
             continue
-        chosen = select.stage(own, base, data, scores)
+        chosen = select.stage(pruned_run, base, data, scores)
         try:
-            own.make(chosen)
+            pruned_run.make(chosen)
         except NothingRanked:  # so deep a model says nothing, and deeper ones neither
             if count == 1:
                 raise
@@ -101,13 +101,13 @@ def budget_of(run: Run, memory: Memory, sets: Sequence[Sequence[int]]) -> int:
 
 def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int, count: int) -> list[Choice]:
     """Return, for each number of bits, the `count` uniform choices with the fewest layers removed within the budget."""
-    layers, found = len(memory.shapes.layers), []
+    layers, choices = len(memory.shapes.layers), []
     for bits in memory.options:
         if bits == REMOVED:
             continue
         fitting = (uniform_choice(removed, bits, layers) for removed in sets)
-        found += [choice for choice in fitting if memory.total(choice) <= budget][:count]
-    return found
+        choices += [choice for choice in fitting if memory.total(choice) <= budget][:count]
+    return choices
 
 
 def search(
@@ -126,9 +126,9 @@ def search(
     started = time.time()
     with run.workers.replicas(run.model_spec(base), "actors.choices:ChoiceCritic", **critic) as pool:
         measured = ChoiceMeasurements(run, pool, base, data, samples, rounded)
-        found = AllocationSearch(measured, memory, budget, config.joint)
-        found.run(uniform)
-        found.measure_both([*named_choices(found, uniform, config.joint.candidates).values()])
+        allocation = AllocationSearch(measured, memory, budget, config.joint)
+        allocation.run(uniform)
+        allocation.measure_both([*named_choices(allocation, uniform, config.joint.candidates).values()])
     took = {"started": started, "seconds": round(time.time() - started, 3), "gpu_seconds": round(pool.gpu_seconds, 3)}
     write_log(
         run,
@@ -136,10 +136,10 @@ def search(
             "event": MEASURED_FOR,
             "name": "joint",
             **took,
-            "stages": [one.name for one in order_stages([rounded, *before])],
+            "stages": [stage.name for stage in order_stages([rounded, *before])],
         },
     )
-    return found
+    return allocation
 
 
 def additivity(rows: Sequence[Mapping], damage: str) -> Additivity:
@@ -200,10 +200,10 @@ def check_budget(memory: Memory, budget: int) -> None:
         )
 
 
-def named_choices(found: AllocationSearch, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
+def named_choices(allocation: AllocationSearch, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
     """Return what is built: the choices of least damage that are no uniform settings, and all uniform settings."""
     named = {}
-    for number, choice in enumerate([one for one in found.best if one not in uniform][:candidates], 1):
+    for number, choice in enumerate([each for each in allocation.best if each not in uniform][:candidates], 1):
         bits = set(choice) - {REMOVED}
         named[f"joint {number}" + (f", all {bits.pop()} bit" if len(bits) == 1 else "")] = choice
     return named | {f"{UNIFORM} {max(choice)} bit, {choice.count(REMOVED)} out": choice for choice in uniform}
@@ -223,25 +223,27 @@ def job(run: Run) -> None:
     LOG.info(
         f"joint: budget {size(budget)}; uniform settings within it: {', '.join(map(format_choice, uniform)) or 'none'}",
     )
-    found = search(run, base, data, memory, budget, uniform, before)
-    built = build(run, base, data, named_choices(found, uniform, joint.candidates), budget)
-    evaluated = [one.plan.evaluation for one in built if one.failure is None]
+    allocation = search(run, base, data, memory, budget, uniform, before)
+    built = build(run, base, data, named_choices(allocation, uniform, joint.candidates), budget)
+    evaluated = [candidate.plan.evaluation for candidate in built if candidate.failure is None]
     failure = judge.judge_or_error(run, evaluated) if run.config.judge.engine != "none" else None
-    for one in built:
-        if one.failure is None:
-            judge.refresh_card(run, one.plan.model, one.plan.evaluation)
-    rows = make_rows(run, built, found)
-    sizes = [device_gib(run.config, memory.shapes, "mixed", one.choice) for one in built]
-    write_rows(run, joint_rows(run, [one.plan for one in built], sizes, [one.failure for one in built]))
-    added = additivity(list(found.tried.values()), joint.damage)
+    for candidate in built:
+        if candidate.failure is None:
+            judge.refresh_card(run, candidate.plan.model, candidate.plan.evaluation)
+    rows = make_rows(run, built, allocation)
+    sizes = [device_gib(run.config, memory.shapes, "mixed", candidate.choice) for candidate in built]
+    write_rows(
+        run, joint_rows(run, [candidate.plan for candidate in built], sizes, [candidate.failure for candidate in built])
+    )
+    added = additivity(list(allocation.tried.values()), joint.damage)
     content = {
         "budget_bytes": budget,
         "damage": joint.damage,
         **calibration.calibration_settings(run),
         "additivity": added,
         "candidates": rows,
-        "singles": found.singles,
-        "tried": list(found.tried.values()),
+        "singles": allocation.singles,
+        "tried": list(allocation.tried.values()),
     }
     path = write_joint(run.folder, cast(JointFile, content))
     print(format_rows(rows, joint.damage, failure))
@@ -250,7 +252,7 @@ def job(run: Run) -> None:
         f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}"
     )
     print(f"joint: rows are in {path}", flush=True)
-    if all(one.failure is not None for one in built):
+    if all(candidate.failure is not None for candidate in built):
         raise RuntimeError(f"All {len(built)} choices failed; the first: {built[0].failure}")
     if failure is not None:
         raise failure

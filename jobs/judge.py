@@ -77,16 +77,16 @@ def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
 
     What lacks verdicts because the judge could not be reached is judged again.
     """
-    stages = [stage(run, one) for one in evaluated]
+    stages = [stage(run, evaluation) for evaluation in evaluated]
     todo = {
-        one.name: one
-        for one, made in zip(evaluated, stages, strict=True)
+        evaluation.name: evaluation
+        for evaluation, made in zip(evaluated, stages, strict=True)
         if run.missing([made]) or may_be_asked_again(run.facts(made, JudgeFacts))
     }
     if todo:
-        judged = judged_tables(run, {name: answers(run, one) for name, one in todo.items()})[0]
-        for name, one in todo.items():
-            made = stage(run, one, judged[name])
+        judged = judged_tables(run, {name: answers(run, evaluation) for name, evaluation in todo.items()})[0]
+        for name, evaluation in todo.items():
+            made = stage(run, evaluation, judged[name])
             run.store.remove(made.name)
             run.make(made)
     return stages
@@ -132,8 +132,8 @@ def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], 
     if len(tables) < 2:
         return {}, ""
     ids = {name: [row.get("sample_id") for row in made.rows] for name, made in tables.items()}
-    for name, own in ids.items():
-        if None in own or len(set(own)) < len(own):
+    for name, ids_of_table in ids.items():
+        if None in ids_of_table or len(set(ids_of_table)) < len(ids_of_table):
             return {}, f"not compared: {name} has rows without a sample_id, or one twice"
     first, *_ = tables.values()
     asked = {row["sample_id"]: (row["question"], row["reference"]) for row in first.rows}
@@ -147,7 +147,7 @@ def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], 
 
 def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | None) -> None:
     """Judge files (and the answers that people rated), write what was found beside them, and print it."""
-    rows: dict[str, Sequence[Mapping]] = {one.name: one.rows for one in tables}
+    rows: dict[str, Sequence[Mapping]] = {table.name: table.rows for table in tables}
     ratings: list[agreement.Rating] = []
     if rated is not None:
         if agreement.by_text(rated.rows):
@@ -155,26 +155,31 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
         elif not rows:
             rows[run.config.model.path] = answers(run, evaluate.stage(run, run.base_model(), prepare.stage(run)))
         ratings = agreement.resolved(rated, next(iter(rows.values())))
-    judged, found, identity = judged_tables(run, rows)
+    judged, verdicts, identity = judged_tables(run, rows)
     if rated is not None:
-        measured = agreement.record(run, rated, ratings, found, identity)
+        measured = agreement.record(run, rated, ratings, verdicts, identity)
         print(f"judge: {agreement.sentence(measured)}", flush=True)
     calibration = agreement.calibration(run, asdict(identity))
     shown = {name: summary_columns(made.facts, calibration) for name, made in judged.items()}
-    differ, reason = compare_tables({one.name: judged[one.name] for one in tables})
-    for one in tables:
-        made = judged[one.name]
-        write_table(one.parquet, made.rows)
-        summary = {"table": one.name, **shown[one.name], **differ.get(one.name, {}), "not_compared": reason or None}
-        write_text(one.summary, json.dumps({**summary, **made.facts, "skipped": one.skipped}, indent=1))
+    differ, reason = compare_tables({table.name: judged[table.name] for table in tables})
+    for table in tables:
+        made = judged[table.name]
+        write_table(table.parquet, made.rows)
+        summary = {
+            "table": table.name,
+            **shown[table.name],
+            **differ.get(table.name, {}),
+            "not_compared": reason or None,
+        }
+        write_text(table.summary, json.dumps({**summary, **made.facts, "skipped": table.skipped}, indent=1))
     show(shown, [made.facts for made in judged.values()], differ, reason)
-    for one in [*tables, *([rated] if rated is not None else [])]:
-        for left in one.skipped[:SHOWN]:
-            LOG.warning(f"{one.name}: row {left['row']} skipped: {left['reason']}")
-        if len(one.skipped) > SHOWN:
-            LOG.warning(f"{one.name}: {len(one.skipped)} rows skipped in all")
-    for one in tables:
-        print(f"judge: verdicts are in {one.parquet}, the summary is in {one.summary}", flush=True)
+    for table in [*tables, *([rated] if rated is not None else [])]:
+        for left in table.skipped[:SHOWN]:
+            LOG.warning(f"{table.name}: row {left['row']} skipped: {left['reason']}")
+        if len(table.skipped) > SHOWN:
+            LOG.warning(f"{table.name}: {len(table.skipped)} rows skipped in all")
+    for table in tables:
+        print(f"judge: verdicts are in {table.parquet}, the summary is in {table.summary}", flush=True)
 
 
 def show(
@@ -182,8 +187,8 @@ def show(
 ) -> None:
     """Print judged tables with all that has to be said about them."""
     print(format_rows(rows, differ))
-    for name, one in zip(rows, facts, strict=True):
-        counted = one["tally"]
+    for name, table_facts in zip(rows, facts, strict=True):
+        counted = table_facts["tally"]
         unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}
         print(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}")
     for line in [*remarks(list(rows.values())), *([reason] if reason else [])]:
@@ -229,14 +234,14 @@ def job(run: Run) -> None:
 
 def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
     """Return the tables; ValueError if two would be written to one file, or one over another, or go by one name."""
-    for one in tables:
+    for table in tables:
         for other in tables:
-            if one.parquet.resolve() == other.path.resolve():
-                raise ValueError(f"judge.tables: the verdicts on {one.path} would overwrite {other.path}: rename it.")
-    for number, one in enumerate(tables):
+            if table.parquet.resolve() == other.path.resolve():
+                raise ValueError(f"judge.tables: the verdicts on {table.path} would overwrite {other.path}: rename it.")
+    for number, table in enumerate(tables):
         for other in tables[:number]:
-            if one.name == other.name or one.parquet == other.parquet:
-                raise ValueError(f"judge.tables: {other.path} and {one.path} need different names.")
+            if table.name == other.name or table.parquet == other.parquet:
+                raise ValueError(f"judge.tables: {other.path} and {table.path} need different names.")
     return list(tables)
 
 

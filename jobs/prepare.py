@@ -76,8 +76,8 @@ def image_root(run: Run) -> Path:
     data = run.config.data
     if data.root:
         return Path(data.root).expanduser().resolve()
-    drawn = f"-{data.draw_per_class}-{run.config.seed}" if data.draw_per_class else ""
-    return run.folder / f"images{drawn}"
+    suffix = f"-{data.draw_per_class}-{run.config.seed}" if data.draw_per_class else ""
+    return run.folder / f"images{suffix}"
 
 
 def build(run: Run, folder: Path, facts: dict) -> None:

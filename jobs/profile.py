@@ -53,17 +53,17 @@ def turns(models: Sequence[Source], rounds: int) -> list[int]:
 def compare_models(run: Run, models: Sequence[Source], sample: Sample) -> list[dict]:
     """Return one row per model: memory and times of the same question, over all rounds."""
     config = run.config
-    found: list[list[dict]] = [[] for _ in models]
+    rounds_of: list[list[dict]] = [[] for _ in models]
     runs = -(-config.evaluate.timed_runs // config.profile.rounds)
     for number in turns(models, config.profile.rounds):
         with run.workers.replicas(run.model_spec(models[number])) as pool:
-            found[number].append(evaluate.measure_round(pool, sample, config.evaluate, runs))
-        measured = merge_rounds(found[number][-1:])
+            rounds_of[number].append(evaluate.measure_round(pool, sample, config.evaluate, runs))
+        measured = merge_rounds(rounds_of[number][-1:])
         LOG.info(
-            f"profile: round {len(found[number])} of {config.profile.rounds}, {models[number].path}: "
+            f"profile: round {len(rounds_of[number])} of {config.profile.rounds}, {models[number].path}: "
             f"{measured['ms_per_token']:.2f} ms/token"
         )
-    return [{"checkpoint": model.path, **merge_rounds(rounds)} for model, rounds in zip(models, found, strict=True)]
+    return [{"checkpoint": model.path, **merge_rounds(rounds)} for model, rounds in zip(models, rounds_of, strict=True)]
 
 
 def run_capped(run: Run, model: Source, questions: Sequence[Sample], cap_gib: float) -> dict:

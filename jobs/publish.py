@@ -96,8 +96,8 @@ class Folder:
             temporary.chmod(0o755)
             os.rename(temporary, self._path)  # an empty folder gives way, any other does not
         except OSError as error:  # shutil.Error, too, which has no strerror
-            said = error.strerror or error
-            raise ValueError(f"publish.to {str(self._path)!r} cannot be written ({said}): choose another.") from None
+            reason = error.strerror or error
+            raise ValueError(f"publish.to {str(self._path)!r} cannot be written ({reason}): choose another.") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -113,17 +113,17 @@ class Storage:
             raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> ValueError:
-        said = " ".join(str(error).split())
-        return ValueError(f"publish.to {self._uri!r} cannot be used ({said}): check the address and the credentials.")
+        reason = " ".join(str(error).split())
+        return ValueError(f"publish.to {self._uri!r} cannot be used ({reason}): check the address and the credentials.")
 
     def refuse_what_is_there(self) -> None:
         """ValueError: something is there, or the store does not answer."""
         try:
-            found = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+            entries = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         except (pa.ArrowException, OSError) as error:
             raise self._refused(error) from None
-        if found:
-            raise ValueError(f"publish.to {self._uri!r} is not empty ({found[0].base_name}): choose another place.")
+        if entries:
+            raise ValueError(f"publish.to {self._uri!r} is not empty ({entries[0].base_name}): choose another place.")
 
     def receive(self, staged: Path) -> None:
         """Copy file by file."""
@@ -156,9 +156,9 @@ class Hub:
         try:
             yield
         except (HTTPError, OSError, ValueError) as error:
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"publish.to {HUB}{self._repository} cannot be used ({said}): check the name, the token's rights and "
+                f"publish.to {HUB}{self._repository} cannot be used ({reason}): check the name, the token's rights and "
                 "the connection."
             ) from None
 

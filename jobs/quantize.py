@@ -78,9 +78,9 @@ def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
     quantize = run.config.quantize
     if not find_method(quantize.method).calibrated:
         return []
-    drawn = training_conversations(run.make(data))
-    picks = draw_places(len(drawn), quantize.calibration_samples, run.config.seed)
-    return [drawn[i] if quantize.calibration_images else replace(drawn[i], image=None) for i in picks]
+    conversations = training_conversations(run.make(data))
+    picks = draw_places(len(conversations), quantize.calibration_samples, run.config.seed)
+    return [conversations[i] if quantize.calibration_images else replace(conversations[i], image=None) for i in picks]
 
 
 def calibration_note(run: Run, data: Stage, calibration: Sequence[Conversation]) -> dict | None:
@@ -142,14 +142,14 @@ def searched_by(workers: "Pool", count: int, spec, settings: QuantizeSettings, c
     searched = folder / "searched"
     searched.mkdir(exist_ok=True)
     shares = [(part, (spec, settings, calibration, part, count, str(searched))) for part in range(count)]
-    found: dict = {}
+    facts_found: dict = {}
     for outcome in workers.map("search", shares):
         if outcome.error:
             raise RuntimeError(f"AWQ's search failed {outcome.attempts} times: {outcome.error}")
-        found = outcome.value
-    found |= workers.call("finish", spec, settings, str(searched), str(folder))
+        facts_found = outcome.value
+    facts_found |= workers.call("finish", spec, settings, str(searched), str(folder))
     shutil.rmtree(searched)
-    return found
+    return facts_found
 
 
 def job(run: Run) -> None:

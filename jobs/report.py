@@ -102,7 +102,7 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     pairs = AGREEMENT.read(run.folder_of(others)) if others else []
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
     tau = {(row["criterion"], row["other"]): ablate.format_tau(row["tau"]) for row in pairs}
-    found = next(
+    search_facts = next(
         (run.facts(p, SelectFacts) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None
     )
     label = CRITERIA[criterion].label
@@ -113,8 +113,10 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
         "label": label,
         "criterion": criterion,
         "criteria": criteria,
-        "agreement": [(one, [tau[one, other] for other in criteria]) for one in criteria],
-        "search": found,
+        "agreement": [
+            (first_criterion, [tau[first_criterion, other] for other in criteria]) for first_criterion in criteria
+        ],
+        "search": search_facts,
         "method": run.config.prune.search,
         "embedder": run.config.ablate.embedder,
         "calibration": scores[0]["samples"] if CRITERIA[criterion].by_sample else None,
@@ -154,8 +156,8 @@ def format_row(row: Mapping) -> dict:
 
 def _detectable(rows: Sequence[SummaryRow]) -> str:
     """Return the smallest and the largest difference that the images resolve, "" where all models answer alike."""
-    found = [row["difference_detectable_pct"] for row in rows if row["difference_detectable_pct"] is not None]
-    return f"{min(found):.1f} to {max(found):.1f}" if found else ""
+    differences = [row["difference_detectable_pct"] for row in rows if row["difference_detectable_pct"] is not None]
+    return f"{min(differences):.1f} to {max(differences):.1f}" if differences else ""
 
 
 def _quantizer(run: Run, row: SummaryRow) -> str:

@@ -213,7 +213,7 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
         kind = " (simulated)" if row["simulated"] else " (unpacked)" if row["unpacked"] else ""
         cells = [row["setting"] + kind, row["status"], "", "", "", f"{row['estimate_gib']:.4g}", "", "", "", ""]
         if row["status"] == "done":
-            marks = ["*" if row["setting"] in own else "" for own in fronts.values()]
+            marks = ["*" if row["setting"] in front else "" for front in fronts.values()]
             cells[2:5] = ["-", "", f"{row['params'] / 1e6:.3f}"]
             if row["score_pct"] is not None:
                 low, high = row["score_interval_pct"]
@@ -228,7 +228,7 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
         text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
     for row in [row for row in rows if row["status"] == "done"][:1]:
         kind = {"judge": "LLM judge", "baseline": "baseline score"}[row["score_kind"]]
-        kind += "" if any(one["is_llm_judge"] for one in rows) or failure else ", LLM judge: not run"
+        kind += "" if any(row_shown["is_llm_judge"] for row_shown in rows) or failure else ", LLM judge: not run"
         text.append(
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: none has a better score with as little"
@@ -238,8 +238,8 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
         text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
     if any(row["unpacked"] for row in rows):
         text.append("unpacked: transformers unpacks its weights when it loads them; ms/token is that of 16-bit weights")
-    told = [row for row in rows if row["status"] in ("failed", "screened out")]
-    return "\n".join(text + [f"{row['setting']} {row['status']}: {row['reason']}" for row in told])
+    explained = [row for row in rows if row["status"] in ("failed", "screened out")]
+    return "\n".join(text + [f"{row['setting']} {row['status']}: {row['reason']}" for row in explained])
 
 
 def job(run: Run) -> None:
@@ -248,14 +248,14 @@ def job(run: Run) -> None:
     if (config.resume or config.resolve_only) and not recorded:
         raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
     if not config.resolve_only:
-        own, failure = searched(run)
+        new_rows, failure = searched(run)
         recorded = read_rows(run)  # those of the joint choice are among them
-    found = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
+    resolved = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
     print(format_rows(recorded, failure))
-    print(format_answer(found, config.budget))
-    print(f"search: {write_report(run, recorded, found, failure)}", flush=True)
+    print(format_answer(resolved, config.budget))
+    print(f"search: {write_report(run, recorded, resolved, failure)}", flush=True)
     if not config.resolve_only:
-        check_any(own)
+        check_any(new_rows)
     if failure is not None:
         raise failure
 

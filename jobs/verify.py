@@ -58,10 +58,10 @@ def _verify(run: Run, folder: Path, *arguments) -> dict:
 def job(run: Run) -> None:
     """Check the folder `model.path` and print what was found."""
     folder = require_folder(run)
-    found = verify_checkpoint(run, folder)
-    found["sums"] = "those that were published" if known_sums(folder) else "nothing to compare with"
-    for check, said in found.items():
-        print(f"{check:<10} {said}")
+    findings = verify_checkpoint(run, folder)
+    findings["sums"] = "those that were published" if known_sums(folder) else "nothing to compare with"
+    for check, finding in findings.items():
+        print(f"{check:<10} {finding}")
     print(f"verify: {folder} passes", flush=True)
 
 

@@ -99,11 +99,11 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 
 def tensor_places(folder: Path) -> dict[str, tuple[Path, str]]:
     """Return where a checkpoint's tensors are, by their published names: (file, name in it)."""
-    found: dict[str, tuple[Path, str]] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
-            found |= {published_name(name): (file, name) for name in shard.keys()}  # noqa: SIM118 (not iterable)
-    return found
+            places |= {published_name(name): (file, name) for name in shard.keys()}  # noqa: SIM118 (not iterable)
+    return places
 
 
 def published_name(name: str) -> str:

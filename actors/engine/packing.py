@@ -76,8 +76,8 @@ def packs(prompts: Sequence[torch.Tensor], fed: Sequence[torch.Tensor]) -> list[
 
     def tokens(chosen: Sequence[int]) -> int:
         shared = min(begins[f] for f in chosen)
-        own = zip(*([len(fed[n]) - shared for n in families[f]] for f in chosen), strict=True)
-        return shared + sum(map(max, own))
+        lengths = zip(*([len(fed[n]) - shared for n in families[f]] for f in chosen), strict=True)
+        return shared + sum(map(max, lengths))
 
     order = sorted(range(len(families)), key=lambda f: (len(families[f]), tokens([f])))
     groups: list[list[int]] = []

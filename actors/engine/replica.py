@@ -86,21 +86,21 @@ class LlavaReplica:
         base_L, keep_VL = self.keep([base])[0], self.keep(removed_sets)
         if not samples or not removed_sets:
             return []
-        found: dict[tuple[int, int], list[int]] = {}
+        token_ids: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
             groups = group_by_image(samples, list(map(len, prompts)))
-            own = dict(self.batched(groups, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
-            drafts = [own[i, -1] for i in range(len(prompts))]
+            drafts_N = dict(self.batched(groups, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
+            drafts = [drafts_N[i, -1] for i in range(len(prompts))]
             for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
-                found.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
+                token_ids.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
                 open_variants.remove(v)
         groups = group_by_image(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])
         check = partial(self._checked_answers, prompts, drafts, base_L, keep_VL, limits)
         if open_variants:
-            found.update(self.batched(groups, open_variants, check))
+            token_ids.update(self.batched(groups, open_variants, check))
         return [
-            {"sample_id": sample.id, "removed": list(removed), **self._reply(found[s, v])}
+            {"sample_id": sample.id, "removed": list(removed), **self._reply(token_ids[s, v])}
             for s, sample in enumerate(samples)
             for v, removed in enumerate(removed_sets)
         ]

@@ -146,8 +146,8 @@ class PromptPass:
         place_R = torch.full((len(self.keep_RL),), -1)
         place_R[rows] = torch.arange(len(rows))
         keeping = self.keep_RL[chosen_C, layer].nonzero()[:, 0]
-        kept = chosen_C[keeping]
-        return keeping, place_R[torch.where(self.join_R[kept] <= layer, kept, self.source_R[kept])]
+        rows_K = chosen_C[keeping]
+        return keeping, place_R[torch.where(self.join_R[rows_K] <= layer, rows_K, self.source_R[rows_K])]
 
 
 @dataclass(frozen=True)

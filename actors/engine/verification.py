@@ -75,8 +75,8 @@ def verify_drafts(
         asked = [(n, v) for n in check.inputs for v in range(len(keep_VL))]
         count = max(1, *(len(drafts[n]) for n in check.inputs))
         rows, slots = [], []
-        for (n, v), found in zip(asked, _predict_after(model, check, asked, count), strict=True):
-            answer = answers[n][v] = _accept(drafts[n], found)
+        for (n, v), predicted in zip(asked, _predict_after(model, check, asked, count), strict=True):
+            answer = answers[n][v] = _accept(drafts[n], predicted)
             counts["rows_verified_whole"] += answer == drafts[n] and limits.ended(answer)
             if not limits.ended(answer):  # its last token was not fed yet
                 rows.append(check.row(n, v))
@@ -169,7 +169,7 @@ class Verification:
 
 def _predict_after(model: Llava, check: Verification, asked: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     """Return the best token at each of `count` places from the prompt's end on, for inputs and variants."""
-    found: list[list[int]] = []
+    predicted: list[list[int]] = []
     hidden = check.hidden_RQD
     places_C = torch.arange(count, device=hidden.device)
     step = min(LOGIT_ROWS, max(1, LOGITS_AT_ONCE // (count * model.lm_head.weight.shape[0])))
@@ -178,16 +178,16 @@ def _predict_after(model: Llava, check: Verification, asked: Sequence[tuple[int,
         rows = torch.tensor([check.row(n, v) for n, v in part], device=hidden.device)
         ends = torch.tensor([check.end(n) for n, _ in part], device=hidden.device)
         places = (ends[:, None] + places_C).clamp(max=hidden.shape[1] - 1)  # beyond a shorter draft: never read
-        found += model.lm_head(hidden[rows[:, None], places]).argmax(-1).tolist()
-    return found
+        predicted += model.lm_head(hidden[rows[:, None], places]).argmax(-1).tolist()
+    return predicted
 
 
-def _accept(draft: Sequence[int], found: list[int]) -> list[int]:
+def _accept(draft: Sequence[int], predicted: list[int]) -> list[int]:
     """Return the draft up to its first wrong token, then the right token in its place."""
     for place, token in enumerate(draft):
-        if found[place] != token:
-            return [*draft[:place], found[place]]
-    return list(draft) if draft else [found[0]]
+        if predicted[place] != token:
+            return [*draft[:place], predicted[place]]
+    return list(draft) if draft else [predicted[0]]
 
 
 def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]], limits: Limits) -> None:

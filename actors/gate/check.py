@@ -61,29 +61,31 @@ class Gate:
         config = loaded(lambda: check_llava(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)))
         if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
             spec = replace(spec, dtype=_name_stored_dtype(folder))
-        found: dict = {"tensors": check_tensors(folder, config)}
-        found["sums"] = check_sums(folder, sums)
-        found["names"] = check_names(folder)
+        findings: dict = {"tensors": check_tensors(folder, config)}
+        findings["sums"] = check_sums(folder, sums)
+        findings["names"] = check_names(folder)
         processor = loaded(lambda: load_processor(spec.path, None, trusted))
-        found["processor"] = f"{type(processor).__name__} with a chat template"
+        findings["processor"] = f"{type(processor).__name__} with a chat template"
         before = Parent(parent, removed) if parent else None
         if before:
             _check_count(config, before)
-            found["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, change))
+            findings["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, change))
         model = load_plainly(spec, config)
-        found["modules"] = check_modules(model, config)
+        findings["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
         rounded_from = before.folder if before and change is Change.ROUNDED else None
-        found["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
+        findings["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
-        said, off = [], None
+        closeness, off = [], None
         if before and change is not Change.TRAINED:
             pruned = change is Change.PRUNED
-            found["layers"], off, close = _compare_with_parent(before, model, processor, config, spec, pruned, logits)
-            said.append(close)
+            findings["layers"], off, close = _compare_with_parent(
+                before, model, processor, config, spec, pruned, logits
+            )
+            closeness.append(close)
         if (folder / PROBE).is_file():
-            kept, computed = kept_probe(folder)
+            recorded, computed = kept_probe(folder)
             types = {
                 "float16",
                 spec.dtype,
@@ -91,15 +93,15 @@ class Gate:
                 computed,
             }  # kernels of some formats compute in float16
             allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
-            said.append(_close(logits, kept, allowed, "what it gave when it was made", off))
-        found["logits"] = "; ".join(said) or "no reference to compare with"
-        found["cache"] = check_cache(model, processor, _cache_error(config) or SAME[spec.dtype])
+            closeness.append(_close(logits, recorded, allowed, "what it gave when it was made", off))
+        findings["logits"] = "; ".join(closeness) or "no reference to compare with"
+        findings["cache"] = check_cache(model, processor, _cache_error(config) or SAME[spec.dtype])
         del model, before
         _free()
-        found["vllm"] = check_vllm(folder, config, own=parent is not None or keep_probe)
+        findings["vllm"] = check_vllm(folder, config, is_ours=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():
             write_probe(folder, logits, spec.dtype)
-        return found
+        return findings
 
 
 def _compare_with_parent(
@@ -119,9 +121,11 @@ def _compare_with_parent(
 
 
 def _check_count(config, before: Parent) -> None:
-    said, kept = config.text_config.num_hidden_layers, len(before.renumbered)
-    if said != kept:
-        raise GateError(f"config.json says {said} decoder layers, but {kept} of the model before were to be kept.")
+    stated, expected = config.text_config.num_hidden_layers, len(before.renumbered)
+    if stated != expected:
+        raise GateError(
+            f"config.json says {stated} decoder layers, but {expected} of the model before were to be kept."
+        )
 
 
 def _cache_error(config) -> float | None:
@@ -173,8 +177,8 @@ def load_plainly(spec: ModelSpec, config):
         )
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for found in sorted(info[kind], key=str):
-            name, *shapes = (found,) if isinstance(found, str) else found
+        for entry in sorted(info[kind], key=str):
+            name, *shapes = (entry,) if isinstance(entry, str) else entry
             sizes = f" ({list(shapes[0])} in the files, {list(shapes[1])} by config.json)" if shapes else ""
             raise GateError(f"transformers finds {kind.removesuffix('_keys')} weights, the first is {name!r}{sizes}.")
     return model.eval()
@@ -203,11 +207,11 @@ def check_cache(model, processor, tolerance: float) -> str:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cached, plain = (model.generate(**inputs, **options, use_cache=use) for use in (True, False))
     pairs = zip(cached.sequences[0, start:].tolist(), plain.sequences[0, start:].tolist(), strict=False)
-    place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    place = next((i for i, (cached_token, plain_token) in enumerate(pairs) if cached_token != plain_token), None)
     if place is None:
         return f"{plain.sequences.shape[1] - start} tokens are the same with and without it"
-    one, other = (answer.logits[place][0].float() for answer in (cached, plain))
-    apart, allowed = float((one - other).abs().max()), tolerance * float(other.abs().max())
+    cached_token, plain_token = (answer.logits[place][0].float() for answer in (cached, plain))
+    apart, allowed = float((cached_token - plain_token).abs().max()), tolerance * float(plain_token.abs().max())
     if not apart <= allowed:
         raise GateError(
             f"Generation with the cache differs from generation without it at new token {place}: the logits are up to "

@@ -46,18 +46,18 @@ def check_tensors(folder: Path, config) -> str:
             raise GateError(f"{name!r} holds NaN or infinity.")
         if match := LAYER.search(name):
             layers.setdefault(int(match[1]), set()).add(PACKED.sub(".weight", match[2]))
-    said = config.text_config.num_hidden_layers
-    if sorted(layers) != list(range(said)):
-        odd = min(set(layers) ^ set(range(said)))
+    stated = config.text_config.num_hidden_layers
+    if sorted(layers) != list(range(stated)):
+        odd = min(set(layers) ^ set(range(stated)))
         raise GateError(
-            f"config.json says {said} decoder layers, the files hold {len(layers)}: the first that does not fit is "
+            f"config.json says {stated} decoder layers, the files hold {len(layers)}: the first that does not fit is "
             f"'language_model.model.layers.{odd}'. The layers must be renumbered and the count corrected."
         )
     parts = set.union(*layers.values())
-    for number in range(said):
+    for number in range(stated):
         for part in sorted(parts - layers[number]):
             raise GateError(f"'language_model.model.layers.{number}.{part}' is missing; other decoder layers have it.")
-    return f"{count} finite tensors, {said} decoder layers"
+    return f"{count} finite tensors, {stated} decoder layers"
 
 
 def check_sums(folder: Path, known: Mapping[str, str] | None) -> dict[str, str]:
@@ -108,5 +108,5 @@ def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], change
     return f"{same} tensors are those of the model before"
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one.dtype))
+def _equal(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))

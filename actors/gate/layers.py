@@ -49,16 +49,16 @@ def check_layers(parent: Parent, model, processor, rounding, same: float) -> tup
     awq = rounding is not None and may_be_scaled(rounding)
     worst, nearest, off = 0.0, 0, None
     for number, layer, hidden, given in parent.layers():
-        own, changed = layers[number], None
+        layer_now, changed = layers[number], None
         inputs = (hidden, given), (hidden.to(embedded.dtype), arguments[number])
-        if awq and _only_rounded(layer, own):
-            errors = _errors(layer, own, set(), *inputs, _nearest(layer, rounding, number))
+        if awq and _only_rounded(layer, layer_now):
+            errors = _errors(layer, layer_now, set(), *inputs, _nearest(layer, rounding, number))
             changed = next((stem for stem, error in errors if not error <= max(KERNEL, same)), None)
             if changed is None:
                 nearest += 1
                 continue
         scaled = _scaled(layer, parent.config) if awq else set()
-        for stem, error in _errors(layer, own, scaled, *inputs, {}):
+        for stem, error in _errors(layer, layer_now, scaled, *inputs, {}):
             bits = 16 if rounding is None else stated_bits(rounding, number, stem)
             allowed = same if bits == 16 else SCALED[bits] * (DOWN if stem == "mlp.down_proj" else 1)
             worst = max(worst, error)
@@ -70,9 +70,9 @@ def check_layers(parent: Parent, model, processor, rounding, same: float) -> tup
                     f"{_name(number, stem)} computes something else than in the model before: on the same input its "
                     f"output is off by {error:.2g} (allowed: {allowed:g}).{_first_changed(number, changed)}"
                 )
-    said = [f"at most {worst:.2g} from the model before on the same inputs, linear by linear"] if worst else []
-    said += [f"{nearest} of {len(layers)} layers are the model before's, rounded to nearest"] if nearest else []
-    return "; ".join(said) or "the same as in the model before", off
+    sentences = [f"at most {worst:.2g} from the model before on the same inputs, linear by linear"] if worst else []
+    sentences += [f"{nearest} of {len(layers)} layers are the model before's, rounded to nearest"] if nearest else []
+    return "; ".join(sentences) or "the same as in the model before", off
 
 
 def _first_changed(number: int, stem: str | None) -> str:
@@ -88,32 +88,35 @@ def _linears(layer: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _only_rounded(layer: nn.Module, own: nn.Module) -> bool:
+def _only_rounded(layer: nn.Module, layer_now: nn.Module) -> bool:
     """Tell whether all but the linears' weights are those of `layer`: AWQ would have scaled a norm."""
     weights = {f"{name}.weight" for name in _linears(layer)}
     others = [(name, value) for name, value in layer.named_parameters() if name not in weights]
-    return all(_relative(attrgetter(name)(own).float(), value.float()) < EQUAL for name, value in others)
+    return all(_relative(attrgetter(name)(layer_now).float(), value.float()) < EQUAL for name, value in others)
 
 
 def _nearest(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
     """Return the weights of a layer's linears, rounded to nearest as the config of a rounded checkpoint says."""
-    found = {}
+    weights = {}
     for stem in _linears(layer):
         weight, bits = layer.get_submodule(stem).weight.detach(), stated_bits(config, number, stem)
-        found[f"{stem}.weight"] = rounded(weight, stated_group(config), bits) if bits < 16 else weight
-    return found
+        weights[f"{stem}.weight"] = rounded(weight, stated_group(config), bits) if bits < 16 else weight
+    return weights
 
 
 def _errors(
-    layer: nn.Module, own: nn.Module, scaled: set[str], inputs, own_inputs, weights: dict[str, torch.Tensor]
+    layer: nn.Module, layer_now: nn.Module, scaled: set[str], inputs, own_inputs, weights: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Yield (linear, relative error of its outputs) of the layer `own` in the order they run.
+    """Yield (linear, relative error of its outputs) of `layer_now` in the order they run.
 
     scaled: linears whose outputs are compared up to a factor each. weights: stand for those of `layer`.
     """
-    exact, found = _outputs(layer, layer, scaled, *inputs, weights), _outputs(own, layer, scaled, *own_inputs, {})
+    exact, outputs = (
+        _outputs(layer, layer, scaled, *inputs, weights),
+        _outputs(layer_now, layer, scaled, *own_inputs, {}),
+    )
     for stem, wanted in exact.items():
-        output = found[stem].to(wanted.device)
+        output = outputs[stem].to(wanted.device)
         yield stem, _relative(_fitted(output, wanted) if stem in scaled else output, wanted)
 
 
@@ -125,11 +128,11 @@ def _outputs(
 
     like: the layer of the model before, whose biases they are, but for the linears whose outputs are `scaled`.
     """
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def note(name: str, bias: torch.Tensor | None):
         def hook(module, args, output):
-            found[name] = output[0].float() - (0 if bias is None else bias.float())
+            outputs[name] = output[0].float() - (0 if bias is None else bias.float())
 
         return hook
 
@@ -143,7 +146,7 @@ def _outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs
 
 
 def _scaled(layer: nn.Module, config) -> set[str]:
@@ -152,10 +155,10 @@ def _scaled(layer: nn.Module, config) -> set[str]:
     return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if known else set()
 
 
-def _fitted(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return `found` [T, out] with every output multiplied by what brings it nearest to `exact`."""
-    return found * ((found * exact).sum(0) / found.square().sum(0).clamp(min=torch.finfo(found.dtype).tiny))
+def _fitted(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return `output` [T, out] with every output multiplied by what brings it nearest to `exact`."""
+    return output * ((output * exact).sum(0) / output.square().sum(0).clamp(min=torch.finfo(output.dtype).tiny))
 
 
-def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))
+def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))

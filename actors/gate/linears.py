@@ -72,14 +72,14 @@ def _check_bits(model, config) -> str:
         scheme = getattr(module, "quantization_scheme", None)
         bits = scheme.weights.num_bits if scheme else 16
         if module in decoder:
-            said = group_bits(config.quantization_config, *decoder[module])
-            counts[said] += 1
-            if bits != said:
-                raise GateError(f"{name!r} has {bits} bits, but the config says {said}.")
+            stated = group_bits(config.quantization_config, *decoder[module])
+            counts[stated] += 1
+            if bits != stated:
+                raise GateError(f"{name!r} has {bits} bits, but the config says {stated}.")
         elif scheme or (module in layers and "Linear" in type(module).__name__):
             raise GateError(f"{name!r} is a {type(module).__name__}: only the decoder's linears may be rounded.")
-    told = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
-    return f"decoder linears: {told}; the rest is not rounded"
+    counted = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    return f"decoder linears: {counted}; the rest is not rounded"
 
 
 def check_linears(folder: Path, config, model, parent: Path | None) -> str | None:
@@ -160,9 +160,9 @@ def _output_error(module, weight: torch.Tensor, dtype: torch.dtype) -> float:
     x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     held = next(chain(module.parameters(), module.buffers()))
     bias = getattr(module, "bias", None)
-    found = module(x.to(held.device)).float() - (0 if bias is None else bias.float())
+    output = module(x.to(held.device)).float() - (0 if bias is None else bias.float())
     exact = x.to(weight.device).float() @ weight.float().T
-    return float((found.to(exact.device) - exact).norm() / exact.norm())
+    return float((output.to(exact.device) - exact).norm() / exact.norm())
 
 
 def stated_bits(config, number: int, stem: str) -> int:

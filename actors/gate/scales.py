@@ -30,22 +30,22 @@ def check_scales(name: str, module: nn.Module, weight: torch.Tensor, rounding: R
     weight: [out, in], before rounding. dtype: of what the linear is given. Returns how far the slope of the whole
     linear is from 1; GateError names it.
     """
-    own = computed_weight(module, weight.shape[1], dtype)
-    before = weight.to(own.device).float()
-    whole, one = rounding.slopes
+    weight_now = computed_weight(module, weight.shape[1], dtype)
+    before = weight.to(weight_now.device).float()
+    linear_bound, block_bound = rounding.slopes
     wrong = f"{name!r} does not compute with the weight before rounding: its scales are off."
-    slope = float(slopes(own.reshape(1, -1), before.reshape(1, -1)))
-    if not abs(slope - 1) <= whole:
-        raise GateError(f"{wrong} Its weights are {slope:.2g} times as large (allowed: 1 +- {whole:g}).")
+    slope = float(slopes(weight_now.reshape(1, -1), before.reshape(1, -1)))
+    if not abs(slope - 1) <= linear_bound:
+        raise GateError(f"{wrong} Its weights are {slope:.2g} times as large (allowed: 1 +- {linear_bound:g}).")
     block = rounding.block or weight.shape[1]
-    found = slopes(_blocks(own, block), _blocks(before, block))
-    off = ~((found - 1).abs() <= one)
+    block_slopes = slopes(_blocks(weight_now, block), _blocks(before, block))
+    off = ~((block_slopes - 1).abs() <= block_bound)
     if off.any():
         first = int(off.nonzero()[0])
         raise GateError(
-            f"{wrong} In {int(off.sum())} of {len(found)} blocks of {block} weights they are not as large as they "
-            f"were: {float(found[first]):.2g} times in the first, of output {first * block // weight.shape[1]} "
-            f"(allowed: 1 +- {one:g})."
+            f"{wrong} In {int(off.sum())} of {len(block_slopes)} blocks of {block} weights they are not as large as "
+            f"they were: {float(block_slopes[first]):.2g} times in the first, of output {first * block // weight.shape[1]} "
+            f"(allowed: 1 +- {block_bound:g})."
         )
     return abs(slope - 1)
 

@@ -29,15 +29,15 @@ OTHERS = (
 WEIGHTS = {"type": "int", "symmetric": False, "strategy": "group"}
 
 
-def check_vllm(folder: Path, config, own: bool) -> str:
-    """Say whether vLLM takes the checkpoint; GateError: it is our `own`, and vLLM or its documents refuse it.
+def check_vllm(folder: Path, config, is_ours: bool) -> str:
+    """Say whether vLLM takes the checkpoint; GateError: it `is_ours`, and vLLM or its documents refuse it.
 
     vLLM runs in a process of its own, which takes most of a GPU: nothing else should be on it.
     """
     try:
         return _run_vllm(folder, config)
     except GateError as error:
-        if own:
+        if is_ours:
             raise
         return str(error)
 
@@ -72,8 +72,8 @@ def _loaded(folder: Path) -> str:
             with suppress(ProcessLookupError):  # with the processes that vLLM has started
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        said = [line for line in (errors or out).splitlines() if line.strip()]
-        raise GateError(f"vLLM does not load it: {said[-1].strip()[:400] if said else f'exit {process.returncode}'}")
+        lines = [line for line in (errors or out).splitlines() if line.strip()]
+        raise GateError(f"vLLM does not load it: {lines[-1].strip()[:400] if lines else f'exit {process.returncode}'}")
     return "loaded"
 
 

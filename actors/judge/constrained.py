@@ -91,7 +91,7 @@ def schema_text(schema: dict[str, Any]) -> str:
 def _label_ids(tokens: LLTokenizer) -> list[int] | None:
     """Return the token ids of the labels, or None if one of them is not one token."""
     ids = [tokens.tokenize_str(label) for label in LABELS]
-    return [found[0] for found in ids] if all(len(found) == 1 for found in ids) else None
+    return [label_tokens[0] for label_tokens in ids] if all(len(label_tokens) == 1 for label_tokens in ids) else None
 
 
 @torch.inference_mode()
@@ -102,11 +102,11 @@ def write(model: Any, grammars: Grammars, tasks: Sequence[Task], pad: int, share
     """
     matchers = [grammars.matcher(task.schema) for task in tasks]
     cache, known = shared.begin([task.prompt for task in tasks], tasks[0].prefix)
-    own = [task.prompt[known:] for task in tasks]
-    longest = max(map(len, own))
-    ids_RT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in own], device=model.device)
+    suffixes = [task.prompt[known:] for task in tasks]
+    longest = max(map(len, suffixes))
+    ids_RT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in suffixes], device=model.device)
     mask_RT = torch.tensor(
-        [[1] * known + [0] * (longest - len(ids)) + [1] * len(ids) for ids in own], device=model.device
+        [[1] * known + [0] * (longest - len(ids)) + [1] * len(ids) for ids in suffixes], device=model.device
     )
     rows = [_Row() for _ in tasks]
     open_rows = set(range(len(tasks)))
@@ -147,9 +147,9 @@ def _choose(
     labels_RK = None
     if grammars.labels is not None:
         labels_RK = (logits_RV[:, grammars.labels] - total_R.unsqueeze(-1)).double().exp().tolist()
-    chosen, own = chosen_R.tolist(), own_R.tolist()
+    chosen, best = chosen_R.tolist(), own_R.tolist()
     for number in open_rows:
-        rows[number].note(chosen[number], own[number], labels_RK[number] if labels_RK else None)
+        rows[number].note(chosen[number], best[number], labels_RK[number] if labels_RK else None)
     return chosen
 
 

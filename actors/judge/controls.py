@@ -46,15 +46,15 @@ def controls(rows: Sequence[Mapping], count: int, seed: int) -> list[Control]:
     """
     unique = {(row["question"], row["reference"], row.get("class")) for row in rows}
     everything = sorted(unique, key=lambda item: (item[0], item[1], item[2] or ""))
-    drawn = random.Random(seed).sample(everything, min(count, len(everything)))
+    sample = random.Random(seed).sample(everything, min(count, len(everything)))
     made = []
-    for number, (question, reference, label) in enumerate(drawn):
+    for number, (question, reference, label) in enumerate(sample):
         made.append(Control("reference", question, reference, reference, TOP_LABEL, TOP_LABEL))
-        own = {other for asked, other, kind in everything if asked == question and kind == label}
+        candidates = {other for asked, other, kind in everything if asked == question and kind == label}
         others = [
             other
             for asked, other, kind in everything
-            if asked == question and label is not None and kind not in (label, None) and other not in own
+            if asked == question and label is not None and kind not in (label, None) and other not in candidates
         ]
         if others:
             made.append(Control("other_class", question, reference, others[(seed + number) % len(others)], 0, 1))

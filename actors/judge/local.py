@@ -116,12 +116,12 @@ class LocalJudge:
         messages = call.messages
         try:
             prompt = self._prompt(messages)
-            own = self._own_controls(tuple(message["role"] for message in messages))
+            controls = self._own_controls(tuple(message["role"] for message in messages))
             schema = "" if call.schema is None else schema_text(call.schema)
             self._grammars.matcher(schema)
         except _REFUSALS as error:
             return Failure("refused", str(error))
-        if self._control_tokens(prompt) != own:
+        if self._control_tokens(prompt) != controls:
             return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
         most = call.max_tokens or max(1, min(LONGEST_TEXT, self._longest - len(prompt)))
         if len(prompt) + most > self._longest:
@@ -138,7 +138,10 @@ class LocalJudge:
         if system != self._system:
             prompts = [self._prompt(Request(system, user, {}, 0).messages) for user in "ab"]
             pairs = zip(*prompts, strict=False)
-            self._system, self._prefix = system, [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            self._system, self._prefix = (
+                system,
+                [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)],
+            )
         return self._prefix
 
     async def _work(self) -> None:

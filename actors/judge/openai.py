@@ -174,8 +174,8 @@ def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
             if sum(sign.isdigit() for sign in text) != 1 or not token.top_logprobs:
                 return None
             shapes = [text.translate({ord(sign): digit for sign in text if sign.isdigit()}) for digit in LABEL_DIGITS]
-            found = [sum(_probability(t) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
-            return tuple(found) if sum(found) <= _MOST_MASS else None  # neither if there is a NaN among them
+            masses = [sum(_probability(t) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
+            return tuple(masses) if sum(masses) <= _MOST_MASS else None  # neither if there is a NaN among them
     return None
 
 

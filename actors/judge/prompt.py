@@ -85,7 +85,7 @@ def schema_of(output: type[BaseModel]) -> dict:
 def neutralise(candidate: str) -> str:
     """Return a candidate without controls, unseen characters and openings of control tokens, cut to MAX_CANDIDATE."""
     text = _unseen.sub("", _control.sub(" ", candidate))
-    text = _markup.sub(lambda found: "(" if found[0] in "[［﹇" else "‹", text)
+    text = _markup.sub(lambda match: "(" if match[0] in "[［﹇" else "‹", text)
     if len(text) > MAX_CANDIDATE:
         text = f"{text[:MAX_CANDIDATE]} (cut here: {len(text)} characters)"
     return text
@@ -114,5 +114,5 @@ def _json_string(text: str) -> str:
     return _special.sub(_escaped, json.dumps(text, ensure_ascii=False))
 
 
-def _escaped(found: regex.Match) -> str:
-    return {"<": "\\u003c", "[": "\\u005b"}.get(found[0]) or json.dumps(found[0])[1:-1]
+def _escaped(match: regex.Match) -> str:
+    return {"<": "\\u003c", "[": "\\u005b"}.get(match[0]) or json.dumps(match[0])[1:-1]

@@ -78,8 +78,8 @@ def best_limit(
     best, least = largest.clone(), torch.full_like(largest, torch.inf)
     for step in range(SHRINKS):
         limit = largest * (1 - step / (2 * SHRINKS))
-        found = rounded(clip(exact.flatten(1), limit), group, bits).reshape(exact.shape)
-        difference = (found - exact).transpose(0, 1)  # [groups, out, group]
+        clipped = rounded(clip(exact.flatten(1), limit), group, bits).reshape(exact.shape)
+        difference = (clipped - exact).transpose(0, 1)  # [groups, out, group]
         error = ((difference @ gram) * difference).sum(-1).T
         better = error < least
         best, least = torch.where(better, limit, best), torch.where(better, error, least)

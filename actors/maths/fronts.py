@@ -11,8 +11,8 @@ def find_undominated(costs: Sequence[Number], scores: Sequence[Number]) -> list[
     One is dominated if another has at least its score at the same cost or less, and is better in one of the two. A
     column of costs and one of scores, each in any unit; high scores are good. No number is NaN.
     """
-    found: list[int] = []
+    front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
-        if not found or scores[place] > scores[found[-1]]:
-            found.append(place)
-    return found
+        if not front or scores[place] > scores[front[-1]]:
+            front.append(place)
+    return front

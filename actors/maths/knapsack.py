@@ -80,8 +80,8 @@ def best_choices(
     if near is not None:
         fits.append(LinearConstraint(_cut(near[0], options), layers - near[1], np.inf))
     cuts = [_cut(choice, options) for choice in excluded]
-    found: list[tuple[int, ...]] = []
-    while len(found) < count:
+    choices: list[tuple[int, ...]] = []
+    while len(choices) < count:
         given = [one_each, *fits, *([LinearConstraint(np.array(cuts), -np.inf, layers - 1)] if cuts else [])]
         solved = milp(
             damage.reshape(-1) * (SCALE / largest),
@@ -95,9 +95,9 @@ def best_choices(
         if solved.x is None:
             raise RuntimeError(f"The integer program was not solved: {solved.message}")
         choice = tuple(int(option) for option in solved.x.reshape(layers, options).argmax(1))
-        found.append(choice)
+        choices.append(choice)
         cuts.append(_cut(choice, options))
-    return found
+    return choices
 
 
 def _cut(choice: Sequence[int], options: int) -> np.ndarray:

@@ -18,14 +18,14 @@ from torch import Tensor
 FLOOR = 1e-3  # of the weights' root mean square: below it in size a block has no slope
 
 
-def slopes(own: Float[Tensor, "blocks n"], before: Float[Tensor, "blocks n"]) -> Float[Tensor, "blocks"]:
-    """Return each block's slope of `own` on `before`: the one nearest to 1 of those the two regressions bracket.
+def slopes(after: Float[Tensor, "blocks n"], before: Float[Tensor, "blocks n"]) -> Float[Tensor, "blocks"]:
+    """Return each block's slope of `after` on `before`: the one nearest to 1 of those the two regressions bracket.
 
     As if every block held one more value, FLOOR of the whole's size, that was rounded to itself: blocks of zeros give
-    1. Where own and before point away from each other the slope is that of own on before, which is negative.
+    1. Where after and before point away from each other the slope is that of after on before, which is negative.
     """
     floor = before.square().mean() * before.shape[1] * FLOOR**2
-    product = (own * before).sum(1) + floor
+    product = (after * before).sum(1) + floor
     low = product / (before.square().sum(1) + floor)
-    high = torch.where(product > 0, (own.square().sum(1) + floor) / product, low)
+    high = torch.where(product > 0, (after.square().sum(1) + floor) / product, low)
     return torch.ones_like(low).clamp(min=low, max=torch.maximum(low, high))

@@ -123,11 +123,11 @@ def rank_intervals(
 def mark_differing_pairs(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:
     """Tell which pairs of columns differ: the interval of their paired difference does not hold 0."""
     columns = draws_BK.shape[1]
-    found = np.zeros((columns, columns), dtype=bool)
+    differs = np.zeros((columns, columns), dtype=bool)
     for k in range(columns):
         low, high = percentile_interval(draws_BK - draws_BK[:, k : k + 1], level)
-        found[k] = (low > 0) | (high < 0)
-    return found
+        differs[k] = (low > 0) | (high < 0)
+    return differs
 
 
 def loss_outliers(losses_L: Float[np.ndarray, "l"]) -> Bool[np.ndarray, "l"]:

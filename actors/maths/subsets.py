@@ -33,14 +33,14 @@ def mutate_set(random: np.random.Generator, parent: Subset, order: Sequence[int]
     The number swapped is the lesser of two draws from 1 to 3 (EvoPress, Sieberling et al. 2024), at most as many as
     there are. No set is the parent; where no layer of `order` is kept there is none. `random` moves on.
     """
-    kept = [layer for layer in order if layer not in parent]
-    found: dict[Subset, None] = {}
-    if not kept:
+    present = [layer for layer in order if layer not in parent]
+    mutated: dict[Subset, None] = {}
+    if not present:
         return []
     for _ in range(20 * count):
-        if len(found) == count:
+        if len(mutated) == count:
             break
-        swaps = min(*random.integers(1, 4, size=2), len(parent), len(kept))
-        out, back = random.choice(parent, swaps, replace=False), random.choice(kept, swaps, replace=False)
-        found[tuple(sorted({*map(int, back), *parent} - {*map(int, out)}))] = None
-    return list(found)
+        swaps = min(*random.integers(1, 4, size=2), len(parent), len(present))
+        out, back = random.choice(parent, swaps, replace=False), random.choice(present, swaps, replace=False)
+        mutated[tuple(sorted({*map(int, back), *parent} - {*map(int, out)}))] = None
+    return list(mutated)

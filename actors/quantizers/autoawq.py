@@ -87,8 +87,8 @@ def quantize_autoawq(
     return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+def _same(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return mask is other or (mask is not None and other is not None and torch.equal(mask, other))
 
 
 class _Structure:

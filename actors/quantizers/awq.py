@@ -193,8 +193,8 @@ def _errors(layer: nn.Module, g: ScalingGroup, x: torch.Tensor, kwargs: dict, gr
 
     def output(inspected: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         stem, given = f"{inspected}.", kwargs if inspected == "self_attn" else {}
-        own = {name.removeprefix(stem): weight for name, weight in weights.items() if name.startswith(stem)}
-        return _first(functional_call(layer.get_submodule(inspected), own, (x,), given))
+        parameters = {name.removeprefix(stem): weight for name, weight in weights.items() if name.startswith(stem)}
+        return _first(functional_call(layer.get_submodule(inspected), parameters, (x,), given))
 
     def run(weights: list[torch.Tensor]) -> torch.Tensor:
         named = dict(zip(names, weights, strict=True))

@@ -46,7 +46,7 @@ def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> 
     not run, and may be others than the model's.
     """
     decoder = language_model(model)
-    own = decoder.layers
+    stock = decoder.layers
     decoder.layers = nn.ModuleList(_Recorder() for _ in range(layers))
     try:
         first = decoder.layers[0]
@@ -58,7 +58,7 @@ def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> 
             model.model(**{name: value[picked] for name, value in rows.items()}, use_cache=False)
             hidden[picked] = first.hidden
     finally:
-        decoder.layers = own
+        decoder.layers = stock
     return hidden, kwargs
 
 
@@ -87,10 +87,10 @@ def without_layers(spec: ModelSpec, source: Path, config) -> Llava:
     """
     text = config.text_config
     kinds = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
-    kept = {kinds.index(kind) for kind in kinds}
+    present = {kinds.index(kind) for kind in kinds}
     model, info = AutoModelForImageTextToText.from_pretrained(
         source,
-        config=pruned_config(deepcopy(config), [i for i in range(text.num_hidden_layers) if i not in kept]),
+        config=pruned_config(deepcopy(config), [i for i in range(text.num_hidden_layers) if i not in present]),
         dtype=getattr(torch, spec.dtype),
         device_map={"": pick_device()},
         attn_implementation="sdpa",

@@ -120,7 +120,7 @@ def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str])
     names = "|".join(map(re.escape, linears))
 
     def target(wanted: int) -> str:
-        numbers = "|".join(str(number) for number, own in enumerate(bits) if own == wanted)
+        numbers = "|".join(str(number) for number, each_bits in enumerate(bits) if each_bits == wanted)
         return rf"re:.*language_model\.(model\.)?layers\.({numbers})\.({names})$"
 
     for each in sorted(set(bits) - {16}):

@@ -24,9 +24,9 @@ def own_name(name: str) -> str:
 
 def end_left() -> None:
     """End the applications named by `own_name` whose driver has ended; they hold cores and GPUs for nobody."""
-    found = {name: match[1] for name in serve.status().applications if (match := _OWN.search(name))}
-    dead = {job["JobID"] for job in jobs() if job["IsDead"]} if found else set()
-    for name in [name for name, job in found.items() if job in dead]:
+    job_of = {name: match[1] for name in serve.status().applications if (match := _OWN.search(name))}
+    dead = {job["JobID"] for job in jobs() if job["IsDead"]} if job_of else set()
+    for name in [name for name, job in job_of.items() if job in dead]:
         LOG.info(f"serving: {name} was left by a job that has ended; it is ended now")
         end(name)
 

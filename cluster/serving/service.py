@@ -146,13 +146,13 @@ async def host_application(
         start(port)
         check_http(port)
         end_left()
-        kept = _state(name) in ("RUNNING", "DEPLOYING")
-        if not kept:
+        runs_already = _state(name) in ("RUNNING", "DEPLOYING")
+        if not runs_already:
             if _state(name) is not None:
                 serve.delete(name)  # kept, and broken since
             name = name if keep else own_name(name)
         try:
-            if not kept:
+            if not runs_already:
                 prefix = None if port is None else "/"
                 serve.run_many([serve.RunTarget(application, name, prefix, QUIET)], wait_for_applications_running=False)
             await _running(name)
@@ -246,29 +246,29 @@ def _check_room(scale: Scale) -> None:
 
 
 def _state(name: str) -> str | None:
-    found = serve.status().applications.get(name)
-    return found.status.value if found else None
+    application = serve.status().applications.get(name)
+    return application.status.value if application else None
 
 
 async def _running(name: str) -> None:
     """Wait until the application is up; RuntimeError (ValueError if its constructor raised one) with the reason."""
-    began = said = time.monotonic()
+    began = explained = time.monotonic()
     while True:
-        found = serve.status().applications.get(name)
-        if found is None:
+        application = serve.status().applications.get(name)
+        if application is None:
             raise RuntimeError(f"{name} was removed while it started.")
-        messages = [deployment.message for deployment in found.deployments.values() if deployment.message]
-        if found.status.value == "RUNNING":
+        messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        if application.status.value == "RUNNING":
             return
-        if found.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-            kind, reason = _last_error("\n".join(messages) or found.message)
+        if application.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+            kind, reason = _last_error("\n".join(messages) or application.message)
             raise (ValueError if kind.endswith("ValueError") else RuntimeError)(f"{name} did not come up: {reason}")
         if is_private() and any("to be scheduled" in message for message in messages):
             raise RuntimeError(f"{name} finds no room: {messages[0]}")
-        if time.monotonic() - said >= SAID_EVERY_S:
-            said = time.monotonic()
-            reason = messages[0] if messages else found.status.value
-            LOG.warning(f"serving: {name} is not up after {said - began:.0f} s: {reason}")
+        if time.monotonic() - explained >= SAID_EVERY_S:
+            explained = time.monotonic()
+            reason = messages[0] if messages else application.status.value
+            LOG.warning(f"serving: {name} is not up after {explained - began:.0f} s: {reason}")
         await asyncio.sleep(POLL_S)
 
 

@@ -58,9 +58,9 @@ def check_http(port: int | None) -> None:
     from ray.serve.context import _get_global_client
 
     details = _get_global_client().get_serve_details()
-    found = details.get("http_options") or {}
-    if not details.get("proxies") or (found.get("host"), found.get("port")) != ("127.0.0.1", port):
-        now = f"on {found.get('host')}:{found.get('port')}" if details.get("proxies") else "without HTTP"
+    options = details.get("http_options") or {}
+    if not details.get("proxies") or (options.get("host"), options.get("port")) != ("127.0.0.1", port):
+        now = f"on {options.get('host')}:{options.get('port')}" if details.get("proxies") else "without HTTP"
         raise ValueError(
             f"Serve runs on this cluster already, {now}, and cannot offer 127.0.0.1:{port} as well: end what it "
             "serves (serve shutdown), or use another cluster."

@@ -50,58 +50,58 @@ def planned(run: Run, base: Source, data: Stage, method: str, choice: Choice, bu
     budget: bytes; it is in the name, so that choices for another one are other settings.
     """
     removed = [layer for layer, bits in enumerate(choice) if bits == REMOVED]
-    own = pruning(run, len(removed), removed)
-    recovered = recover.stage(own, prune.stage(own, base), data)
-    model = mixed.stage(own, recovered, data, [bits for bits in choice if bits != REMOVED])
+    pruned_run = pruning(run, len(removed), removed)
+    recovered = recover.stage(pruned_run, prune.stage(pruned_run, base), data)
+    model = mixed.stage(pruned_run, recovered, data, [bits for bits in choice if bits != REMOVED])
     kind = ("mixed", 0) if isinstance(model, Stage) and model.kind == "mixed" else ("none", WHOLE)
     setting = Setting(len(removed), run.config.recover.method, *kind, name=f"{method} in {size(budget)}")
-    return Plan(setting, model, None, evaluate.stage(own, model, data), ()), own
+    return Plan(setting, model, None, evaluate.stage(pruned_run, model, data), ()), pruned_run
 
 
 def build(run: Run, base: Source, data: Stage, named: Mapping[str, Choice], budget: int) -> list[Built]:
     """Build and evaluate choices; one that fails says why, and the others go on."""
-    found = []
+    built = []
     for method, choice in named.items():
         failure = None
-        plan, own = planned(run, base, data, method, choice, budget)
+        plan, pruned_run = planned(run, base, data, method, choice, budget)
         try:
-            own.make(plan.evaluation)
+            pruned_run.make(plan.evaluation)
         except (ValueError, RuntimeError) as error:
             failure = str(error)
             LOG.warning(f"joint: {method} failed: {failure}")
-        found.append(Built(method, choice, plan, failure))
-    return found
+        built.append(Built(method, choice, plan, failure))
+    return built
 
 
 def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> list[JointRow]:
     """Return the rows of choices that were tried, compared with the best uniform one; a failed one has its reason."""
     rows, answers, labels = [], [], []
-    for one in built:
-        tried, model = search.tried[one.choice], one.plan.model
+    for choice_built in built:
+        measured, model = search.tried[choice_built.choice], choice_built.plan.model
         row = {
-            "method": one.method,
-            "choice": list(one.choice),
-            "status": "done" if one.failure is None else "failed",
-            "reason": one.failure,
-            "removed_layers": [layer for layer, bits in enumerate(one.choice) if bits == REMOVED],
-            **{key: tried[key] for key in ("round", "predicted", "kl", "answer_similarity")},
-            "estimate_bytes": tried["bytes"],
+            "method": choice_built.method,
+            "choice": list(choice_built.choice),
+            "status": "done" if choice_built.failure is None else "failed",
+            "reason": choice_built.failure,
+            "removed_layers": [layer for layer, bits in enumerate(choice_built.choice) if bits == REMOVED],
+            **{key: measured[key] for key in ("round", "predicted", "kl", "answer_similarity")},
+            "estimate_bytes": measured["bytes"],
             **dict.fromkeys((*_METRICS, *_COUNTS, *_PROFILE)),
-            **judged_columns(run, one.plan.evaluation),
+            **judged_columns(run, choice_built.plan.evaluation),
             "checkpoint": model.path if isinstance(model, Source) else str(run.store.root / model.name),
-            "evaluation": one.plan.evaluation.name,
+            "evaluation": choice_built.plan.evaluation.name,
         }
         given: dict[str, AnswerRow] = {}
         judged: Mapping[str, int | None] = {}
-        if one.failure is None:
-            facts = run.facts(one.plan.evaluation, EvaluateFacts)
+        if choice_built.failure is None:
+            facts = run.facts(choice_built.plan.evaluation, EvaluateFacts)
             metrics: Mapping = facts["metrics"]
             profile: Mapping = facts["profile"]
             row |= {key: metrics[key] for key in (*_METRICS, *_COUNTS)}
             row |= {key: profile[key] for key in _PROFILE}
-            given = ANSWERS.by_sample(run.folder_of(one.plan.evaluation))
+            given = ANSWERS.by_sample(run.folder_of(choice_built.plan.evaluation))
             if row["is_llm_judge"]:
-                judged = judge.labels(run, judge.stage(run, one.plan.evaluation))
+                judged = judge.labels(run, judge.stage(run, choice_built.plan.evaluation))
         rows.append(row)
         answers.append(given)
         labels.append(judged)
@@ -120,9 +120,9 @@ def add_differences(
     kind = "judge" if done and all(rows[number]["judge_pct"] is not None for number in done) else "baseline"
     uniform = [number for number in done if rows[number]["method"].startswith(UNIFORM)]
     nothing: dict[str, Any] = {**differences([{}], {}, 1.0)[0], **differences([{}], {}, 1.0, "exact_difference")[0]}
-    found = [{**row, "score_kind": kind, "best_uniform": False, **nothing} for row in rows]
+    compared = [{**row, "score_kind": kind, "best_uniform": False, **nothing} for row in rows]
     if not uniform:
-        return cast(list[JointRow], found)
+        return cast(list[JointRow], compared)
     best = max(uniform, key=lambda number: rows[number][f"{kind}_pct"])
     order = [best, *(number for number in done if number != best)]
     groups = {sample: row["group"] for number in order for sample, row in answers[number].items()}
@@ -138,5 +138,5 @@ def add_differences(
         strict=True,
     )
     for number, (difference, exact) in zip(order, columns, strict=True):
-        found[number] |= {"best_uniform": number == best, **difference, **exact}
-    return cast(list[JointRow], found)
+        compared[number] |= {"best_uniform": number == best, **difference, **exact}
+    return cast(list[JointRow], compared)

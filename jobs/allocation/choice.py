@@ -39,8 +39,8 @@ class Memory:
         """Return the bytes of the weights and of what each moment of the work holds beside them, a moment each."""
         from actors.estimate import estimate
 
-        found = estimate(self.shapes, replace(self.setting, bits=choice))
-        return [found["weight_bytes"] + self.context + held for held in found["phases"].values()]
+        sizes = estimate(self.shapes, replace(self.setting, bits=choice))
+        return [sizes["weight_bytes"] + self.context + held for held in sizes["phases"].values()]
 
     def total(self, choice: Choice) -> int:
         """Return the bytes of the largest moment."""
@@ -52,8 +52,10 @@ class Memory:
         layers, fewest = len(self.shapes.layers), next(bits for bits in self.options if bits)
         if REMOVED not in self.options:
             return (fewest,) * layers
-        alone = (tuple(fewest if layer == kept else REMOVED for layer in range(layers)) for kept in range(layers))
-        return min(alone, key=self.total)
+        singles = (
+            tuple(fewest if layer == present else REMOVED for layer in range(layers)) for present in range(layers)
+        )
+        return min(singles, key=self.total)
 
     def program(self, budget: int) -> tuple[Array, list[int]]:
         """Return bytes_MLO of every option and what each moment leaves for the layers (`tabulate_bytes`).
@@ -72,13 +74,13 @@ class Memory:
 
 def single_changes(choice: Choice, options: Sequence[int]) -> dict[tuple[int, int], Choice]:
     """Return every choice that differs from `choice` in one layer, by (layer, number of the option)."""
-    found = {
+    changes = {
         (layer, option): (*choice[:layer], bits, *choice[layer + 1 :])
         for layer in range(len(choice))
         for option, bits in enumerate(options)
         if bits != choice[layer]
     }
-    return {key: changed for key, changed in found.items() if any(changed)}
+    return {key: changed for key, changed in changes.items() if any(changed)}
 
 
 class AllocationSearch:
@@ -130,10 +132,10 @@ class AllocationSearch:
             self._note_singles(changes)
         nothing = (self._options.index(REMOVED),) * len(centre) if REMOVED in self._options else None
         near = None if number == 1 else (tuple(map(self._options.index, centre)), self._joint.changes)
-        found = best_choices(
+        picks = best_choices(
             damage_LO, self._bytes, self._left, self._joint.proposed, [nothing] if nothing else [], near
         )
-        choices = [tuple(self._options[option] for option in picked) for picked in found]
+        choices = [tuple(self._options[option] for option in picked) for picked in picks]
         choices += [choice for choice in others if choice not in choices]
         sums = {choice: predict_damage(at, damage_LO, [*map(self._options.index, choice)]) for choice in choices}
         predicted = {choice: total for choice, total in sums.items() if isfinite(total)}

@@ -116,10 +116,10 @@ def parse(arguments: list[str], shorthands: Mapping[str, str] = MappingProxyType
         key, equals, value = word[2:].partition("=")
         field = shorthands.get(key, key.replace("-", "_"))
         if not equals:
-            alone = not rest or rest[0].startswith("--")
-            if alone and field not in switches:
+            is_alone = not rest or rest[0].startswith("--")
+            if is_alone and field not in switches:
                 raise ValueError(f"--{key} lacks a value.")
-            value = "true" if alone else rest.pop(0)
+            value = "true" if is_alone else rest.pop(0)
         if key == "config":
             path = value
         else:

@@ -43,8 +43,8 @@ class Rows(Generic[Row]):
     def read(self, folder: str | Path) -> list[Row]:
         """Return all rows."""
         path = Path(folder) / self.name
-        found: list[Any] = json.loads(path.read_text()) if path.suffix == ".json" else read_table(path)
-        return found
+        rows: list[Any] = json.loads(path.read_text()) if path.suffix == ".json" else read_table(path)
+        return rows
 
     def by_sample(self, folder: str | Path) -> dict[str, Row]:
         """Return the rows by their sample_id."""

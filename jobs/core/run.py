@@ -56,8 +56,8 @@ class Run:
         """Return the stage's folder (a source's path), computing what does not exist yet."""
         if isinstance(stage, Source):
             return stage.path
-        found = self.store.find(stage.name)
-        if found is None:
+        folder_made = self.store.find(stage.name)
+        if folder_made is None:
             for parent in stage.parents:
                 self.make(parent)
             LOG.info(f"{stage.kind}: computing {stage.name}")
@@ -68,11 +68,11 @@ class Run:
                 check_facts(stage.kind, facts)
                 if not goes_on:  # what killed legs held is not known
                     facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
-            found = self.store.find(stage.name)
+            folder_made = self.store.find(stage.name)
         elif stage.name not in self._seen:
             LOG.info(f"{stage.kind}: {stage.name} exists, reused")
         self._seen.add(stage.name)
-        return str(found)
+        return str(folder_made)
 
     def missing(self, stages: Iterable[Stage | Source]) -> list[Stage]:
         """Return the stages that would have to be computed."""

@@ -19,8 +19,8 @@ def whole_images(samples: Sequence[S], most: int) -> list[list[S]]:
     for sample in samples:
         by_image.setdefault(sample.image, []).append(sample)
     units: list[list[S]] = []
-    for own in by_image.values():
-        for piece in (own[i : i + most] for i in range(0, len(own), most)):
+    for samples_of_image in by_image.values():
+        for piece in (samples_of_image[i : i + most] for i in range(0, len(samples_of_image), most)):
             if units and len(units[-1]) + len(piece) <= most:
                 units[-1] += piece
             else:
@@ -43,7 +43,7 @@ def in_units(
                 broken.append(unit)
             else:
                 yield unit, outcome
-    singles = [[one] for unit in broken for one in unit]
+    singles = [[question] for unit in broken for question in unit]
     if not singles:
         return
     with Progress(f"{label}, one by one", len(singles)) as progress:

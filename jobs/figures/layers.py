@@ -51,10 +51,15 @@ def ranges_figure(rows: Sequence[Mapping]) -> str:
     inputs = list(dict.fromkeys(row["projections"] for row in rows))
     figure, grid = plt.subplots(1, len(inputs), figsize=(2 * len(inputs) + 1, 2.6), sharey=True, squeeze=False)
     for axes, projections in zip(grid[0], inputs, strict=True):
-        own = [row for row in rows if row["projections"] == projections]
+        rows_of_input = [row for row in rows if row["projections"] == projections]
         for key, colour, label in (("max", RED, "max"), ("p99", GREY, "99 %"), ("median", BLUE, "median")):
             axes.plot(
-                [row["layer"] for row in own], [row[key] for row in own], color=colour, label=label, marker=".", lw=1.2
+                [row["layer"] for row in rows_of_input],
+                [row[key] for row in rows_of_input],
+                color=colour,
+                label=label,
+                marker=".",
+                lw=1.2,
             )
         axes.set_title(projections.replace("_proj", ""), fontsize=9)
         axes.set_yscale("log")

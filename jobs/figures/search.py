@@ -38,9 +38,9 @@ def front_figure(
     limit: the budget, a dashed line, or an arrow to where it lies far off; published: (cost in `unit`, score %) of the
     paper. They have an axis of their own, for another model, other images and another judge made them.
     """
-    figure, (own, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
+    figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
     for mark in sorted(marks, key=lambda mark: mark.on_front):
-        own.errorbar(
+        ours.errorbar(
             mark.cost,
             mark.score,
             yerr=[[mark.score - mark.low], [mark.high - mark.score]],
@@ -51,31 +51,31 @@ def front_figure(
             lw=1,
         )
     first = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
-    own.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
+    ours.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
     if limit is not None:
         costs = [mark.cost for mark in marks] or [limit]
         near = limit <= _NEAR * max(costs)
         if near:
-            own.axvline(limit, color=RED, ls="--", lw=1.2)
+            ours.axvline(limit, color=RED, ls="--", lw=1.2)
         left = 2 * limit > min(costs) + max(costs)  # of the line is the text
-        own.annotate(f"budget {limit:.4g}" + ("" if near else " →"), (limit if near else 1, 1), color=RED, fontsize=8,
+        ours.annotate(f"budget {limit:.4g}" + ("" if near else " →"), (limit if near else 1, 1), color=RED, fontsize=8,
                      xycoords=("data" if near else "axes fraction", "axes fraction"), ha="right" if left else "left",
                      xytext=(-4 if left else 4, 0), textcoords="offset points", va="top")  # fmt: skip
     for quantizer in dict.fromkeys(mark.quantizer for mark in marks):
-        own.plot([], [], _marker(quantizer), color=GREY, label="16 bit" if quantizer == "none" else quantizer)
-    own.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
+        ours.plot([], [], _marker(quantizer), color=GREY, label="16 bit" if quantizer == "none" else quantizer)
+    ours.legend(frameon=False, fontsize=8, ncols=6, columnspacing=1, loc="lower left", bbox_to_anchor=(0, 1))
     theirs.plot([x for x, _ in published], [y for _, y in published], "x", color="#1a202c", ms=5)
     theirs.set_title("as published: LLaVA-1.5-7B, DermNet", fontsize=8)
     theirs.set_xlabel(unit)
-    own.set_xlabel(label)
-    own.set_ylabel(score)
+    ours.set_xlabel(label)
+    ours.set_ylabel(score)
     lowest = min((mark.low for mark in marks), default=0)
-    own.set_ylim(max(-3, lowest - 0.1 * (100 - lowest)), 100 + 0.35 * (100 - lowest))
-    own.set_yticks([tick for tick in own.get_yticks() if lowest - 10 <= tick <= 100])
+    ours.set_ylim(max(-3, lowest - 0.1 * (100 - lowest)), 100 + 0.35 * (100 - lowest))
+    ours.set_yticks([tick for tick in ours.get_yticks() if lowest - 10 <= tick <= 100])
     theirs.set_ylim(-3, 103)
-    own.margins(x=0.08)
-    _number(own, first, marks)
-    for axes in (own, theirs):
+    ours.margins(x=0.08)
+    _number(ours, first, marks)
+    for axes in (ours, theirs):
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
 

@@ -94,10 +94,14 @@ def resolved(rated: AnswerTable, answers: Sequence[Mapping]) -> list[Rating]:
 
 
 def record(
-    run: Run, rated: AnswerTable, ratings: Sequence[Rating], found: Mapping[Text, KeyedVerdict], identity: JudgeIdentity
+    run: Run,
+    rated: AnswerTable,
+    ratings: Sequence[Rating],
+    verdicts: Mapping[Text, KeyedVerdict],
+    identity: JudgeIdentity,
 ) -> dict:
     """Compare the verdicts with the ratings, write run_dir/agreement.json, and return what it says."""
-    labels = {rating.item: found[rating.text].verdict.label for rating in ratings}
+    labels = {rating.item: verdicts[rating.text].verdict.label for rating in ratings}
     measured = {
         **_who(identity),
         "ratings": rated.name,
@@ -131,9 +135,9 @@ def measure_agreement(ratings: Sequence[Rating], labels: Mapping[Hashable, int])
     )
     judge = [(labels[r.item], r.rating, r.rater, r.cluster) for r in scored]
     pairs = [
-        (given[one], given[other], f"{one}\n{other}", cluster[item])
+        (given[rater], given[second_rater], f"{rater}\n{second_rater}", cluster[item])
         for item, given in people.items()
-        for one, other in combinations(sorted(given), 2)
+        for rater, second_rater in combinations(sorted(given), 2)
     ]
     return {
         "answers": len(items),

@@ -59,12 +59,12 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
     if not path.is_file():
         raise ValueError(f"There is no table {text!r}: give a CSV, Parquet or JSONL file.")
     try:
-        found = list(_READERS[path.suffix.lower()](path))
+        records = list(_READERS[path.suffix.lower()](path))
     except KeyError:
         raise ValueError(f"{text!r} is none of {', '.join(_READERS)}.") from None
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"{text!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    columns = list(dict.fromkeys(key for row in found if isinstance(row, dict) for key in row))
+    columns = list(dict.fromkeys(key for row in records if isinstance(row, dict) for key in row))
     lacking = [name for name in required if name not in columns]
     if lacking:
         raise ValueError(
@@ -72,7 +72,7 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
         )
     chosen = [*required, *(name for name in optional if name in columns)]
     rows, skipped = [], []
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(records, 1):
         reason = _reason(row, required)
         if isinstance(row, str) or reason:
             skipped.append({"row": number, "reason": reason})

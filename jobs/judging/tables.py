@@ -42,23 +42,25 @@ def judged_tables(
     The judge is told question, reference and answer, nothing else. Returns the tables, every verdict, and whose.
     """
     built = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
-    texts = [_control_text(one) for made in built.values() for one in made]
+    texts = [_control_text(control) for made in built.values() for control in made]
     texts += [_text(row) for rows in tables.values() for row in rows]
-    found, identity = verdicts(run, texts)
+    verdict_of, identity = verdicts(run, texts)
     judged = {}
     for name, rows in tables.items():
-        own = [found[_text(row)] for row in rows]
+        table_verdicts = [verdict_of[_text(row)] for row in rows]
         facts = {
-            "tally": _tally(rows, own),
-            "unscored": _failures(own),
-            "controls": _control_facts(built[name], [found[_control_text(one)] for one in built[name]]),
+            "tally": _tally(rows, table_verdicts),
+            "unscored": _failures(table_verdicts),
+            "controls": _control_facts(built[name], [verdict_of[_control_text(control)] for control in built[name]]),
             "judge": run.config.judge.model,
             "identity": asdict(identity),
         }
-        kept = [{key: row[key] for key in KEPT if key in row} for row in rows]
-        judged_rows = [cast(VerdictRow, row | judge_columns(one)) for row, one in zip(kept, own, strict=True)]
+        columns = [{key: row[key] for key in KEPT if key in row} for row in rows]
+        judged_rows = [
+            cast(VerdictRow, row | judge_columns(control)) for row, control in zip(columns, table_verdicts, strict=True)
+        ]
         judged[name] = JudgedTable(judged_rows, facts)
-    return judged, found, identity
+    return judged, verdict_of, identity
 
 
 def may_be_asked_again(facts: Mapping) -> bool:
@@ -72,7 +74,7 @@ def may_be_asked_again(facts: Mapping) -> bool:
 
 
 def _failures(judged: Sequence[KeyedVerdict]) -> dict[str, int]:
-    return dict(Counter(one.failure for one in judged if one.failure))
+    return dict(Counter(verdict.failure for verdict in judged if verdict.failure))
 
 
 def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
@@ -92,21 +94,21 @@ def _control_text(control: Control) -> Text:
     return control.question, control.reference, control.candidate
 
 
-def _tally(rows: Sequence[Mapping], own: Sequence[KeyedVerdict]) -> dict:
+def _tally(rows: Sequence[Mapping], verdicts_N: Sequence[KeyedVerdict]) -> dict:
     """Return the tally of labels with its interval, which like the percentage is None where there is no headline."""
-    labels = [one.verdict.label for one in own]
-    found = tally(labels)
+    labels = [keyed.verdict.label for keyed in verdicts_N]
+    summary = tally(labels)
     names, unit = clusters(rows)
     interval = expected = None
-    if found["judge_pct"] is not None:
+    if summary["judge_pct"] is not None:
         scored = [(label, name) for label, name in zip(labels, names, strict=True) if label is not None]
         points = to_percent([label for label, _ in scored], TOP_LABEL)
         interval = list(bootstrap_mean(points, number_names([name for _, name in scored]))[1:])
-        means = [one.verdict.expected for one in own if one.verdict.expected is not None]
+        means = [keyed.verdict.expected for keyed in verdicts_N if keyed.verdict.expected is not None]
         if len(means) == len(scored):  # of all scored answers, or of none: no mean over a part that chose itself
             expected = 100 / TOP_LABEL * average(means)
     return {
-        **found,
+        **summary,
         "judge_interval_pct": interval,
         "judge_expected_pct": expected,
         "clusters": len(set(names)),
@@ -115,7 +117,7 @@ def _tally(rows: Sequence[Mapping], own: Sequence[KeyedVerdict]) -> dict:
 
 
 def _control_facts(built: Sequence[Control], judged: Sequence[KeyedVerdict]) -> dict:
-    missed = misses(built, [one.verdict.label for one in judged])
+    missed = misses(built, [keyed.verdict.label for keyed in judged])
     return {
         "count": len(built),
         "missed": len(missed),
@@ -179,9 +181,9 @@ def remarks(rows: Sequence[Mapping]) -> list[str]:
         lines.append("UNSCORED: " + ", ".join(f"{count} {kind}" for kind, count in sorted(reasons.items())))
     worst: dict[str, dict] = {}  # the tables' controls are mostly the same ones: they are not added up
     for row in rows:
-        for kind, found in row["judge_controls"]["by_kind"].items():
-            worst[kind] = max(worst.get(kind, found), found, key=lambda one: one["missed"])
-    missed = [f"{kind} {found['missed']} of {found['count']}" for kind, found in worst.items() if found["missed"]]
+        for kind, counts in row["judge_controls"]["by_kind"].items():
+            worst[kind] = max(worst.get(kind, counts), counts, key=lambda kind_counts: kind_counts["missed"])
+    missed = [f"{kind} {counts['missed']} of {counts['count']}" for kind, counts in worst.items() if counts["missed"]]
     if missed:
         lines.append(f"! FLAGGED: the judge failed controls and is not to be trusted: {', '.join(missed)}")
     unbuilt = sorted({kind for row in rows for kind in row["judge_controls"]["unbuilt"]})

@@ -13,22 +13,22 @@ def format_rows(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | N
     layout = f"{{:<{width}}} {{:>11}} {{:>16}} {{:>14}} {{:>10}}  {{}}"
     heads = ("answers", "scored", "judge %", "bounds", "expected %", "against the first" if compared else "")
     lines = [layout.format(*heads)]
-    for name, found in rows.items():
-        bounds = "-" if found["judge_bounds_pct"] is None else "[{:.1f}, {:.1f}]".format(*found["judge_bounds_pct"])
-        expected = "-" if found["judge_expected_pct"] is None else f"{found['judge_expected_pct']:.1f}"
-        scored = f"{found['judge_scored']}/{found['judge_total']}"
+    for name, columns in rows.items():
+        bounds = "-" if columns["judge_bounds_pct"] is None else "[{:.1f}, {:.1f}]".format(*columns["judge_bounds_pct"])
+        expected = "-" if columns["judge_expected_pct"] is None else f"{columns['judge_expected_pct']:.1f}"
+        scored = f"{columns['judge_scored']}/{columns['judge_total']}"
         verdict = finding((compared or {}).get(name, {}))
-        lines.append(layout.format(name, scored, percent(found), bounds, expected, verdict))
+        lines.append(layout.format(name, scored, percent(columns), bounds, expected, verdict))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def finding(difference: Mapping) -> str:
     """Put a difference into words."""
-    said = difference.get("judge_difference_finding")
-    if said in (None, "identical"):
-        return said or ""
+    outcome = difference.get("judge_difference_finding")
+    if outcome in (None, "identical"):
+        return outcome or ""
     low, high = difference["judge_difference_interval_pct"]
-    words = f"{said}: {difference['judge_difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    words = f"{outcome}: {difference['judge_difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}]"
     words += f", p {difference['judge_difference_p_holm']:.2g}"
     able = difference["judge_difference_detectable_pct"]
     return words + (f", detectable {able:.1f}" if able is not None else "")

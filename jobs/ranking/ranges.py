@@ -37,4 +37,4 @@ def largest_outliers(rows: Sequence[RangeRow]) -> list[dict]:
         for row in rows
         for channel, ratio in zip(row["channel_ids"], row["ratios"], strict=True)
     ]
-    return sorted(named, key=lambda one: -one["ratio"])[:SHOWN]
+    return sorted(named, key=lambda channel_row: -channel_row["ratio"])[:SHOWN]

@@ -65,16 +65,16 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             )
 
         if prune.search == "evolution":
-            found = evolve(run, measured, order, ranked, note)
+            chosen = evolve(run, measured, order, ranked, note)
         else:
-            found = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
-        pair = measured.losses(criterion, [found, ranked], label="against one shot")
+            chosen = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
+        pair = measured.losses(criterion, [chosen, ranked], label="against one shot")
     STEPS.write(folder, steps)
     shown = CRITERIA[criterion].to_unit
     score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(
-        removed=list(found),
+        removed=list(chosen),
         one_shot=list(ranked),
         score=shown(score),
         one_shot_score=shown(one_shot_score),
@@ -85,7 +85,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     )
     resolved = "" if low > 0 or high < 0 else ", unresolved"
     LOG.info(
-        f"select: {prune.search} removes {list(found)} ({facts['score']:.4f}), one shot {list(ranked)} "
+        f"select: {prune.search} removes {list(chosen)} ({facts['score']:.4f}), one shot {list(ranked)} "
         f"({facts['one_shot_score']:.4f}); loss lower by {facts['gain']:.4f} [{low:.4f}, {high:.4f}]{resolved}",
     )
 
@@ -98,9 +98,9 @@ def beam(run: Run, measured: Measurements, order: list[int], width: int, note: C
         label = f"{run.config.prune.search} {done + 1}/{layers}"
         children: dict[Removed, None] = {}
         for parent in sets:
-            own = extend_set(parent, order)
-            measured.losses(criterion, own, base=parent, label=label)
-            children.update(dict.fromkeys(own))
+            children_of_set = extend_set(parent, order)
+            measured.losses(criterion, children_of_set, base=parent, label=label)
+            children.update(dict.fromkeys(children_of_set))
         losses = measured.losses(criterion, list(children), label=label).ranked_K.tolist()
         note(label, list(children), losses)
         check_ranked(criterion, losses)

@@ -97,12 +97,12 @@ def shorten(text: str) -> str:
 
 def encode_thumbnails(paths: Sequence[str], most: int) -> list[str | None]:
     """Return the images' thumbnails as data URIs; None: not readable, or more than `most` bytes together."""
-    found, size = [], 0
+    thumbnails, size = [], 0
     for path in paths:
         small = thumbnail(path)
         size += len(small or "")
-        found.append(small if size <= most else None)
-    return found
+        thumbnails.append(small if size <= most else None)
+    return thumbnails
 
 
 def thumbnail(path: str) -> str | None:

@@ -67,8 +67,8 @@ def refresh(folder: Path, evaluation: Mapping, judged: Mapping | None = None) ->
 def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) -> list[int]:
     """Return `removed` in the numbering of the original model, from which the pruning before it took others."""
     gone = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
-    kept = [layer for layer in range(len(gone) + len(removed) + left) if layer not in gone]
-    return [kept[layer] for layer in removed]
+    present = [layer for layer in range(len(gone) + len(removed) + left) if layer not in gone]
+    return [present[layer] for layer in removed]
 
 
 def conversations_digest(folder: str, ids: Sequence[str]) -> str:
@@ -99,9 +99,9 @@ def _history(run: Run, model: Stage | Source) -> list[dict]:
 
 def _front_matter(card: str) -> dict:
     """Return the YAML between the dashes at the head of a card, {} if there is none."""
-    found = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    match = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
     try:
-        values = yaml.safe_load(found[1]) if found else None
+        values = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
@@ -132,12 +132,12 @@ def _public(value: Any) -> Any:
 
 def _describe_history(steps: Sequence[dict]) -> list[dict]:
     """Return how the steps were made, those together that one command made; numbers count from 1."""
-    found = []
+    sentences = []
     for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
         numbers = [number for number, _ in group]
         text = yaml.safe_dump(made["options"], sort_keys=False, allow_unicode=True, width=100) if made else None
-        found.append({**(made or {"command": None}), "numbers": numbers, "options": text})
-    return found
+        sentences.append({**(made or {"command": None}), "numbers": numbers, "options": text})
+    return sentences
 
 
 def _describe_judge(row: Mapping) -> dict:

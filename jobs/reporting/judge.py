@@ -25,5 +25,5 @@ def describe_verdicts(rows: Sequence[Mapping]) -> dict:
 
 def _missed(row: Mapping) -> str:
     kinds = row["judge_controls"]["by_kind"].items()
-    missed = [f"{kind} {found['missed']} of {found['count']}" for kind, found in kinds if found["missed"]]
+    missed = [f"{kind} {counts['missed']} of {counts['count']}" for kind, counts in kinds if counts["missed"]]
     return f"{row['method']}: {', '.join(missed)}" if missed else ""

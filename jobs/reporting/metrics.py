@@ -20,14 +20,14 @@ def names(metrics: Mapping[str, Mapping]) -> list[dict]:
     return [
         {
             "method": method,
-            **{key: found[key] for key in ("macro_f1_pct", "macro_f1_interval_pct")},
-            "right": found["name_verdicts"].get("right", 0),
-            "asked": sum(found["name_verdicts"].values()),
-            "columns": [*found["confusion"]["classes"], *found["confusion"]["unnamed"]],
-            "lines": _lines(found["confusion"]),
+            **{key: metrics_of_method[key] for key in ("macro_f1_pct", "macro_f1_interval_pct")},
+            "right": metrics_of_method["name_verdicts"].get("right", 0),
+            "asked": sum(metrics_of_method["name_verdicts"].values()),
+            "columns": [*metrics_of_method["confusion"]["classes"], *metrics_of_method["confusion"]["unnamed"]],
+            "lines": _lines(metrics_of_method["confusion"]),
         }
-        for method, found in metrics.items()
-        if found["confusion"]
+        for method, metrics_of_method in metrics.items()
+        if metrics_of_method["confusion"]
     ]
 
 

@@ -23,10 +23,10 @@ HTML = "report.html"
 COSTS: dict[Cost, str] = {"memory_gib": "memory", "ms_per_token": "time"}
 
 
-def write_report(run: Run, rows: Sequence[SearchRow], found: dict, failure: Exception | None = None) -> Path:
+def write_report(run: Run, rows: Sequence[SearchRow], resolved: dict, failure: Exception | None = None) -> Path:
     """Write run_dir/search/report.html and its figures as SVG files beside it.
 
-    rows: of the search and of the joint choice; found: what jobs.searching.budget.resolve says of the config's budget;
+    rows: of the search and of the joint choice; resolved: what jobs.searching.budget.resolve says of the config's budget;
     failure: what ended the judge.
     """
     folder = run.folder / SEARCH
@@ -41,11 +41,11 @@ def write_report(run: Run, rows: Sequence[SearchRow], found: dict, failure: Exce
         "title": f"{run.folder.name}: the best model that fits",
         "model": run.config.model.path,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "answer": [line.strip() for line in format_answer(found, run.config.search.budget).splitlines()],
+        "answer": [line.strip() for line in format_answer(resolved, run.config.search.budget).splitlines()],
         "figures": figures,
         "published": published.POINTS,
         "timed_apart": any(map(timed_apart, rows)),
-        "rows": [_format_cells(number, row, found, rows) for number, row in enumerate(rows, 1)],
+        "rows": [_format_cells(number, row, resolved, rows) for number, row in enumerate(rows, 1)],
         "done": [row for row in rows if row["status"] == "done"],
         "judged": [row for row in rows if row["is_llm_judge"]],
         "remarks": judge_remarks({row["setting"]: row for row in rows}),
@@ -66,7 +66,7 @@ def _figures(rows: Sequence[SearchRow], budget: BudgetConfig) -> dict[str, str]:
     score = "LLM judge (%)" if done[0]["score_kind"] == "judge" else "baseline score (%), no LLM judge"
     small = max(row["memory_gib"] for row in done) < 0.5
     scale, unit = (1024, "MiB") if small else (1, "GiB")
-    found = {}
+    figures = {}
     for cost, name in COSTS.items():
         factor = scale if cost == "memory_gib" else 1
         best = pareto_front(rows, cost)
@@ -85,15 +85,15 @@ def _figures(rows: Sequence[SearchRow], budget: BudgetConfig) -> dict[str, str]:
             theirs = [(p.ms_per_token, p.score_pct) for p in published.TIME if p.ms_per_token is not None]
             their_unit = "ms/token (T4)"
         scaled = None if limit is None else limit * factor
-        found[f"front-{name}"] = front_figure(marks, label, score, scaled, theirs, their_unit)
-    return found
+        figures[f"front-{name}"] = front_figure(marks, label, score, scaled, theirs, their_unit)
+    return figures
 
 
-def _format_cells(number: int, row: SearchRow, found: dict, rows: Sequence[SearchRow]) -> dict:
+def _format_cells(number: int, row: SearchRow, resolved: dict, rows: Sequence[SearchRow]) -> dict:
     """Return a row's cells as text, and what a column is sorted by where that differs."""
     done = row["status"] == "done"
     scored = done and row["score_pct"] is not None
-    roles = {"answer": found["answer"], "runner-up": found["runner_up"]}
+    roles = {"answer": resolved["answer"], "runner-up": resolved["runner_up"]}
     marks = [role for role, other in roles.items() if other is not None and other["setting"] == row["setting"]]
     marks += [f"front of {name}" for cost, name in COSTS.items() if row in pareto_front(rows, cost)]
     return {
@@ -130,11 +130,15 @@ def _score(row: SearchRow) -> str:
 
 def _joint(run: Run) -> dict | None:
     """Return what jobs.joint recorded; None if there is nothing, or older code wrote it."""
-    found = read_joint(run.folder)
-    if found is None:
+    recorded = read_joint(run.folder)
+    if recorded is None:
         return None
-    judged = [row for row in found["candidates"] if row["is_llm_judge"]]
-    return {**found, "judged": judged, "remarks": judge_remarks({row["method"]: row for row in found["candidates"]})}
+    judged = [row for row in recorded["candidates"] if row["is_llm_judge"]]
+    return {
+        **recorded,
+        "judged": judged,
+        "remarks": judge_remarks({row["method"]: row for row in recorded["candidates"]}),
+    }
 
 
 def _spent(sums: dict) -> dict:

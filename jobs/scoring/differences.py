@@ -18,17 +18,17 @@ def differences(
     or "unresolved" after Holm's correction over the models; None for the first, and where nothing can be compared.
     detectable_pct: what 80 % power would find; None where it is 0 or undefined.
     """
-    found = [_difference(models[0], model, groups, top) for model in models[1:]]
-    compared = [one for one in found if one["finding"] is not None]
-    for one, adjusted in zip(compared, holm([one["p_holm"] for one in compared]), strict=True):
-        one["p_holm"] = adjusted
-        if one["finding"] != "identical":
-            low, high = one["interval_pct"]
-            one["finding"] = finding(low, high, adjusted)
+    columns = [_difference(models[0], model, groups, top) for model in models[1:]]
+    compared = [column for column in columns if column["finding"] is not None]
+    for column, adjusted in zip(compared, holm([column["p_holm"] for column in compared]), strict=True):
+        column["p_holm"] = adjusted
+        if column["finding"] != "identical":
+            low, high = column["interval_pct"]
+            column["finding"] = finding(low, high, adjusted)
     first: dict[str, Any] = {**_UNKNOWN, "pct": None, "pairs": len(_shared(models[0], models[0]))}
     if first["pairs"]:
         first |= {"pct": 0.0, "interval_pct": [0.0, 0.0]}
-    return [{f"{label}_{key}": value for key, value in one.items()} for one in (first, *found)]
+    return [{f"{label}_{key}": value for key, value in column.items()} for column in (first, *columns)]
 
 
 def name_tests(models: Sequence[Mapping[str, bool]]) -> list[float | None]:
@@ -50,17 +50,17 @@ def _difference(
     shared = _shared(first, other)
     if not shared:
         return {**_UNKNOWN, "pct": None, "pairs": 0}
-    found = compare_pairs(
+    difference = compare_pairs(
         to_percent([score for _, _, score in shared], top),
         to_percent([score for _, score, _ in shared], top),
         number_names([groups[sample] for sample, _, _ in shared]),
     )
     return {
-        "pct": found.mean,
-        "interval_pct": [found.low, found.high],
-        "p_holm": found.p,
-        "detectable_pct": found.detectable,
-        "finding": "identical" if found.identical else "unresolved",
+        "pct": difference.mean,
+        "interval_pct": [difference.low, difference.high],
+        "p_holm": difference.p,
+        "detectable_pct": difference.detectable,
+        "finding": "identical" if difference.identical else "unresolved",
         "pairs": len(shared),
     }
 

@@ -50,24 +50,29 @@ def summary(rows: Sequence[AnswerRow], controls: Sequence[ControlRow]) -> dict[s
     Both are scored rows. Falls in points; same_answer_pct: the share of questions answered in the very same words.
     """
     before = {row["sample_id"]: row for row in rows}
-    found: dict[str, dict | None] = {}
+    falls: dict[str, dict | None] = {}
     for kind in (BLANK, SWAPPED):
         after = [row for row in controls if row["control"] == kind]
         pairs = [(before[row["sample_id"]], row) for row in after]
         named = [pair for pair in pairs if pair[1]["verdict"] is not None]
-        found[kind] = (
+        falls[kind] = (
             {
                 "answers": len(after),
                 **mean("baseline", after),
-                **fall("baseline", [one["baseline"] for one, _ in pairs], [row["baseline"] for row in after], after),
+                **fall(
+                    "baseline",
+                    [before_row["baseline"] for before_row, _ in pairs],
+                    [row["baseline"] for row in after],
+                    after,
+                ),
                 **name_accuracy(after),
                 **_name_fall(named),
-                **share("same_answer", [one["answer"] == other["answer"] for one, other in pairs], after),
+                **share("same_answer", [before_row["answer"] == other["answer"] for before_row, other in pairs], after),
             }
             if after
             else None
         )
-    return found
+    return falls
 
 
 def _name_fall(named: Sequence[tuple[AnswerRow, ControlRow]]) -> dict:

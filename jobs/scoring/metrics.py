@@ -33,7 +33,7 @@ def score_answers(rows: Sequence[dict], cosines: Sequence[float], classes: Seque
     cosines: the embedding similarity of every row's answer with its reference.
     """
     kinds = [ClassName(kind.name, tuple(kind.synonyms)) for kind in classes]
-    found = []
+    scored = []
     for row, cosine in zip(rows, cosines, strict=True):
         answer, truth = row["answer"], row["class"]
         asked = row["question_id"] == NAME_QUESTION
@@ -44,8 +44,8 @@ def score_answers(rows: Sequence[dict], cosines: Sequence[float], classes: Seque
             "named": name_given(answer, kinds)[0] if asked else None,
             "loop_tokens": loop_length(row["token_ids"][: row["tokens"]]),
         }
-        found.append({**{key: value for key, value in row.items() if key != "removed"}, **new})
-    return found
+        scored.append({**{key: value for key, value in row.items() if key != "removed"}, **new})
+    return scored
 
 
 def metrics(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
@@ -81,19 +81,19 @@ def share(label: str, hits: Sequence[bool], rows: Sequence[Mapping]) -> dict:
 def name_accuracy(rows: Sequence[AnswerRow]) -> dict:
     """Return the share of answers to the name question that name the right class and no other."""
     asked = [row for row in rows if row["verdict"] is not None]
-    found = share("name", [row["verdict"] == "right" for row in asked], asked)
-    return {"name_accuracy": found["name_pct"], "name_accuracy_interval": found["name_interval_pct"]}
+    accuracy = share("name", [row["verdict"] == "right" for row in asked], asked)
+    return {"name_accuracy": accuracy["name_pct"], "name_accuracy_interval": accuracy["name_interval_pct"]}
 
 
 def _names(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
     """Say which diseases were named for which; all None where the name was not asked for."""
-    found = {**name_accuracy(rows), "name_verdicts": dict(Counter(row["verdict"] for row in rows))}
+    columns = {**name_accuracy(rows), "name_verdicts": dict(Counter(row["verdict"] for row in rows))}
     if not rows:
-        return {**found, "macro_f1_pct": None, "macro_f1_interval_pct": None, "confusion": None}
+        return {**columns, "macro_f1_pct": None, "macro_f1_interval_pct": None, "confusion": None}
     counts = confusion(*_numbered(rows, classes), len(classes), len(classes) + len(UNNAMED))
     value, draws = _macro_f1(rows, classes, _groups(rows))
     return {
-        **found,
+        **columns,
         "macro_f1_pct": 100 * value,
         "macro_f1_interval_pct": [100 * bound for bound in bound_draws(draws)],
         "confusion": {"classes": list(classes), "unnamed": list(UNNAMED), "counts": counts.tolist()},
@@ -114,12 +114,12 @@ def given_name(rows: Sequence[AnswerRow]) -> dict:
     """Return the scores of the parts that `by_name` makes."""
     return {
         part: {
-            "images": len({row["image"] for row in own}),
-            "answers": len(own),
-            **mean("baseline", own),
-            **share("exact", [GOOD["exact"](row) for row in own], own),
+            "images": len({row["image"] for row in part_rows}),
+            "answers": len(part_rows),
+            **mean("baseline", part_rows),
+            **share("exact", [GOOD["exact"](row) for row in part_rows], part_rows),
         }
-        for part, own in by_name(rows).items()
+        for part, part_rows in by_name(rows).items()
     }
 
 
@@ -127,12 +127,14 @@ def judge_given_name(rows: Sequence[AnswerRow], labels: Mapping[str, int | None]
     """Return the judge's scores of these parts; labels: by sample_id, from 0 to 4; None without any."""
     if not labels:
         return None
-    found = {}
-    for part, own in by_name(rows).items():
-        known = {row["sample_id"]: label for row in own if (label := labels.get(row["sample_id"])) is not None}
-        scored = [{**row, "judge": known[row["sample_id"]] / TOP_LABEL} for row in own if row["sample_id"] in known]
-        found[part] = {"images": len({row["image"] for row in scored}), **mean("judge", scored)}
-    return found
+    columns = {}
+    for part, part_rows in by_name(rows).items():
+        known = {row["sample_id"]: label for row in part_rows if (label := labels.get(row["sample_id"])) is not None}
+        scored = [
+            {**row, "judge": known[row["sample_id"]] / TOP_LABEL} for row in part_rows if row["sample_id"] in known
+        ]
+        columns[part] = {"images": len({row["image"] for row in scored}), **mean("judge", scored)}
+    return columns
 
 
 def retention(original: Sequence[AnswerRow], rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict[str, dict]:
@@ -143,17 +145,17 @@ def retention(original: Sequence[AnswerRow], rows: Sequence[AnswerRow], classes:
     other = {row["sample_id"]: row for row in original}
     pairs = [(row, other[row["sample_id"]]) for row in rows if row["sample_id"] in other]
     named = [pair for pair in pairs if pair[0]["verdict"] is not None]
-    found = {}
+    retained = {}
     for label, score in GOOD.items():
         if chosen := named if label == "name_accuracy" else pairs:
-            own, before = zip(*chosen, strict=True)
+            after, before = zip(*chosen, strict=True)
             groups = [row["group"] for row in before]
-            found[label] = compute_retention([score(row) for row in own], [score(row) for row in before], groups)
+            retained[label] = compute_retention([score(row) for row in after], [score(row) for row in before], groups)
     if named:
-        own, before = zip(*named, strict=True)
-        (value, draws), (base, base_draws) = (_macro_f1(side, classes, _groups(before)) for side in (own, before))
-        found["macro_f1"] = _ratio(*compute_ratio(value, base, draws, base_draws))
-    return found
+        after, before = zip(*named, strict=True)
+        (value, draws), (base, base_draws) = (_macro_f1(side, classes, _groups(before)) for side in (after, before))
+        retained["macro_f1"] = _ratio(*compute_ratio(value, base, draws, base_draws))
+    return retained
 
 
 def compute_retention(scores: Sequence[float], original: Sequence[float], groups: Sequence) -> dict:

@@ -46,15 +46,15 @@ def dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> d
     Holm's p value over those that it is compared with. groups: sample_id -> image or series.
     """
     lost = {}
-    for own in entrants:
-        rivals = [other for other in entrants if other is not own and other.takes_no_more(own)]
-        rows = differences([own.scores, *(rival.scores for rival in rivals)], groups, 1.0)[1:]
+    for entrant in entrants:
+        rivals = [other for other in entrants if other is not entrant and other.takes_no_more(entrant)]
+        rows = differences([entrant.scores, *(rival.scores for rival in rivals)], groups, 1.0)[1:]
         better = [(row["difference_pct"], rival, row) for rival, row in zip(rivals, rows, strict=True)]
         better = [each for each in better if each[2]["difference_finding"] == "better"]
         if better:
             points, rival, row = max(better, key=lambda each: each[0])
             low, high = row["difference_interval_pct"]
-            lost[own.setting.key] = {"to": rival.setting.label, "pct": points, "low": low, "high": high}
+            lost[entrant.setting.key] = {"to": rival.setting.label, "pct": points, "low": low, "high": high}
     return lost
 
 
@@ -110,7 +110,7 @@ def resolve(rows: Sequence[SearchRow], budget: BudgetConfig, compare: Callable[[
     untried = [
         r["setting"] for r in rows if r["status"] == "over budget" and (memory is None or r["estimate_gib"] <= memory)
     ]
-    found: dict = {
+    resolved: dict = {
         "answer": None,
         "runner_up": None,
         "margins": {},
@@ -123,12 +123,12 @@ def resolve(rows: Sequence[SearchRow], budget: BudgetConfig, compare: Callable[[
     }
     if not allowed:
         near = [row for row in rows if usable(row, timed=budget.ms_per_token is not None)]
-        return {**found, "nearest": min(near, key=lambda row: _excess(row, budget), default=None)}
+        return {**resolved, "nearest": min(near, key=lambda row: _excess(row, budget), default=None)}
     best, second = allowed[0], allowed[1] if len(allowed) > 1 else None
     limits: dict[Cost, float | None] = {name: getattr(budget, name) for name, _ in LIMITS}
     margins = {name: limit - best[name] for name, limit in limits.items() if limit is not None}
     difference = compare(best, second) if second else None
-    return {**found, "answer": best, "runner_up": second, "margins": margins, "difference": difference}
+    return {**resolved, "answer": best, "runner_up": second, "margins": margins, "difference": difference}
 
 
 def _excess(row: SearchRow, budget: BudgetConfig) -> float:
@@ -167,10 +167,10 @@ def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
         if row["is_llm_judge"]:
             judged.setdefault(row["judge_identity"], []).append(row)
     lines = []
-    for own in judged.values():
-        scored, total = (sum(row[f"judge_{name}"] for row in own) for name in ("scored", "total"))
-        first, *others = remarks(own)
-        lines += [f"{first}; {scored} of {total} answers scored, of {len(own)} settings", *others]
+    for rows_of_judge in judged.values():
+        scored, total = (sum(row[f"judge_{name}"] for row in rows_of_judge) for name in ("scored", "total"))
+        first, *others = remarks(rows_of_judge)
+        lines += [f"{first}; {scored} of {total} answers scored, of {len(rows_of_judge)} settings", *others]
     if len(judged) > 1:
         lines.append(
             f"{len(judged)} different judges scored these settings, and their scores do not compare: the baseline's "
@@ -179,16 +179,16 @@ def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
     return [*lines, *by_baseline(rows)]
 
 
-def format_answer(found: dict, budget: BudgetConfig) -> str:
+def format_answer(resolved: dict, budget: BudgetConfig) -> str:
     """Put what a budget allows into sentences."""
     limits = [f"{getattr(budget, name):g} {unit}" for name, unit in LIMITS if getattr(budget, name) is not None]
     asked = " and ".join(limits) if limits else "no limit"
     lines = []
-    best, second = found["answer"], found["runner_up"]
-    if best is None and found["nearest"] is None:
+    best, second = resolved["answer"], resolved["runner_up"]
+    if best is None and resolved["nearest"] is None:
         lines.append(f"answer for {asked}: none, no setting was evaluated")
     elif best is None:
-        near = found["nearest"]
+        near = resolved["nearest"]
         lines.append(
             f"answer for {asked}: none fits; the nearest is {near['setting']}, with {near['memory_gib']:.4g} GiB "
             f"({near['memory_kind']}) and {near['ms_per_token']:.4g} ms/token"
@@ -196,25 +196,27 @@ def format_answer(found: dict, budget: BudgetConfig) -> str:
     else:
         lines += [f"answer for {asked}: {_named(best)}", f"  checkpoint {best['checkpoint']}"]
         for name, unit in LIMITS:
-            if name in found["margins"]:
-                left = found["margins"][name]
+            if name in resolved["margins"]:
+                left = resolved["margins"][name]
                 lines.append(f"  leaves {left:.4g} {unit} ({100 * left / (left + best[name]):.0f} %) of its limit")
         lines.append("  no other setting fits" if second is None else f"  runner-up: {_named(second)}")
         if second is not None:
-            lines.append(f"  difference: {_difference(found['difference'])}")
-    if found["untried"]:
+            lines.append(f"  difference: {_difference(resolved['difference'])}")
+    if resolved["untried"]:
         lines.append(
-            f"  {len(found['untried'])} settings were never tried, for they missed an older budget, and fit this one "
-            "by their estimate: the search without --resolve-only tries them"
+            f"  {len(resolved['untried'])} settings were never tried, for they missed an older budget, and fit this "
+            "one by their estimate: the search without --resolve-only tries them"
         )
-    if found["open"]:
+    if resolved["open"]:
         lines.append(
-            f"  {found['open']} settings are not finished, and may be better: the search with --resume goes on"
+            f"  {resolved['open']} settings are not finished, and may be better: the search with --resume goes on"
         )
-    if found["unjudged"]:
-        lines.append(f"  {found['unjudged']} evaluated settings are left out: the judge has not scored them, as others")
-    if found["untimed"]:
-        lines.append(f"  {found['untimed']} joint choices are left out: counted packed, but timed unpacked")
+    if resolved["unjudged"]:
+        lines.append(
+            f"  {resolved['unjudged']} evaluated settings are left out: the judge has not scored them, as others"
+        )
+    if resolved["untimed"]:
+        lines.append(f"  {resolved['untimed']} joint choices are left out: counted packed, but timed unpacked")
     return "\n".join(lines)
 
 

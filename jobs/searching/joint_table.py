@@ -114,6 +114,6 @@ def write_joint(folder: Path, content: JointFile) -> Path:
 def read_joint(folder: Path) -> JointFile | None:
     """Return what jobs.joint recorded; None if there is nothing, or older code wrote it."""
     path = folder / JOINT
-    found: JointFile | None = json.loads(path.read_text()) if path.is_file() else None
+    recorded: JointFile | None = json.loads(path.read_text()) if path.is_file() else None
     required = JointRow.__required_keys__
-    return found if found and all(row.keys() >= required for row in found["candidates"]) else None
+    return recorded if recorded and all(row.keys() >= required for row in recorded["candidates"]) else None

@@ -16,9 +16,11 @@ def shapes_of(run: Run) -> Any:
     """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
     from actors.estimate import architecture
 
-    alone = run.config.estimate.model_copy(update={"architecture": None})  # that of another model is not what is built
-    own = Run(run.config.model_copy(update={"estimate": alone}), parent_run=run)
-    return architecture(model_config(own)[0], run.config.model.trust_remote_code)
+    estimate = run.config.estimate.model_copy(
+        update={"architecture": None}
+    )  # that of another model is not what is built
+    model_run = Run(run.config.model_copy(update={"estimate": estimate}), parent_run=run)
+    return architecture(model_config(model_run)[0], run.config.model.trust_remote_code)
 
 
 def size_setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:

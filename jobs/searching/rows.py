@@ -53,11 +53,11 @@ def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
     windows = [layer.window for layer in shapes.layers]
     depths = [plan.setting.depth for plan in plans]
     counted = config.model_copy(update={"estimate": config.estimate.model_copy(update={"removed": depths})})
-    found = []
+    sizes = []
     for plan, (removed, _) in zip(plans, removals(counted, windows), strict=True):
         bits = uniform(len(windows), removed, plan.setting.bits)
-        found.append(device_gib(config, shapes, plan.setting.quantizer, bits))
-    return found
+        sizes.append(device_gib(config, shapes, plan.setting.quantizer, bits))
+    return sizes
 
 
 def rows_of(
@@ -124,7 +124,7 @@ def _row(
                 run.base_model().name,
                 plan.evaluation.version,
                 plan.evaluation.settings,
-                [one.name for one in plan.evaluation.parents[1:]],
+                [parent.name for parent in plan.evaluation.parents[1:]],
             ]
         ),
         "command": command,
@@ -138,8 +138,8 @@ def _screen(run: Run, plan: Plan) -> dict:
     keys = ("screen_pct", "screen_interval_pct", "screen_images")
     if plan.screen is None or run.store.find(plan.screen.name) is None:
         return dict.fromkeys(keys)
-    found = run.facts(plan.screen, EvaluateFacts)["metrics"]
-    return dict(zip(keys, (found["baseline_pct"], found["baseline_interval_pct"], found["images"]), strict=True))
+    metrics = run.facts(plan.screen, EvaluateFacts)["metrics"]
+    return dict(zip(keys, (metrics["baseline_pct"], metrics["baseline_interval_pct"], metrics["images"]), strict=True))
 
 
 def _unpacked(plan: Plan) -> bool:
@@ -216,18 +216,20 @@ def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
     """
     log = read_log(run)
     measured = [line for line in log if line["event"] == MEASURED_FOR]
-    own = {name for row in rows for name in (*row["artifacts"], row["screen"]) if name and run.store.find(name)}
-    others = {name for line in measured for name in line["stages"] if run.store.find(name)} - own
-    facts, more = ([run.store.manifest(name) for name in names] for names in (own, others))
-    seconds = sum(one["seconds"] for one in (*more, *measured))
+    stages_of_rows = {
+        name for row in rows for name in (*row["artifacts"], row["screen"]) if name and run.store.find(name)
+    }
+    others = {name for line in measured for name in line["stages"] if run.store.find(name)} - stages_of_rows
+    facts, more = ([run.store.manifest(name) for name in names] for names in (stages_of_rows, others))
+    seconds = sum(entry["seconds"] for entry in (*more, *measured))
     gpu: list[Any] = [row["gpu_hours_alone"] for row in rows]
-    known = None not in gpu and all("gpu_seconds" in one for one in (*facts, *more))
-    gpu_seconds = sum(one["gpu_seconds"] for one in (*more, *measured)) if known else 0.0
+    known = None not in gpu and all("gpu_seconds" in entry for entry in (*facts, *more))
+    gpu_seconds = sum(entry["gpu_seconds"] for entry in (*more, *measured)) if known else 0.0
     return {
-        "stages": len(own | others),
-        "seconds": sum(one["seconds"] for one in facts) + seconds,
+        "stages": len(stages_of_rows | others),
+        "seconds": sum(entry["seconds"] for entry in facts) + seconds,
         "seconds_apart": sum(row["seconds_alone"] for row in rows) + seconds,
-        "gpu_hours": (sum(one["gpu_seconds"] for one in facts) + gpu_seconds) / 3600 if known else None,
+        "gpu_hours": (sum(entry["gpu_seconds"] for entry in facts) + gpu_seconds) / 3600 if known else None,
         "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if known else None,
         "busy_seconds": cover_time([(line["started"], line["seconds"]) for line in log]),
     }
@@ -236,13 +238,13 @@ def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
 def read_log(run: Run) -> list[dict]:
     """Return what was made and what failed, in order; a line that a kill cut short is left out."""
     path = run.folder / SEARCH / EVENTS
-    found = []
+    events = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
+            events.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return events
 
 
 def write_log(run: Run, event: Mapping) -> None:

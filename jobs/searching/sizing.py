@@ -17,13 +17,13 @@ def config_file(config: Config) -> Path | None:
     given = config.estimate.architecture
     if given is not None:
         path = Path(given).expanduser()
-        found = path / "config.json" if path.is_dir() else path
-        if not found.is_file():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
             raise ValueError(f"No config.json at estimate.architecture {given!r}: give the file, or its folder.")
-        return found
-    own = Path(config.model.path).expanduser() / "config.json"
+        return file
+    model_file = Path(config.model.path).expanduser() / "config.json"
     published = _PUBLISHED / config.model.path / "config.json"
-    return next((path for path in (own, published) if path.is_file()), None)
+    return next((path for path in (model_file, published) if path.is_file()), None)
 
 
 def model_config(run: Run):

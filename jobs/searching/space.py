@@ -54,10 +54,10 @@ def space(config: Config) -> list[Setting]:
     search = config.search
     rounded = []
     for quantizer in dict.fromkeys(search.quantizers):
-        own = METHODS[quantizer].bits if quantizer in METHODS else (16,)
-        chosen = [bits for bits in dict.fromkeys(search.bits) if bits in own] if len(own) > 1 else list(own)
+        allowed = METHODS[quantizer].bits if quantizer in METHODS else (16,)
+        chosen = [bits for bits in dict.fromkeys(search.bits) if bits in allowed] if len(allowed) > 1 else list(allowed)
         if not chosen:
-            raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(own)}.")
+            raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(allowed)}.")
         rounded += [(quantizer, bits) for bits in chosen]
     return [
         Setting(depth, recovery, quantizer, bits)

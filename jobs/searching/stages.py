@@ -50,18 +50,18 @@ class Plan:
 
 def order_stages(stages: Iterable[Stage | Source]) -> list[Stage]:
     """Return stages and all that they are made from, parents first, each once."""
-    found: dict[str, Stage] = {}
+    ordered: dict[str, Stage] = {}
 
     def visit(stage: Stage | Source) -> None:
-        if isinstance(stage, Source) or stage.name in found:
+        if isinstance(stage, Source) or stage.name in ordered:
             return
         for parent in stage.parents:
             visit(parent)
-        found[stage.name] = stage
+        ordered[stage.name] = stage
 
     for stage in stages:
         visit(stage)
-    return list(found.values())
+    return list(ordered.values())
 
 
 def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
@@ -69,23 +69,25 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
     data, base = prepare.stage(run), run.base_model()
     pruned: dict[int, Stage | Source] = {}
     recovered: dict[tuple[int, str], Stage | Source] = {}
-    found = []
+    planned = []
     for setting in settings:
-        own = Run(config_of(run.config, setting), parent_run=run)
+        setting_run = Run(config_of(run.config, setting), parent_run=run)
         if setting.depth not in pruned:
-            pruned[setting.depth] = prune.stage(own, base)
+            pruned[setting.depth] = prune.stage(setting_run, base)
         model = pruned[setting.depth]
         if setting.recovery != "none":
             key = setting.depth, setting.recovery
-            recovered[key] = recovered.get(key) or recover.stage(own, model, data)
+            recovered[key] = recovered.get(key) or recover.stage(setting_run, model, data)
             model = recovered[key]
-        model = quantize.stage(own, model, data)
+        model = quantize.stage(setting_run, model, data)
         screen = None
         if run.config.search.screen_images is not None:
             cheap = Run(config_of(run.config, setting, screen=True), parent_run=run)
             screen = evaluate.stage(cheap, model, data)
-        found.append(Plan(setting, model, screen, evaluate.stage(own, model, data), _before(run, setting, data, base)))
-    return found
+        planned.append(
+            Plan(setting, model, screen, evaluate.stage(setting_run, model, data), _before(run, setting, data, base))
+        )
+    return planned
 
 
 def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stage, ...]:
@@ -125,8 +127,8 @@ class StageMaker:
             stack.enter_context(into_file(logs / f"{name}.txt"))
             made = run.store.find(name) is None
             run.make(stage)
-        found = {"made": made, "pid": os.getpid(), **report}
+        report_made = {"made": made, "pid": os.getpid(), **report}
         if stage.kind == "evaluate":
             facts = run.facts(stage, EvaluateFacts)
-            found |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
-        return found
+            report_made |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
+        return report_made

@@ -50,7 +50,7 @@ def vllm(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["plain", "rtn", "nf4", "int8", "mixed"])
 def test_what_is_made_is_as_documented(made, layout):
-    said = check_vllm(made[layout], AutoConfig.from_pretrained(made[layout]), own=True)
+    said = check_vllm(made[layout], AutoConfig.from_pretrained(made[layout]), is_ours=True)
     assert said == "not run (vLLM is not installed); the layout is the documented one"
 
 
@@ -78,15 +78,15 @@ def test_other_layouts_are_refused(made, layout, edit, words):
     config = AutoConfig.from_pretrained(made[layout])
     config.quantization_config = {**config.quantization_config, **edit}
     with pytest.raises(GateError, match=words):
-        check_vllm(made[layout], config, own=True)
-    assert re.search(words, check_vllm(made[layout], config, own=False))  # of somebody else's it is worth a note
+        check_vllm(made[layout], config, is_ours=True)
+    assert re.search(words, check_vllm(made[layout], config, is_ours=False))  # of somebody else's it is worth a note
 
 
 def test_symmetric_groups_are_refused(made):
     config = AutoConfig.from_pretrained(made["mixed"])
     config.quantization_config["config_groups"]["bits_8"]["weights"]["symmetric"] = True
     with pytest.raises(GateError, match=r"config_groups\.bits_8\.weights\.symmetric True: vLLM's documents say False"):
-        check_vllm(made["mixed"], config, own=True)
+        check_vllm(made["mixed"], config, is_ours=True)
 
 
 def test_it_is_loaded_there_once_the_gates_own_model_is_gone(made, vllm, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_it_is_loaded_there_once_the_gates_own_model_is_gone(made, vllm, tmp_pat
     def noted(*arguments, own):
         gc.collect()
         alive.append(sum(isinstance(each, LlavaForConditionalGeneration) for each in gc.get_objects()))
-        return check_vllm(*arguments, own=own)
+        return check_vllm(*arguments, is_ours=own)
 
     monkeypatch.setattr(gate, "check_vllm", noted)
     before = sum(isinstance(each, LlavaForConditionalGeneration) for each in gc.get_objects())
@@ -108,19 +108,19 @@ def test_it_is_loaded_there_once_the_gates_own_model_is_gone(made, vllm, tmp_pat
 def test_what_vllm_does_not_load_is_refused(made, vllm):
     vllm("raise KeyError('layers.0.mlp.gate_up_proj')")
     with pytest.raises(GateError, match=r"vLLM does not load it: KeyError: 'layers\.0\.mlp\.gate_up_proj'"):
-        check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), own=True)
+        check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), is_ours=True)
 
 
 def test_a_vllm_that_dies_is_refused(made, vllm):
     vllm("import os; os._exit(3)")
     with pytest.raises(GateError, match="vLLM does not load it: exit 3"):
-        check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), own=True)
+        check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), is_ours=True)
 
 
 def test_without_a_gpu_it_is_not_started(made, vllm, monkeypatch):
     vllm("raise KeyError('started')")
     monkeypatch.setattr(gate_vllm, "pick_device", lambda: "cpu")
-    said = check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), own=True)
+    said = check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), is_ours=True)
     assert said == "not run (no GPU here); the layout is the documented one"
 
 
@@ -129,7 +129,7 @@ def test_a_vllm_that_hangs_is_ended_with_what_it_started(made, vllm, tmp_path, m
     code = f"import pathlib, subprocess; p = subprocess.Popen(['sleep', '60']); pathlib.Path({str(note)!r})"
     vllm(f"{code}.write_text(str(p.pid)); p.wait()")
     monkeypatch.setattr(gate_vllm, "LOAD_S", 1)
-    said = check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), own=True)
+    said = check_vllm(made["plain"], AutoConfig.from_pretrained(made["plain"]), is_ours=True)
     assert said == "not run to its end: after 1 s vLLM was still loading"
     for _ in range(100):  # a signal takes a moment
         if ended := not psutil.pid_exists(pid := int(note.read_text())) or psutil.Process(pid).status() == "zombie":
