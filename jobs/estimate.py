@@ -111,7 +111,8 @@ def format_rows(table: Sequence[dict]) -> str:
     given = table[0]["assumptions"]
     text += [
         f"Batch {given['batch']}, prompt of {given['context']} tokens with {given['images']} image(s), "
-        f"{given['decode_tokens']} new tokens, {given['dtype']}, groups of {given['group_size']}; {given['architecture']}.",
+        f"{given['decode_tokens']} new tokens, {given['dtype']}, groups of {given['group_size']}; "
+        f"{given['architecture']}.",
         f"Each GPU's context (about {given['cuda_context_gib']:g} GiB) and the allocator's reserve come on top.",
     ]
     return "\n".join(text)

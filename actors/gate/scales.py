@@ -44,8 +44,8 @@ def check_scales(name: str, module: nn.Module, weight: torch.Tensor, rounding: R
         first = int(off.nonzero()[0])
         raise GateError(
             f"{wrong} In {int(off.sum())} of {len(block_slopes)} blocks of {block} weights they are not as large as "
-            f"they were: {float(block_slopes[first]):.2g} times in the first, of output {first * block // weight.shape[1]} "
-            f"(allowed: 1 +- {block_bound:g})."
+            f"they were: {float(block_slopes[first]):.2g} times in the first, of output "
+            f"{first * block // weight.shape[1]} (allowed: 1 +- {block_bound:g})."
         )
     return abs(slope - 1)
 

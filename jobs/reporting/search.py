@@ -26,8 +26,8 @@ COSTS: dict[Cost, str] = {"memory_gib": "memory", "ms_per_token": "time"}
 def write_report(run: Run, rows: Sequence[SearchRow], resolved: dict, failure: Exception | None = None) -> Path:
     """Write run_dir/search/report.html and its figures as SVG files beside it.
 
-    rows: of the search and of the joint choice; resolved: what jobs.searching.budget.resolve says of the config's budget;
-    failure: what ended the judge.
+    rows: of the search and of the joint choice; resolved: what jobs.searching.budget.resolve says of the config's
+    budget; failure: what ended the judge.
     """
     folder = run.folder / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
