@@ -25,8 +25,8 @@ def check_greedy(generation_config, path: str) -> None:
         value = getattr(generation_config, name, None)
         if value not in (None, neutral, []):
             raise ValueError(
-                f"{path!r} sets {name} to {value!r} in its generation_config.json, of which greedy answers here know "
-                "nothing: remove it there (of a hub's model, in a copy)."
+                f"{path!r} sets {name} to {value!r} in its generation_config.json, but answers here are plain greedy "
+                "ones: remove it there (of a hub's model, in a copy)."
             )
 
 

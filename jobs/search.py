@@ -104,7 +104,9 @@ class SettingSearch:
         ]
         self.lost = dominated(entrants, groups)
         self.open = [plan for plan in seen if plan.setting.key not in self.lost]
-        LOG.info(f"search: {len(self.lost)} of {len(seen)} settings lose in the screen, {len(self.open)} go on")
+        LOG.info(
+            f"search: {len(self.lost)} of {len(seen)} settings are dominated in the screen, {len(self.open)} go on"
+        )
 
     def evaluate(self) -> None:
         """Evaluate who is left on all images; on a CPU one at a time, so that no other work disturbs the clocks."""
@@ -285,9 +287,9 @@ def searched(run: Run) -> tuple[list[SearchRow], Exception | None]:
             judge.refresh_card(run, plan.model, plan.evaluation)
     sums = totals(run, rows)
     LOG.info(
-        f"search: took {time.monotonic() - started:.0f} s now; {sums['stages']} stages of {sums['seconds']:.0f} s "
-        f"in all, of which settings that share nothing would make {sums['seconds_apart']:.0f} s, without the "
-        "evaluations that the screen saved",
+        f"search: took {time.monotonic() - started:.0f} s now. All {sums['stages']} stages took {sums['seconds']:.0f} s; "
+        f"settings that share nothing would take {sums['seconds_apart']:.0f} s, even without the evaluations that the "
+        "screen saved",
     )
     return rows, failure
 

@@ -65,7 +65,9 @@ class OpenAIJudge:
         if key_variable and not self._key:
             raise ValueError(f"The judge's key is expected in the environment variable {key_variable}, which is empty.")
         if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"The judge's key in {key_variable} is none: it has other signs than printable ASCII.")
+            raise ValueError(
+                f"The judge's key in {key_variable} is not a key: it has characters beyond printable ASCII."
+            )
         local = _is_loopback(parsed.host)
         if self._key and parsed.scheme == "http" and not local:
             raise ValueError(f"The judge's key would travel unencrypted to {parsed.host}: use https.")

@@ -269,7 +269,7 @@ def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:
     if len(alike) < len(before):
         LOG.warning(
             f"search: {len(before) - len(alike)} rows of other data, another model or another evaluation leave the "
-            "table; the search that made them brings them back",
+            "table. The search that made them brings them back",
         )
     methods = {row["method"] for row in rows}
     known = {_identity(row): row for row in alike}
@@ -299,8 +299,8 @@ def read_rows(run: Run) -> list[SearchRow]:
     rows = [row for row in recorded if row.keys() >= SearchRow.__required_keys__]
     if len(rows) < len(recorded):
         LOG.warning(
-            f"search: {len(recorded) - len(rows)} rows of {path} lack columns, for older code wrote them, and are left "
-            "out; what made them brings them back, and makes no stage again that is there",
+            f"search: {len(recorded) - len(rows)} rows of {path} are left out: older code wrote them, and they lack "
+            "columns. The search that made them brings them back, and makes no stage twice",
         )
     return rows
 
