@@ -287,9 +287,9 @@ def searched(run: Run) -> tuple[list[SearchRow], Exception | None]:
             judge.refresh_card(run, plan.model, plan.evaluation)
     sums = totals(run, rows)
     LOG.info(
-        f"search: took {time.monotonic() - started:.0f} s now. All {sums['stages']} stages took {sums['seconds']:.0f} s; "
-        f"settings that share nothing would take {sums['seconds_apart']:.0f} s, even without the evaluations that the "
-        "screen saved",
+        f"search: took {time.monotonic() - started:.0f} s now. All {sums['stages']} stages took "
+        f"{sums['seconds']:.0f} s; settings that share nothing would take {sums['seconds_apart']:.0f} s, even without "
+        "the evaluations that the screen saved"
     )
     return rows, failure
 
