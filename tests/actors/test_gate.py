@@ -9,6 +9,7 @@ import torch
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.gate.check import Gate
 from actors.probe import PROBE, kept_probe
+from actors.quantizers.table import METHODS, bits_of
 from actors.specs import Change, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import check
@@ -102,17 +103,24 @@ def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
     rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
 
 
+OTHER_BITS = [
+    (name, bits)
+    for name, method in METHODS.items()
+    for bits in method.bits
+    if name not in PACKED or bits != bits_of(name, 4)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rtn", "awq", "hqq"])
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize(("method", "bits"), OTHER_BITS)
 def test_other_bits_pass(method, bits, lesions, tmp_path):
     """derm-tiny, whose outliers make 2 and 3 bits answer anything: the linears alone tell it is sound."""
     if method == "hqq":
         pytest.importorskip("hqq")
     quantize(str(DERM_TINY), tmp_path / "a", method, draw_conversations(lesions, 4), bits=bits)
     found = check(tmp_path / "a", DERM_TINY)
-    assert ("(simulated)" in found["modules"]) == (method != "hqq")
+    assert ("(simulated)" in found["modules"]) == METHODS[method].simulated(bits)
     assert ("allowed: any" in found["logits"]) == (bits < 8)
     assert ("from the model before on the same inputs" in found["layers"]) and (
-        (found["linears"] == "nothing to compare with") == (method == "awq")
+        (found["linears"] == "nothing to compare with") == METHODS[method].rescales
     )
