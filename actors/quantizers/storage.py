@@ -19,6 +19,7 @@ from actors.checkpoint.tensors import (
     write_tensors,
 )
 from actors.quantizers.structure import linear_shapes
+from actors.quantizers.table import find_method
 from actors.specs import QuantizeSettings
 
 SHARD_BYTES = 2**28  # of one file; as much is in memory while it is written
@@ -147,7 +148,9 @@ def check_rounded(out: Path, config, settings: QuantizeSettings) -> dict:
     held = sum(stored.values())
     bits = 8 * held / weights
     if settings.simulated:
-        bits = settings.bits + (16 + settings.bits) / settings.group_size  # float16 scale, zero point of `bits`
+        nominal = find_method(settings.method).layout.linear_bytes
+        sizes = (nominal(settings.bits, settings.group_size, *shape) for shape in shapes.values())
+        bits = 8 * layers * sum(sizes) / weights
     return {
         "linears": len(stored),
         "rounded_weights": weights,

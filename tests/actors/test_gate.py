@@ -120,7 +120,7 @@ def test_other_bits_pass(method, bits, lesions, tmp_path):
     quantize(str(DERM_TINY), tmp_path / "a", method, draw_conversations(lesions, 4), bits=bits)
     found = check(tmp_path / "a", DERM_TINY)
     assert ("(simulated)" in found["modules"]) == METHODS[method].simulated(bits)
-    assert ("allowed: any" in found["logits"]) == (bits < 8)
+    assert ("allowed: any" in found["logits"]) == (bits < 4)
     assert ("from the model before on the same inputs" in found["layers"]) and (
         (found["linears"] == "nothing to compare with") == METHODS[method].rescales
     )
