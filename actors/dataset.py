@@ -7,7 +7,7 @@ crosses the split. What cannot be used is listed with the reason, and skipped.
 import fnmatch
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 
 from actors.images import open_image
+from actors.maths.splits import choose_groups
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 HASH_SIDE = 8
+LARGE_GROUP = 4  # images, from which on a group that is most of a class is refused
 
 
 @dataclass(frozen=True)
@@ -151,35 +153,67 @@ def drop_contradictions(files: Sequence[ImageFile]) -> tuple[list[ImageFile], li
 
 
 def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fraction: float, seed: int) -> list[str]:
-    """Return "train" or "test" per file: whole groups, each class at about `test_fraction` (grouped, stratified).
+    """Return "train" or "test" per file: whole groups, each class as near to `test_fraction` as its groups allow.
 
-    ValueError: a class whose images form fewer than two groups.
+    Grouped and stratified (actors.maths.splits.choose_groups). A group with images of several classes is in the test
+    split if none of them then has more than its share. ValueError: a class whose images form fewer than two groups of
+    its own, or of which one group is most.
     """
-    rng = np.random.default_rng(seed)
-    members = defaultdict(list)
-    for i, group in enumerate(groups):
-        members[group].append(i)
-    by_class = defaultdict(list)
-    for group, indices in sorted(members.items()):
-        by_class[files[indices[0]].label].append(group)
+    random = np.random.default_rng(seed)
+    counts: dict[int, Counter[str]] = defaultdict(Counter)
+    for file, group in zip(files, groups, strict=True):
+        counts[group][file.label] += 1
+    totals = Counter(file.label for file in files)
+    wanted = {label: max(1, round(test_fraction * total)) for label, total in sorted(totals.items())}
     test: set[int] = set()
-    for label in sorted({file.label for file in files}):
-        members_of_class = by_class[label]
-        if len(members_of_class) < 2:
+    mixed = [group for group, labels in sorted(counts.items()) if len(labels) > 1]
+    for group in (mixed[i] for i in random.permutation(len(mixed))):
+        if all(count <= wanted[label] for label, count in counts[group].items()):
+            test.add(group)
+            wanted = {label: number - counts[group][label] for label, number in wanted.items()}
+    for label, number in wanted.items():
+        own_groups = [group for group, labels in sorted(counts.items()) if set(labels) == {label}]
+        sides = {group in test for group in mixed if label in counts[group]}
+        if len(own_groups) + len(sides) < 2:
             raise ValueError(
                 f"Class {label!r} has fewer than two near-duplicate groups of its own: train and test need one each. "
                 "Add images, or lower data.near_duplicate_bits."
             )
-        wanted = max(1, round(test_fraction * sum(len(members[g]) for g in members_of_class)))
-        taken = 0
-        for group in [
-            members_of_class[i] for i in rng.permutation(len(members_of_class))[:-1]
-        ]:  # one group always stays in training
-            if taken >= wanted:
-                break
-            test.add(group)
-            taken += len(members[group])
+        _refuse_large_group(label, totals[label], max(counts, key=lambda group: counts[group][label]), files, groups)
+        if len(own_groups) == 1 and sides == {False}:
+            test.update(own_groups)
+        elif len(own_groups) > 1 and number > 0:
+            sizes = [counts[group][label] for group in own_groups]
+            test.update(own_groups[place] for place in choose_groups(sizes, number, random))
     return ["test" if group in test else "train" for group in groups]
+
+
+def _refuse_large_group(label: str, total: int, group: int, files: Sequence[ImageFile], groups: Sequence[int]) -> None:
+    """ValueError if one group is most of a class; small ones are no reason."""
+    members = [file.path for file, own in zip(files, groups, strict=True) if own == group and file.label == label]
+    if len(members) >= LARGE_GROUP and 2 * len(members) > total:
+        raise ValueError(
+            f"Class {label!r} cannot be split: {len(members)} of its {total} images are one group, near-duplicates or "
+            f"one series (the first is {members[0]!r}). Remove copies; if they show different cases, change "
+            "data.group_pattern or lower data.near_duplicate_bits; or give a split of your own (data.splits)."
+        )
+
+
+def class_shares(
+    files: Sequence[ImageFile], groups: Sequence[int], splits: Sequence[str | None]
+) -> dict[str, dict[str, int]]:
+    """Return by class how many images and groups there are in use, and how many of them are in the test split."""
+    shares = {}
+    for label in sorted({file.label for file in files}):
+        used = [(g, s) for file, g, s in zip(files, groups, splits, strict=True) if file.label == label and s]
+        test = [g for g, s in used if s == "test"]
+        shares[label] = {
+            "images": len(used),
+            "test_images": len(test),
+            "groups": len({g for g, _ in used}),
+            "test_groups": len(set(test)),
+        }
+    return shares
 
 
 def own_split(

@@ -9,6 +9,7 @@ import logging
 import os
 import string
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,12 +19,14 @@ from actors.dataset import (
     ClassPatterns,
     ImageFile,
     Skipped,
+    class_shares,
     drop_contradictions,
     group_files,
     own_split,
     scan,
     split_groups,
 )
+from actors.maths.splits import FAR
 from cluster.artifacts import digest
 from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
 from jobs.core.command import main
@@ -68,7 +71,7 @@ def stage(run: Run) -> Stage:
     }
     settings = data.model_dump(mode="json", exclude={"root", "draw_per_class"})
     recipe = {**settings, "seed": run.config.seed, "root": str(root), "files": files}
-    return Stage("data", 1, {"sha256": digest(recipe)}, (), build)
+    return Stage("data", 2, {"sha256": digest(recipe)}, (), build)
 
 
 def image_root(run: Run) -> Path:
@@ -99,14 +102,30 @@ def build(run: Run, folder: Path, facts: dict) -> None:
     SKIPPED.write(folder, [{"path": each.path, "reason": each.reason} for each in skipped])
     images = Counter((row["split"], row["image"]) for row in rows)
     facts["images"] = {side: sum(split == side for split, _ in images) for side in ("train", "test")}
+    facts["shares"] = class_shares(files, groups, splits)
     facts["conversations"] = len(rows)
     facts["skipped"] = len(skipped)
     LOG.info(
         f"prepare: {facts['images']['train']} training and {facts['images']['test']} test images, "
         f"{len(rows)} conversations, {len(skipped)} files skipped"
     )
+    _report_shares(facts["shares"], None if data.splits else data.test_fraction)
     for reason, count in Counter(s.reason for s in skipped).most_common(5):
         LOG.warning(f"prepare: skipped {count}: {reason}")
+
+
+def _report_shares(shares: Mapping[str, Mapping[str, int]], wanted: float | None) -> None:
+    """Say what share of each class is in the test split, and warn where whole groups miss `wanted` (None: given)."""
+    for label, counts in shares.items():
+        share = counts["test_images"] / counts["images"] if counts["images"] else 0.0
+        words = (
+            f"prepare: class {label}: {counts['test_images']} of {counts['images']} images ({100 * share:.1f} %) and "
+            f"{counts['test_groups']} of {counts['groups']} groups are test"
+        )
+        if wanted is not None and abs(share - wanted) > FAR:
+            LOG.warning(f"{words}; data.test_fraction wants {100 * wanted:.1f} %, which whole groups do not reach")
+        else:
+            LOG.info(words)
 
 
 def _patterns(kind: ClassConfig) -> list[str]:

@@ -19,6 +19,7 @@ class PrepareFacts(Facts):
     """Of a data artifact."""
 
     images: dict[str, int]  # by split
+    shares: dict[str, dict[str, int]]  # by class: images, test_images, groups, test_groups
     conversations: int
     skipped: int  # files and questions
 

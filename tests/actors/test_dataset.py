@@ -5,11 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from actors.dataset import (
     ClassPatterns,
     ImageFile,
+    class_shares,
     difference_hash,
     drop_contradictions,
     group_files,
@@ -19,6 +22,7 @@ from actors.dataset import (
 )
 from actors.derm_tiny.draw import write_tree
 from actors.derm_tiny.world import CLASSES
+from actors.maths.splits import FAR
 
 AB = (ClassPatterns("a", ("A/*",)), ClassPatterns("b", ("B/*",)))
 SERIES = r"([^/]+-\d+)-[a-z]\.png$"
@@ -201,6 +205,65 @@ def test_class_without_two_groups(groups, label):
     words = rf"Class '{label}' has fewer than two near-duplicate groups of its own.*data\.near_duplicate_bits"
     with pytest.raises(ValueError, match=words):
         split_groups(files, groups, 0.5, 0)
+
+
+def lesions(*sizes: int, label: str = "a", first: int = 0) -> tuple[list[ImageFile], list[int]]:
+    """Groups of these sizes, one series each."""
+    groups = [first + number for number, size in enumerate(sizes) for _ in range(size)]
+    return [file(f"{label}/{i}-{group}.png", label) for i, group in enumerate(groups)], groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_series_does_not_fill_the_test_split(seed):
+    """20 lesions and one that was photographed 12 times: 3 of 32 images, whatever the seed; another class beside it."""
+    (files, groups), (others, more) = lesions(*[1] * 20, 12), lesions(*[1] * 30, label="b", first=100)
+    shares = class_shares(files + others, groups + more, split_groups(files + others, groups + more, 0.1, seed))
+    assert shares["a"] == {"images": 32, "test_images": 3, "groups": 21, "test_groups": 3}
+    assert shares["b"] == {"images": 30, "test_images": 3, "groups": 30, "test_groups": 3}
+
+
+def test_a_group_that_is_most_of_a_class_is_refused():
+    """Its size, its class, a file of it, and what to do about it; a pair among three images is no reason."""
+    files, groups = lesions(1, 200, *[1] * 19)
+    words = r"Class 'a' cannot be split: 200 of its 220 images are one group.*'a/1-1\.png'.*data\.group_pattern.*splits"
+    with pytest.raises(ValueError, match=words):
+        split_groups(files, groups, 0.1, 0)
+    assert split_groups(*lesions(2, 1), 0.1, 0) == ["train", "train", "test"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=9), min_size=1, max_size=3),
+    st.floats(0.05, 0.6),
+    st.integers(0, 5),
+)
+def test_splits_of_random_groups(sizes, fraction, seed):
+    """No group crosses, each side has every class, and no class is further off than its smallest groups make it."""
+    files, groups = [], []
+    for number, own in enumerate(sizes):
+        more = lesions(*own, label="abc"[number], first=100 * number)
+        files, groups = files + more[0], groups + more[1]
+        if 2 * max(own) > sum(own):
+            return
+    splits = split_groups(files, groups, fraction, seed)
+    assert splits == split_groups(files, groups, fraction, seed)
+    assert all(len({s for s, g in zip(splits, groups, strict=True) if g == group}) == 1 for group in set(groups))
+    for number, own in enumerate(sizes):
+        counts = class_shares(files, groups, splits)["abc"[number]]
+        wanted = max(1, round(fraction * sum(own)))
+        assert 0 < counts["test_groups"] < counts["groups"] == len(own) and counts["images"] == sum(own)
+        assert counts["test_images"] <= max(wanted, min(own)) + FAR * sum(own)
+        assert counts["test_images"] > wanted - max(own)
+
+
+def test_a_group_of_two_classes_goes_where_it_fits():
+    """One image of each class of ten: to the test split at 20 %; three of each would be too many."""
+    files = [file(f"a/{i}", "a") for i in range(10)] + [file(f"b/{i}", "b") for i in range(10)]
+    groups = [0, *range(1, 10), 0, *range(11, 20)]
+    assert split_groups(files, groups, 0.2, 0)[0] == "test"
+    groups = [0, 0, 0, *range(3, 10), 0, 0, 0, *range(13, 20)]
+    splits = split_groups(files, groups, 0.2, 0)
+    assert splits[0] == "train" and splits[:10].count("test") == splits[10:].count("test") == 2
 
 
 def test_own_split_takes_leaks_out_of_training():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cluster.tables import read_table
 from jobs import prepare
+from jobs.core.facts import PrepareFacts
 from jobs.core.options import load_config
 from jobs.core.run import Run
 
@@ -86,6 +87,18 @@ def test_without_a_split_groups_stay_together(tmp_path, collection):
     assert len(copies) == 1
     for kind in ("rosacea", "psoriasis"):
         assert {row["split"] for row in rows if row["class"] == kind} == {"train", "test"}
+
+
+def test_the_shares_of_the_test_split_are_said(tmp_path, collection, capsys):
+    """By class, in images and groups; one that whole groups cannot reach is a warning; the facts have the numbers."""
+    settings = config(tmp_path, collection, test_fraction=0.25)
+    made(settings)
+    said = capsys.readouterr().err
+    assert "class rosacea: 3 of 12 images (25.0 %) and 3 of 12 groups are test" in said
+    assert "WARNING prepare: class psoriasis: 2 of 6 images (33.3 %)" in said and "wants 25.0 %" in said
+    with Run(settings) as run:
+        shares = run.facts(prepare.stage(run), PrepareFacts)["shares"]
+    assert shares["psoriasis"] == {"images": 6, "test_images": 2, "groups": 6, "test_groups": 2}
 
 
 def test_the_same_image_in_two_classes_is_a_contradiction(tmp_path, collection):
