@@ -94,10 +94,10 @@ def test_it_is_loaded_there_once_the_gates_own_model_is_gone(made, vllm, tmp_pat
     vllm("import pathlib, os; pathlib.Path(model, 'loaded').write_text(str(os.getpid()))")
     folder, alive = shutil.copytree(made["plain"], tmp_path / "copy"), []
 
-    def noted(*arguments, own):
+    def noted(*arguments, is_ours):
         gc.collect()
         alive.append(sum(isinstance(each, LlavaForConditionalGeneration) for each in gc.get_objects()))
-        return check_vllm(*arguments, is_ours=own)
+        return check_vllm(*arguments, is_ours=is_ours)
 
     monkeypatch.setattr(gate, "check_vllm", noted)
     before = sum(isinstance(each, LlavaForConditionalGeneration) for each in gc.get_objects())

@@ -11,7 +11,8 @@ import pytest
 from cluster.tables import read_table
 from tests.jobs.commands import ROOT, assert_says, options, run
 
-pytestmark = pytest.mark.timeout(1000)  # the first test waits for the whole pipeline
+# The first test waits for the whole pipeline. tests/jobs/test_extensions.py goes the same way in one process.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 REQUIRED = {
     *("method", "removed_layers", "bits", "quantizer", "params", "weight_bytes", "baseline_pct", "name_accuracy"),
     *("ms_per_token", "is_llm_judge", "judge_pct", "bits_per_weight", "simulated", "nominal_bytes"),
@@ -87,7 +88,6 @@ def test_every_measurement_is_kept_once(finished):
         assert len(keys) == len(set(keys)) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("search", ["greedy", "evolution"])
 def test_a_search_over_sets_beats_or_equals_one_shot_on_its_own_questions(finished, search):
     changes = {"prune.search": search, "prune.layers": "3", "prune.generations": "2", "ablate.candidates": "all"}
@@ -138,7 +138,6 @@ def test_a_second_run_computes_nothing(finished):
     assert "computing" in finished[1] and "computing" not in again.stderr
 
 
-@pytest.mark.slow
 def test_a_judge_joins_a_finished_pipeline(finished, tmp_path):
     """Only judging is left to do; a random judge is found out; the report says so, and needs the verdicts."""
     from tests.judging import save_tiny_judge
@@ -160,7 +159,6 @@ def test_a_judge_joins_a_finished_pipeline(finished, tmp_path):
     assert run("compress", *options(finished[0])).returncode == 0  # other tests read a summary without a judge
 
 
-@pytest.mark.slow
 def test_another_quantizer_reuses_the_rest(finished):
     result = run("compress", *options(finished[0], **{"quantize.method": "rtn"}))
     assert result.returncode == 0, result.stderr
@@ -207,24 +205,20 @@ def test_single_jobs_take_a_path(finished):
     assert result.returncode == 0 and f"{pruned['evaluation']} exists, reused" in result.stderr
 
 
-@pytest.mark.slow
 def test_candidate_layer_out_of_range(finished):
     result = run("ablate", *options(finished[0], **{"ablate.candidates": "[2, 42]"}))
     assert_says(result, "layer 42", "0 to 9")
 
 
-@pytest.mark.slow
 def test_removing_more_layers_than_may_go(finished):
     assert_says(run("prune", *options(finished[0], **{"prune.layers": "10"})), "prune.layers is 10", "only")
 
 
-@pytest.mark.slow
 def test_an_order_with_a_layer_that_is_not_there(finished):
     result = run("prune", *options(finished[0], **{"prune.order": "[3, 10]"}))
     assert_says(result, "layer 10", "0 to 9")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_with_nan(finished, tmp_path):
     import shutil
 
