@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.checkpoint.tensors import check_llava
+from actors.checkpoint.config import check_llava
 from actors.engine.rows import attention_windows
 from actors.maths.sizes import (
     cached_tokens,

@@ -7,6 +7,7 @@ import psutil
 import torch
 from transformers import AutoModelForImageTextToText
 
+from actors.checkpoint.config import building
 from actors.checkpoint.tensors import stored_bytes
 from actors.quantizers.table import COMPRESSED_TENSORS, find_layout
 
@@ -19,11 +20,14 @@ class TooLittleMemory(ValueError):
 
 
 def meta_model(config, trust_remote_code: bool = False):
-    """Return the unquantized model that a config describes, on the meta device: shapes without numbers."""
+    """Return the unquantized model that a config describes, on the meta device: shapes without numbers.
+
+    ValueError: transformers builds none.
+    """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with building(config), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 

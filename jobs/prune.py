@@ -40,7 +40,7 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
 
 def _check(run: Run) -> None:
     """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
-    from actors.checkpoint.tensors import check_llava
+    from actors.checkpoint.config import check_llava
 
     prune, layers = run.config.prune, check_llava(run.base_config()).text_config.num_hidden_layers
     for layer in prune.order or []:

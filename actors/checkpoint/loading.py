@@ -4,15 +4,18 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AwqConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, AwqConfig
 
-from actors.checkpoint.tensors import check_llava, weight_files
-from actors.memory import check_fits, claim_devices, free_bytes, meta_model, weight_bytes
+from actors.checkpoint.config import complete_processor, read_config
+from actors.checkpoint.foreign import reading, say
+from actors.checkpoint.tensors import loadable, local_folder, weight_files
+from actors.memory import check_fits, claim_devices, free_bytes, meta_model, out_of_memory, weight_bytes
 from actors.quantizers.table import GEMM, find_layout
 from actors.specs import Llava
 
@@ -67,7 +70,7 @@ def load_model(
     device = device or (pick_device() if gpus else "cpu")
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak of loading bitsandbytes weights
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = check_llava(AutoConfig.from_pretrained(path, **common))
+    config = read_config(path, revision, trust_remote_code)
     stored = getattr(config, "quantization_config", None) or {}
     devices, itemsize = claim_devices(device, gpus), getattr(torch, dtype).itemsize
     weights = weight_bytes(path, config, itemsize, None if quantization is None else 4, common)
@@ -81,16 +84,17 @@ def load_model(
     if device == "cpu" and quantization is None and layout is GEMM:
         quantization = cpu_awq(stored)
     extra = {"quantization_config": quantization} if quantization is not None else {}
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        path,
-        dtype=getattr(torch, dtype),
-        **where,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-        **common,
-        **extra,
-    )
+    with loadable(path) as folder, loading_weights(path):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            **where,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+            **extra,
+        )
     check_complete(info, path)
     unpack(model)
     if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
@@ -99,6 +103,18 @@ def load_model(
     check_finite(model, path)
     _unify(model, getattr(torch, dtype))
     return model.eval()
+
+
+@contextmanager
+def loading_weights(path: str) -> Iterator[None]:
+    """Turn what transformers raises while it loads weights into one sentence; short memory passes."""
+    try:
+        with reading(path, "transformers does not load its weights", "copy the weights and config.json again"):
+            yield
+    except ValueError as error:
+        if isinstance(error.__cause__, Exception) and out_of_memory(error.__cause__):
+            raise error.__cause__ from None
+        raise
 
 
 def check_complete(info: dict, path: str) -> None:
@@ -180,18 +196,24 @@ def check_finite(model: Llava, path: str) -> None:
 
 
 def load_processor(path: str, revision: str | None = None, trust_remote_code: bool = False):
-    """Load the processor of a checkpoint; ValueError if a part of it or its chat template is missing."""
+    """Load the processor of a checkpoint; ValueError if a part of it or its chat template is missing.
+
+    Entries that its files lack are taken from config.json; `completed_from_config` names them.
+    """
     check_source(path)
     remedy = "copy the processor's files (preprocessor_config.json, tokenizer.json, ...) from the original model."
     try:
         processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(".")[0]
-        raise ValueError(f"{path!r} has no processor that can be loaded ({reason}): {remedy}") from None
+    except Exception as error:  # libraries raise anything at files that are not as they expect
+        raise ValueError(
+            f"{path!r} has no processor that can be loaded ({say(error).partition('. ')[0]}): {remedy}"
+        ) from None
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
         raise ValueError(f"The processor of {path!r} is only a {type(processor).__name__}: {remedy}")
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"The processor of {path!r} has no chat template: add its chat_template.jinja to the folder.")
+    config = read_config(path, revision, trust_remote_code)
+    processor.completed_from_config = complete_processor(processor, local_folder(path, revision), config)
     return processor
 
 

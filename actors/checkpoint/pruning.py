@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from actors.checkpoint.tensors import check_llava, copy_companions, iterate_tensors, local_folder, write_tensors
+from actors.checkpoint.config import read_config
+from actors.checkpoint.tensors import copy_companions, iterate_tensors, local_folder, write_tensors
 
 # language_model.model.layers.3.mlp... (published names) or model.language_model.layers.3.mlp... (transformers 5)
 _LAYER = re.compile(r"^(.*\blanguage_model\.(?:model\.)?layers\.)(\d+)(\..+)$")
@@ -50,7 +50,7 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
     {removed, layers}. ValueError: layer out of range, nothing left, or the files disagree with the config.
     """
     source, target = local_folder(path, revision), Path(out)
-    config = check_llava(AutoConfig.from_pretrained(source))
+    config = read_config(source)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path!r} is quantized: prune the original, then quantize.")
     before = config.text_config.num_hidden_layers

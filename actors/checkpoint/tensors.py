@@ -5,12 +5,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
+
+from actors.checkpoint.config import read_config, write_processor
 
 INDEX = "model.safetensors.index.json"
 
@@ -34,25 +36,6 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     )
 
 
-def check_llava(config):
-    """Return a checkpoint's config; ValueError: it describes no LLaVA-shaped model (tower, projector, decoder).
-
-    LLaVA-NeXT and others have the same sections, and prompts of another kind.
-    """
-    if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
-        raise ValueError(
-            f"A config.json of {config.model_type!r} is no LLaVA's: it lacks text_config or vision_config. "
-            "Give a LLaVA checkpoint as model.path."
-        )
-    named = config.architectures
-    if named != ["LlavaForConditionalGeneration"] and (named or config.model_type != "llava"):
-        raise ValueError(
-            f"The config.json of a {config.model_type!r} names the architectures {named}, of which only "
-            "['LlavaForConditionalGeneration'] is known here: give a checkpoint of that kind as model.path."
-        )
-    return config
-
-
 def weight_files(folder: Path) -> list[Path]:
     """Return the .safetensors files that transformers would read; ValueError: none, one is missing or damaged."""
     files = [folder / "model.safetensors"]
@@ -71,14 +54,50 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def tensor_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
+    """Return the shape of every tensor of a checkpoint, and the file that holds it, by the names in the files."""
+    shapes: dict[str, tuple[tuple[int, ...], Path]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as shard:
+            shapes |= {name: (tuple(shard.get_slice(name).get_shape()), file) for name in shard.keys()}  # noqa: SIM118
+    return shapes
+
+
+@contextmanager
+def loadable(path: str | Path) -> Iterator[str | Path]:
+    """Yield where transformers loads a checkpoint from: `path`, or a folder of links to it while the block runs.
+
+    transformers stops at shards without an index, and at an index without `metadata`, which it does not need. The
+    folder's index has both.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "model.safetensors").is_file():
+        yield path
+        return
+    index = json.loads((folder / INDEX).read_text()) if (folder / INDEX).is_file() else {}
+    if "metadata" in index:
+        yield path
+        return
+    where = {name: file.name for name, (_, file) in tensor_shapes(folder).items()}
+    with tempfile.TemporaryDirectory() as text:
+        for file in folder.resolve().iterdir():
+            if file.name != INDEX:
+                (Path(text) / file.name).symlink_to(file)
+        (Path(text) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        yield text
+
+
 def _indexed(folder: Path) -> list[str]:
     """Return the files that a checkpoint's index names, [] without an index; ValueError: it is none."""
     index = folder / INDEX
     if not index.is_file():
         return []
     try:
-        return list(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = list(json.loads(index.read_text())["weight_map"].values())
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError
+        return files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{str(index)!r} has no weight_map: copy or download it again.") from None
 
 
@@ -172,11 +191,15 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config."""
+    """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config.
+
+    What the processor's file lacks and config.json tells is written into the copy.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in NOT_COPIED:
             shutil.copyfile(file, target / file.name)
+    write_processor(target, read_config(source))
 
 
 def stored_bytes(path: str, revision: str | None = None) -> int:
@@ -191,6 +214,6 @@ def stored_bytes(path: str, revision: str | None = None) -> int:
 
 def stored_dtype(path: str, revision: str | None = None) -> torch.dtype:
     """Return the type a checkpoint's weights are stored in, float16 where its config does not say."""
-    config = AutoConfig.from_pretrained(local_folder(path, revision))
+    config = read_config(local_folder(path, revision))
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float16"))

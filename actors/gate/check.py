@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
+from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import cpu_awq, load_processor, pick_device, quiet
-from actors.checkpoint.tensors import check_llava, stored_dtype
+from actors.checkpoint.tensors import stored_dtype
 from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
 from actors.gate.layers import check_layers
 from actors.gate.linears import check_linears, check_modules, layout_of, may_be_scaled, quant_method
@@ -58,7 +59,7 @@ class Gate:
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
-        config = loaded(lambda: check_llava(AutoConfig.from_pretrained(folder, trust_remote_code=trusted)))
+        config = loaded(lambda: read_config(folder, trust_remote_code=trusted))
         if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
             spec = replace(spec, dtype=_name_stored_dtype(folder))
         findings: dict = {"tensors": check_tensors(folder, config)}

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
 
+from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import language_model, load_processor
 from actors.checkpoint.pruning import check_removal, renumbering
-from actors.checkpoint.tensors import check_llava, local_folder
+from actors.checkpoint.tensors import local_folder
 from actors.probe import placed_probe
 from actors.quantizers.awq import pass_through
 from actors.quantizers.calibration import decoder_inputs, without_layers
@@ -27,7 +27,7 @@ class Parent:
 
     def __init__(self, spec: ModelSpec, removed: Sequence[int] = ()):
         self.folder = local_folder(spec.path, spec.revision)
-        self.config = check_llava(AutoConfig.from_pretrained(self.folder, trust_remote_code=spec.trust_remote_code))
+        self.config = read_config(self.folder, trust_remote_code=spec.trust_remote_code)
         count = self.config.text_config.num_hidden_layers
         self.renumbered = renumbering(check_removal(removed, count), count)
         model = without_layers(spec, self.folder, self.config)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from actors.checkpoint.loading import language_model, load_processor, pick_device, pixel_dtype
+from actors.checkpoint.loading import language_model, load_processor, loading_weights, pick_device, pixel_dtype
 from actors.checkpoint.pruning import pruned_config
+from actors.checkpoint.tensors import loadable
 from actors.conversations import collate
 from actors.specs import Conversation, Llava, ModelSpec
 
@@ -88,16 +89,17 @@ def without_layers(spec: ModelSpec, source: Path, config) -> Llava:
     text = config.text_config
     kinds = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
     present = {kinds.index(kind) for kind in kinds}
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        source,
-        config=pruned_config(deepcopy(config), [i for i in range(text.num_hidden_layers) if i not in present]),
-        dtype=getattr(torch, spec.dtype),
-        device_map={"": pick_device()},
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    with loadable(source) as folder, loading_weights(str(source)):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=pruned_config(deepcopy(config), [i for i in range(text.num_hidden_layers) if i not in present]),
+            dtype=getattr(torch, spec.dtype),
+            device_map={"": pick_device()},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         name = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[0]
         raise ValueError(f"{str(source)!r} does not hold the model its config.json describes: see {name!r}.")

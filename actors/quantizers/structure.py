@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
-from actors.checkpoint.tensors import check_llava, local_folder
+from actors.checkpoint.config import building, check_llava, read_config
+from actors.checkpoint.tensors import local_folder
 from actors.quantizers.table import METHODS, SIMULATED, find_method, load_function
 from actors.specs import Llava, ModelSpec, QuantizeSettings
 
@@ -56,20 +57,21 @@ def scaling_groups(layer: nn.Module) -> list[ScalingGroup]:
 
 def empty_decoder(config) -> Llava:
     """Return the decoder that a LLaVA config describes, without weights (on the meta device)."""
-    with torch.device("meta"):
+    with building(config), torch.device("meta"):
         return AutoModel.from_config(config.text_config, attn_implementation="sdpa").eval()
 
 
 def linear_shapes(config) -> dict[str, tuple[int, int]]:
     """Return the linears of one decoder layer of a LLaVA config: name -> (outputs, inputs)."""
-    layer = empty_decoder(config).layers[0]
+    with building(config):
+        layer = empty_decoder(config).layers[0]
     return {name: tuple(m.weight.shape) for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
 def open_checkpoint(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
     """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
     source = local_folder(spec.path, spec.revision)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=spec.trust_remote_code)
+    config = read_config(source, trust_remote_code=spec.trust_remote_code)
     check_quantizable(config, settings)
     return source, config
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,8 +91,19 @@ _REMEDIES = {
 }
 
 
+_PARTIAL = re.compile(r"(/artifacts/[a-z]+-[0-9a-f]{16})(?:\.[^/'\"\s]*)?\.partial")
+
+
 def explain(error: Exception) -> str | None:
-    """Put a user's mistake, or a failure that a user can mend, in one sentence; None for a fault of our own."""
+    """Put a user's mistake, or a failure that a user can mend, in one sentence; None for a fault of our own.
+
+    A folder in which an artifact was being built has the artifact's name.
+    """
+    sentence = _explain(error)
+    return None if sentence is None else _PARTIAL.sub(r"\1", sentence)
+
+
+def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return f"{error.strerror}: {error.filename or 'the run folder'}. {_REMEDIES[error.errno]}"
     if "No space left on device" in str(error):  # libraries that write checkpoints wrap it in their own errors

@@ -34,7 +34,8 @@ class Run:
         self.folder = checked_run_dir(config.run_dir)
         self.store = ArtifactStore(self.folder / "artifacts")
         cache = self.folder / "artifacts" / "fingerprints.json"
-        self.sources: Sources = parent_run.sources if parent_run else Sources(Fingerprints(cache))
+        seen = self.folder / "artifacts" / "inputs.json"
+        self.sources: Sources = parent_run.sources if parent_run else Sources(Fingerprints(cache), seen)
         self.workers: Workers = Workers(config.replicas, parent_run.workers if parent_run else None, beside_others)
         self._seen: set[str] = set()
 
@@ -107,18 +108,28 @@ class Run:
 
     def base_config(self):
         """Return the config.json of the config's model, as transformers reads it; no weights are loaded."""
-        from transformers import AutoConfig
+        from actors.checkpoint.config import read_config
 
         base, trusted = self.base_model(), self.config.model.trust_remote_code
-        return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=trusted)
+        return read_config(base.path, base.revision, trusted)
 
     def model_spec(self, stage: Stage | Source, gpus: float = 1):
-        """Return how a worker with `gpus` GPUs, if there are any, loads a stage's checkpoint; it is made first."""
+        """Return how a worker with `gpus` GPUs, if there are any, loads a stage's checkpoint; it is made first.
+
+        A source is looked at once, before anything is computed with it. ValueError: what is wrong with it.
+        """
         from actors.specs import ModelSpec
 
         model = self.config.model
         revision = stage.revision if isinstance(stage, Source) else None
-        return ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code, gpus, sharers=1)
+        spec = ModelSpec(self.make(stage), model.dtype, revision, model.trust_remote_code, gpus, sharers=1)
+        if isinstance(stage, Source) and not self.sources.was_seen(stage):
+            with self.workers.worker("actors.checkpoint.intake:Intake") as worker:
+                completed = worker.call("look", spec)["completed"]
+            if completed:
+                LOG.info(f"{stage.path}: the processor's files lack {', '.join(completed)}; config.json tells")
+            self.sources.note_seen(stage)
+        return spec
 
     def embedder_identity(self, name: str) -> str:
         """Return what names a sentence-transformer in a recipe: its content where it is here, else its hub id."""

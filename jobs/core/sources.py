@@ -4,24 +4,26 @@ import json
 import re
 from pathlib import Path
 
-from cluster.artifacts import MANIFEST, Fingerprints, digest
+from cluster.artifacts import MANIFEST, Fingerprints, digest, write_text
 from jobs.core.stage import Source
 
 
 class Sources:
-    """The checkpoints that a run was given. Files are read once, and the hub is asked once."""
+    """The checkpoints that a run was given. Files are read once, and the hub is asked once.
 
-    def __init__(self, fingerprints: Fingerprints):
-        self.fingerprints = fingerprints
+    seen: the file that lists those that were looked at before, and found to be whole.
+    """
+
+    def __init__(self, fingerprints: Fingerprints, seen: Path):
+        self.fingerprints, self._seen = fingerprints, seen
         self._commits: dict[tuple[str, str | None], str] = {}
 
     def find(self, path: str, field: str, revision: str | None = None) -> Source:
         """Return the checkpoint at a folder or hub id; ValueError names `field`: there is none."""
         folder = Path(path).expanduser()
         if folder.is_dir():
-            manifest = folder / MANIFEST
-            if manifest.is_file():
-                return Source(json.loads(manifest.read_text())["name"], str(folder.resolve()))
+            if name := _artifact_name(folder):
+                return Source(name, str(folder.resolve()))
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{field} {path!r} is a folder without config.json: not a checkpoint.")
             return Source(f"model-{self.fingerprints.folder(folder)}", str(folder.resolve()))
@@ -31,6 +33,29 @@ class Sources:
             self._commits[path, revision] = hub_commit(path, revision)
         commit = self._commits[path, revision]
         return Source(f"model-{digest([path, commit])}", path, commit)
+
+    def was_seen(self, source: Source) -> bool:
+        """Tell whether a checkpoint of this content was looked at before."""
+        return source.name in self._read_seen()
+
+    def note_seen(self, source: Source) -> None:
+        """Remember that a checkpoint was looked at."""
+        self._seen.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._seen, json.dumps(sorted({*self._read_seen(), source.name})))
+
+    def _read_seen(self) -> list[str]:
+        try:
+            return json.loads(self._seen.read_text())
+        except (OSError, ValueError):
+            return []
+
+
+def _artifact_name(folder: Path) -> str | None:
+    """Return the name of an artifact of ours, None if the folder is somebody else's."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def hub_commit(repository: str, revision: str | None) -> str:

@@ -28,7 +28,7 @@ def config_file(config: Config) -> Path | None:
 
 def model_config(run: Run):
     """Return (the LLaVA config to estimate, where it is from). ValueError, with the remedy: it cannot be had."""
-    from transformers import AutoConfig
+    from actors.checkpoint.config import read_config
 
     path = config_file(run.config)
     if path is None:
@@ -37,11 +37,7 @@ def model_config(run: Run):
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{reason} A config.json alone is enough here: --estimate.architecture FILE.") from None
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=run.config.model.trust_remote_code), str(path)
-    except (ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"{str(path)!r} is no config.json that transformers knows: {reason}.") from None
+    return read_config(path, trust_remote_code=run.config.model.trust_remote_code), str(path)
 
 
 def removals(config: Config, windows: Sequence[int | None]) -> list[tuple[list[int], bool]]:

@@ -10,15 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextConfig
 
+from actors.checkpoint.config import check_llava
 from actors.checkpoint.pruning import Surgeon, prune_checkpoint
-from actors.checkpoint.tensors import (
-    check_llava,
-    iterate_tensors,
-    publish_names,
-    published_name,
-    stored_bytes,
-    write_tensors,
-)
+from actors.checkpoint.tensors import iterate_tensors, publish_names, published_name, stored_bytes, write_tensors
 from tests.tiny import (
     ARCHITECTURES,
     LAYERS,
