@@ -33,9 +33,11 @@ from jobs.core.command import main
 from jobs.core.conversation_rows import CONVERSATIONS, ConversationRow
 from jobs.core.rows import Rows
 from jobs.core.run import Run
+from jobs.core.spreadsheet import canonical_columns, read_csv
 from jobs.core.stage import Stage
 
 LOG = logging.getLogger("jobs")
+ANNOTATION_COLUMNS = ("path", "question_id", "answer")
 
 
 class SkippedRow(TypedDict):
@@ -170,15 +172,20 @@ def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
         return {}
     path = root / data.annotations
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {(row["path"], row["question_id"]): row["answer"] for row in rows}
+        rows = read_csv(path)
     except OSError as error:
         raise ValueError(f"Cannot read data.annotations {str(path)!r}: {error.strerror}.") from None
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"data.annotations {str(path)!r} is no CSV file ({error}).") from None
+    columns = canonical_columns(rows[0] if rows else (), ANNOTATION_COLUMNS, str(path))
+    lacking = [name for name in ANNOTATION_COLUMNS if name not in columns.values()]
+    if lacking:
         raise ValueError(
-            f"data.annotations {str(path)!r} needs the columns path, question_id, answer ({error})."
-        ) from None
+            f"data.annotations {str(path)!r} needs the columns {', '.join(ANNOTATION_COLUMNS)}; it lacks "
+            f"{', '.join(lacking)}."
+        )
+    table = [{columns[key]: value or "" for key, value in row.items() if key in columns} for row in rows]
+    return {(row["path"], row["question_id"]): row["answer"] for row in table}
 
 
 def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | None) -> str | None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from cluster.connection import in_submitted_job
 from cluster.tables import read_table
+from jobs.core.spreadsheet import SPREADSHEETS, canonical_columns, read_csv
 
 REQUIRED = ("question", "reference", "answer")
 OPTIONAL = ("sample_id", "question_id", "image", "group", "class")
@@ -58,6 +59,8 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
         )
     if not path.is_file():
         raise ValueError(f"There is no table {text!r}: give a CSV, Parquet or JSONL file.")
+    if path.suffix.lower() in SPREADSHEETS:
+        raise ValueError(f"{text!r} is a workbook, which is not read: save the sheet as CSV (UTF-8), and give that.")
     try:
         records = list(_READERS[path.suffix.lower()](path))
     except KeyError:
@@ -65,6 +68,11 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"{text!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
     columns = list(dict.fromkeys(key for row in records if isinstance(row, dict) for key in row))
+    names = canonical_columns(columns, (*required, *optional), text)
+    records = [
+        {names.get(key, key): value for key, value in row.items()} if isinstance(row, dict) else row for row in records
+    ]
+    columns = [names.get(column, column) for column in columns]
     lacking = [name for name in required if name not in columns]
     if lacking:
         raise ValueError(
@@ -104,13 +112,6 @@ def _value(value, name: str) -> str | None:
     return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half characters
 
 
-def _csv(path: Path) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        for row in csv.DictReader(stream):
-            yield {key: value for key, value in row.items() if key is not None}
-
-
 def _jsonl(path: Path) -> Iterator[dict | str]:
     with open(path, encoding="utf-8-sig") as stream:
         for line in stream:
@@ -122,4 +123,4 @@ def _jsonl(path: Path) -> Iterator[dict | str]:
                 yield row if isinstance(row, dict) else "not a JSON object"
 
 
-_READERS = {".csv": _csv, ".parquet": read_table, ".jsonl": _jsonl}
+_READERS = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_table, ".jsonl": _jsonl}

@@ -126,7 +126,7 @@ def test_what_pandas_writes_for_nothing_is_nothing(tmp_path):
         ("a.csv", "question,reference,answer\n", ["a.csv"]),
         ("a.jsonl", "{}\n", ["a.jsonl", "question, reference, answer"]),
         ("a.parquet", "no parquet", ["a.parquet", "cannot be read"]),
-        ("a.txt", "x", ["a.txt", ".csv, .parquet, .jsonl"]),
+        ("a.txt", "x", ["a.txt", ".csv, .tsv, .parquet, .jsonl"]),
         (None, "", ["no table", "a.csv"]),
     ],
 )
