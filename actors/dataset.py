@@ -49,6 +49,11 @@ class Skipped:
     path: str
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without the path, which is the same for files of the same fault."""
+        return self.reason.replace(f"{self.path!r} ", "").replace(self.path, "...")
+
 
 def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile], list[Skipped]]:
     """Read every file below `root`; return the usable images, sorted by path, and the skipped files.
@@ -57,9 +62,7 @@ def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile],
     """
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
-    paths = sorted(
-        p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")
-    )
+    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(lambda path: _inspect(root, path, classes), paths))
     files = [r for r in results if isinstance(r, ImageFile)]
@@ -74,6 +77,10 @@ def scan(root: Path, classes: Sequence[ClassPatterns]) -> tuple[list[ImageFile],
 
 
 def _inspect(root: Path, path: str, classes: Sequence[ClassPatterns]) -> ImageFile | Skipped:
+    if Path(path).name.startswith("."):
+        return Skipped(path, "hidden file")
+    if not (root / path).is_file():
+        return Skipped(path, "link to a folder, which is not followed" if (root / path).is_dir() else "broken link")
     if Path(path).suffix.lower() not in SUFFIXES:
         return Skipped(path, "not an image type")
     labels = [kind.name for kind in classes if any(_matches(path, pattern) for pattern in kind.patterns)]

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import psutil
 
 from cluster import lost
 
+LOG = logging.getLogger("cluster")
+JOIN_WAIT_S = 60.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 _LOOPBACK_ONLY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -65,7 +68,8 @@ def connect(cpus: int | None = None) -> Iterator[None]:
     try:
         if not private:
             _check_reachable(address)
-            ray.init(address=address, runtime_env=_own_code(), **quiet)
+            with _joining(address):
+                ray.init(address=address, runtime_env=_own_code(), **quiet)
         else:
             folder = private_folder()
             ray.init(
@@ -88,6 +92,34 @@ def connect(cpus: int | None = None) -> Iterator[None]:
             watched.stop()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _joining(address: str) -> Iterator[None]:
+    """End the process with a sentence if the block, which joins a cluster, takes longer than JOIN_WAIT_S.
+
+    Ray itself tries for minutes where a cluster refuses a token, and says little.
+    """
+    ended = threading.Timer(JOIN_WAIT_S, _give_up, (address,))
+    ended.daemon = True
+    ended.start()
+    try:
+        yield
+    finally:
+        ended.cancel()
+
+
+def _give_up(address: str) -> None:
+    from ray._private.services import find_gcs_addresses
+
+    found = ", ".join(sorted(find_gcs_addresses())) if address == "auto" else ""
+    LOG.error(
+        f"{Path(sys.argv[0]).stem}: No Ray cluster lets this job in at RAY_ADDRESS={address!r} within {JOIN_WAIT_S:g} s"
+        f"{f' (found on this machine: {found})' if found else ''}: it may be somebody else's, with another "
+        "RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to use this "
+        "machine alone."
+    )
+    os._exit(1)
 
 
 def private_folder() -> Path:

@@ -112,7 +112,7 @@ def build(run: Run, folder: Path, facts: dict) -> None:
         f"{len(rows)} conversations, {len(skipped)} files skipped"
     )
     _report_shares(facts["shares"], None if data.splits else data.test_fraction)
-    for reason, count in Counter(s.reason for s in skipped).most_common(5):
+    for reason, count in Counter(s.kind for s in skipped).most_common(5):
         LOG.warning(f"prepare: skipped {count}: {reason}")
 
 

@@ -210,7 +210,7 @@ class Config(Section):
     """Everything a job needs."""
 
     run_dir: str = Field("runs/derm-tiny", description="folder of results; on a cluster a path all nodes share")
-    seed: int = Field(0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random choice")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     replicas: ReplicasConfig = ReplicasConfig()

@@ -22,11 +22,13 @@ def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ValueError(
                 f"Cannot read the config {path!r}: {error.strerror}. The examples are in configs/."
             ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The config {path!r} is not text in UTF-8 ({error.reason}).") from None
         except yaml.YAMLError as error:
             raise ValueError(f"The config {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

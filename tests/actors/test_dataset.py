@@ -12,6 +12,7 @@ from PIL import Image
 from actors.dataset import (
     ClassPatterns,
     ImageFile,
+    Skipped,
     class_shares,
     difference_hash,
     drop_contradictions,
@@ -57,14 +58,22 @@ def test_scan_of_a_messy_tree(folders):
     (folders / "A" / "empty.jpg").write_bytes(b"")
     (folders / "A" / "page.jpg").write_text("<html>")
     (folders / "A" / ".hidden.png").write_bytes(b"")
+    (folders / "A" / "loop").symlink_to(folders)
+    (folders / "A" / "lost.png").symlink_to(folders / "nowhere.png")
     files, skipped = scan(folders, AB)
     assert [(f.path, f.label) for f in files] == [("A/1.png", "a"), ("A/2.PNG", "a"), ("B/1.png", "b")]
     reasons = {item.path: item.reason for item in skipped}
-    assert sorted(reasons) == ["A/empty.jpg", "A/notes.txt", "A/page.jpg", "C/x.png"]
+    hidden = "A/.hidden.png"
+    assert sorted(reasons) == [hidden, "A/empty.jpg", "A/loop", "A/lost.png", "A/notes.txt", "A/page.jpg", "C/x.png"]
+    assert reasons[hidden] == "hidden file" and reasons["A/lost.png"] == "broken link"
+    assert reasons["A/loop"] == "link to a folder, which is not followed"
     assert reasons["A/empty.jpg"] == "empty file" and reasons["A/notes.txt"] == "not an image type"
     assert reasons["C/x.png"] == "no class matches"
     assert "'A/page.jpg' is not a readable image" in reasons["A/page.jpg"]
     assert str(folders) not in reasons["A/page.jpg"].split("(")[0]
+    assert Skipped("A/1.jpg", "'A/1.jpg' is not a readable image (x: 'A/1.jpg')").kind == (
+        Skipped("B/2.jpg", "'B/2.jpg' is not a readable image (x: 'B/2.jpg')").kind
+    )
 
 
 def test_patterns_ignore_case_and_may_overlap(folders):

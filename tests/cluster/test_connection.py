@@ -180,3 +180,20 @@ def test_a_process_that_is_connected_already_stays_so(private_ray):
     with connect():
         assert ray.get_runtime_context().get_job_id() == before
     assert ray.is_initialized()
+
+
+def test_a_cluster_that_lets_nobody_in_is_given_up(private_ray):
+    """RAY_ADDRESS=auto finds a private Ray whose token it does not have: a sentence, soon, and the end."""
+    code = (
+        "import cluster.connection as c\n"
+        "from jobs.core.logs import configure\n"
+        "configure(); c.JOIN_WAIT_S = 3\n"
+        "with c.connect(): print('in')"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_ADDRESS": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "in" not in done.stdout.split()
+    said = done.stderr.strip().splitlines()[-1]
+    assert "RAY_ADDRESS='auto' within 3 s (found on this machine: 127.0.0.1:" in said and "unset RAY_ADDRESS" in said

@@ -1,12 +1,15 @@
 """The configuration: files, overrides, help, and what is said of a mistake."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from jobs.config.schema import Config
 from jobs.core import command
 from jobs.core.options import fields, load_config, valid_keys
 
@@ -130,3 +133,30 @@ def test_a_search_over_sets_needs_a_criterion_that_is_measured_on_sets():
     with pytest.raises(ValueError, match=r"prune\.search greedy .* magnitude\+ cannot: choose answer_similarity"):
         load_config(None, options)
     assert load_config(None, [("prune.search", "greedy"), ("ablate.criterion", "kl")]).ablate.criterion == "kl"
+
+
+def test_a_config_that_is_no_text(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"seed: 1\xff")
+    with pytest.raises(ValueError, match=r"The config '.*a\.yaml' is not text in UTF-8"):
+        load_config(str(tmp_path / "a.yaml"), [])
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_has_bounds(seed):
+    with pytest.raises(ValueError, match=rf"Config key 'seed': Input should be .*\(given: {seed}\)"):
+        load_config(None, [("seed", seed)])
+
+
+def test_every_number_has_a_bound():
+    """A number without one is a mistake that only shows hours later."""
+
+    def numbers(section, prefix=""):
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from numbers(kind, f"{prefix}{name}.")
+            elif re.search(r"\b(int|float)\b", str(kind)) and "Annotated" not in str(kind) and not field.metadata:
+                yield prefix + name
+
+    layers = {"ablate.candidates", "prune.order", "estimate.removed"}  # checked against the model's layers
+    assert {name for name in numbers(Config) if not name.endswith("dtype")} == layers
