@@ -8,6 +8,7 @@ then it is built in a folder `<name>...partial`: one of the process's own, or, i
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -15,10 +16,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
+from cluster.text import one_line
+
+LOG = logging.getLogger("cluster")
 MANIFEST = "manifest.json"
+SUMS = "files"  # of the manifest
+NOT_SUMMED = (MANIFEST, "README.md")  # a model card gets its scores later
 
 
 def digest(value) -> str:
@@ -40,16 +47,63 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_sums(folder: Path) -> dict[str, list]:
+    """Return [bytes, SHA-256] of every file of an artifact by its path in it, but for those that may change."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_SUMMED)
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, file_sha256(path)] for path in files}
+
+
+def find_damage(folder: Path, whole: bool) -> str | None:
+    """Return which file of an artifact is not as it was when it was made, and why; None: none.
+
+    whole: compare the files' sums, else their sizes alone. Artifacts of older code have no sums, and pass.
+    """
+    try:
+        sums = json.loads((folder / MANIFEST).read_text()).get(SUMS, {})
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({one_line(error)})"
+    for name, (size, sha256) in sums.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if whole and file_sha256(file) != sha256:
+            return f"{name} has another SHA-256 than when it was made"
+    return None
+
+
 class ArtifactStore:
-    """The artifacts under one folder."""
+    """The artifacts under one folder. One whose files are not as they were made is removed, to be made again."""
+
+    _whole: ClassVar[set[Path]] = set()  # artifacts whose sums this process has compared
 
     def __init__(self, root: Path):
         self.root = Path(root)
 
     def find(self, name: str) -> Path | None:
-        """Return the folder of a complete artifact, or None."""
+        """Return the folder of a complete artifact whose files have the right sizes, or None."""
+        return self._whole_or_none(name, whole=False)
+
+    def verify(self, name: str) -> Path | None:
+        """Return the folder of a complete artifact whose files have the right sums (once a process), or None."""
         folder = self.root / name
-        return folder if (folder / MANIFEST).is_file() else None
+        if folder in self._whole and self.find(name):
+            return folder
+        if self._whole_or_none(name, whole=True) is None:
+            return None
+        self._whole.add(folder)
+        return folder
+
+    def _whole_or_none(self, name: str, whole: bool) -> Path | None:
+        folder = self.root / name
+        if not (folder / MANIFEST).is_file():
+            return None
+        if (damage := find_damage(folder, whole)) is None:
+            return folder
+        LOG.warning(f"{name} is damaged, and is made again where it is needed: {damage}")
+        self.remove(name)
+        return None
 
     @contextmanager
     def create(self, name: str, recipe: dict, resume: bool = False) -> Iterator[tuple[Path, dict]]:
@@ -71,6 +125,8 @@ class ArtifactStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         manifest = {"name": name, "recipe": recipe, "seconds": round(before + time.time() - started, 3), **facts}
+        manifest[SUMS] = file_sums(partial)
+        self._whole.add(self.root / name)
         try:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
             os.rename(partial, self.root / name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cluster.connection import protect, room
+from cluster.text import one_line
 
 protect()
 import ray  # noqa: E402
@@ -242,9 +243,3 @@ def unwrapped(error: RayTaskError) -> BaseException:
     """Return the exception that the worker raised; raise it from `error`, which has the worker's traceback."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's class and its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

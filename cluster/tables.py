@@ -1,5 +1,6 @@
 """Tables of plain rows in Parquet: written whole, or part by part as results come."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,18 +8,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.text import one_line
+
+LOG = logging.getLogger("cluster")
+
 
 def write_table(path: Path, rows: Sequence[Mapping], schema: pa.Schema | None = None) -> None:
     """Write rows as one Parquet file, atomically; an empty table needs a `schema`."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     os.replace(temporary, path)
 
 
 def read_table(path: Path) -> list[dict]:
-    """Read all rows of one Parquet file."""
-    return pq.read_table(path).to_pylist()
+    """Read all rows of one Parquet file; pa.ArrowException or OSError: it is damaged."""
+    return pq.read_table(path, page_checksum_verification=True).to_pylist()
 
 
 class PartTable:
@@ -46,4 +51,13 @@ class PartTable:
         Units of an interrupted run that cut the work differently are left out: they hold the same samples.
         """
         paths = [self._folder / f"{unit}.parquet" for unit in units]
-        return [row for path in paths if path.exists() for row in read_table(path)]
+        return [row for path in paths if path.exists() for row in self._read_or_remove(path)]
+
+    def _read_or_remove(self, path: Path) -> list[dict]:
+        """Return a unit's rows; a damaged file is removed, so that its unit is done again."""
+        try:
+            return read_table(path)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            LOG.warning(f"{path} is damaged, and its rows are made again: {one_line(error)}")
+            path.unlink(missing_ok=True)
+            return []

@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.pool import ATTEMPTS, Pool, Resources, WorkerDied, one_line
+from cluster.pool import ATTEMPTS, Pool, Resources, WorkerDied
+from cluster.text import one_line
 
 import ray  # isort: skip  (cluster.pool protects it first)
 from ray import tune  # isort: skip

@@ -5,7 +5,7 @@ import re
 import secrets
 
 from cluster.connection import protect
-from cluster.pool import one_line
+from cluster.text import one_line
 
 protect()
 import ray  # noqa: E402

@@ -21,9 +21,10 @@ from typing import Any
 
 from cluster.artifacts import digest, file_sha256
 from cluster.connection import capacity, is_private, protect, room
-from cluster.pool import DEATHS, one_line, unwrapped
+from cluster.pool import DEATHS, unwrapped
 from cluster.serving.left_overs import end, end_left, own_name
 from cluster.serving.start import QUIET, check_http, check_port, is_running, shut_down, start
+from cluster.text import one_line
 
 protect()
 import ray  # noqa: E402

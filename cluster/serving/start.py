@@ -4,7 +4,7 @@ import logging
 import socket
 
 from cluster.connection import is_private, protect
-from cluster.pool import one_line
+from cluster.text import one_line
 
 protect()
 import ray  # noqa: E402

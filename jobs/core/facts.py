@@ -12,6 +12,7 @@ class Facts(TypedDict):
     name: str
     recipe: dict[str, Any]  # kind, version, settings, names of the parents
     seconds: float  # to make it, all legs together
+    files: NotRequired[dict[str, list[Any]]]  # by path: bytes and SHA-256; absent in artifacts of older code
     gpu_seconds: NotRequired[float]  # GPUs times seconds; absent where a killed leg held an unknown part
 
 

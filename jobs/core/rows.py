@@ -41,9 +41,15 @@ class Rows(Generic[Row]):
         return path
 
     def read(self, folder: str | Path) -> list[Row]:
-        """Return all rows."""
+        """Return all rows; ValueError: the file is damaged."""
         path = Path(folder) / self.name
-        rows: list[Any] = json.loads(path.read_text()) if path.suffix == ".json" else read_table(path)
+        try:
+            rows: list[Any] = json.loads(path.read_text()) if path.suffix == ".json" else read_table(path)
+        except (pa.ArrowException, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{path} is damaged ({reason}): remove it; the job that wrote it writes it again."
+            ) from None
         return rows
 
     def by_sample(self, folder: str | Path) -> dict[str, Row]:

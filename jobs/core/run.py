@@ -57,7 +57,7 @@ class Run:
         """Return the stage's folder (a source's path), computing what does not exist yet."""
         if isinstance(stage, Source):
             return stage.path
-        folder_made = self.store.find(stage.name)
+        folder_made = self.store.verify(stage.name)
         if folder_made is None:
             for parent in stage.parents:
                 self.make(parent)

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from cluster.artifacts import MANIFEST, Fingerprints, digest, write_text
+from cluster.artifacts import MANIFEST, Fingerprints, digest, find_damage, write_text
 from jobs.core.stage import Source
 
 
@@ -23,6 +23,8 @@ class Sources:
         folder = Path(path).expanduser()
         if folder.is_dir():
             if name := _artifact_name(folder):
+                if damage := find_damage(folder, whole=True):
+                    raise ValueError(f"{field} {path!r} is damaged: {damage}. Make it again, or copy it again.")
                 return Source(name, str(folder.resolve()))
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{field} {path!r} is a folder without config.json: not a checkpoint.")

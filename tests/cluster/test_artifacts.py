@@ -1,5 +1,6 @@
 """Artifacts: they appear whole or not at all, and a name stands for what made it."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -43,7 +44,8 @@ def test_an_artifact_appears_when_its_block_ends_and_not_before(store):
     assert files(store) == {"prune-1/weights", "prune-1/manifest.json"}
     manifest = store.manifest("prune-1")
     assert manifest.pop("seconds") >= 0
-    assert manifest == {"name": "prune-1", "recipe": {"layers": 2}, "removed": [3]}
+    sums = {"weights": [1, hashlib.sha256(b"w").hexdigest()]}
+    assert manifest == {"name": "prune-1", "recipe": {"layers": 2}, "removed": [3], "files": sums}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -153,6 +153,7 @@ def test_workers_load_an_embedder_where_answers_are_compared(tmp_path, monkeypat
     monkeypatch.setattr(Workers, "replicas", replicas)
     monkeypatch.setattr(calibration, "calibration_samples", lambda *_: SAMPLES)
     run = Run(load_config("configs/derm-tiny.yaml", [("run_dir", str(tmp_path)), ("ablate.embedder", "no/such")]))
+    run.sources.note_seen(Source("model-1", "x"))
     with calibration.open_measurements(run, Source("model-1", "x"), Source("data", "x"), [criterion]) as (_, layers):
         assert layers == 12
     assert asked == (["no/such"] if criterion == "answer_similarity" else [None])
