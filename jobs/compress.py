@@ -115,7 +115,7 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
                 "first_token_ms": profile["first_token_ms"],
                 "device": profile["device"],
                 "threads": profile["threads"],
-                "checkpoint": run.make(model) if isinstance(model, Source) else str(run.store.find(model.name)),
+                "checkpoint": run.config.model.path if isinstance(model, Source) else str(run.folder_of(model)),
                 "evaluation": evaluated.name,
             }
         )

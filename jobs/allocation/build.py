@@ -88,7 +88,7 @@ def make_rows(run: Run, built: Sequence[Built], search: AllocationSearch) -> lis
             "estimate_bytes": measured["bytes"],
             **dict.fromkeys((*_METRICS, *_COUNTS, *_PROFILE)),
             **judged_columns(run, choice_built.plan.evaluation),
-            "checkpoint": model.path if isinstance(model, Source) else str(run.store.root / model.name),
+            "checkpoint": run.config.model.path if isinstance(model, Source) else str(run.folder_of(model)),
             "evaluation": choice_built.plan.evaluation.name,
         }
         given: dict[str, AnswerRow] = {}

@@ -99,7 +99,7 @@ def tradeoff_figure(rows: Sequence[Mapping]) -> str:
         )
     axes.set_xlabel("weights (MiB)")
     axes.set_ylabel("baseline score (%)")
-    axes.margins(x=0.2)
+    axes.margins(x=0.2, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, rows)
     return svg(figure)
@@ -110,14 +110,20 @@ def _label(axes, rows: Sequence[Mapping]) -> None:
     axes.figure.draw_without_rendering()  # limits and sizes are settled only then
     places = [(row["nominal_bytes"] / 2**20, row["baseline_pct"], *row["baseline_interval_pct"]) for row in rows]
     taken = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3) for x, _, low, high in places]
-    for row, (x, y, low, high) in zip(rows, places, strict=True):
-        beside = [(y, (7, -3), "left"), (y, (-7, -3), "right"), (high, (0, 7), "center"), (low, (0, -14), "center")]
+    for row, (x, centre, low, high) in zip(rows, places, strict=True):
+        beside = [
+            (centre, (7, -3), "left"),
+            (centre, (-7, -3), "right"),
+            (high, (0, 7), "center"),
+            (low, (0, -14), "center"),
+        ]
         for height, offset, side in [*beside, beside[0]]:
             label = axes.annotate(
                 row["method"], (x, height), textcoords="offset points", xytext=offset, ha=side, fontsize=9
             )
             box = label.get_window_extent()
-            if box.x0 > axes.bbox.x0 and not any(box.overlaps(other) for other in taken):
+            inside = axes.bbox.x0 < box.x0 and all(axes.figure.bbox.contains(x, y) for x, y in (box.min, box.max))
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
             label.set_visible(False)
         label.set_visible(True)

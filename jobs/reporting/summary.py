@@ -42,7 +42,7 @@ class SummaryRow(JudgedColumns):
     first_token_ms: float
     device: str
     threads: int
-    checkpoint: str  # folder
+    checkpoint: str  # folder; the original's as model.path gives it
     evaluation: str  # artifact
     judge_failure: str | None  # what ended the judge
     difference_pct: float | None  # points, paired, of the baseline score

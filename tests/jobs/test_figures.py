@@ -61,3 +61,23 @@ def test_bits_can_be_read_on_their_shades():
     assert list(styled) == ["–", "3", "4", "8", "16"]  # the ticks' own numbers have no colour
     assert [bits for bits, shade in zip(styled, _SHADES.values(), strict=True)
             if contrast(*styled[bits], shade) < 4.5] == []  # fmt: skip
+
+
+def test_labels_stay_inside_the_picture():
+    """Six methods whose intervals reach 100 %, some at one size: every name is in the picture, as wide as it is."""
+    names = ("original", "prune", "prune+sft", "quant", "prune+quant", "prune+sft+quant")
+    sizes = (200, 160, 160, 60, 50, 50)
+    rows = [
+        {"method": name, "nominal_bytes": size * 2**20, "quantizer": "none", "simulated": False}
+        | {"baseline_pct": 99.0 - number / 5, "baseline_interval_pct": [97.0, 100.0]}
+        for number, (name, size) in enumerate(zip(names, sizes, strict=True))
+    ]
+    root = ET.fromstring(tradeoff_figure(rows))
+    _, _, width, height = map(float, root.get("viewBox").split())
+    places = {}
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        if text.text in names:
+            places[text.text] = float(text.get("x")), float(text.get("y"))
+    assert places.keys() == set(names)
+    for name, (x, y) in places.items():
+        assert 0 <= x <= width and 9 <= y <= height, (name, x, y)
