@@ -7,6 +7,7 @@ python -m jobs.prepare --config configs/llava-1.5-7b-dermnet.yaml --data.root /d
 import csv
 import logging
 import os
+import shutil
 import string
 from collections import Counter
 from collections.abc import Mapping
@@ -60,7 +61,10 @@ def stage(run: Run) -> Stage:
         temporary = root.with_name(f"{root.name}.{os.getpid()}")
         temporary.mkdir(parents=True, exist_ok=True)
         count = write_tree(temporary, data.draw_per_class, run.config.seed)
-        temporary.rename(root)
+        try:
+            temporary.rename(root)
+        except OSError:  # another job was first
+            shutil.rmtree(temporary)
         LOG.info(f"prepare: drew {count} images of derm-tiny into {root}")
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")

@@ -1,7 +1,8 @@
 """A job's run: its config, its artifacts, its workers."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -9,6 +10,7 @@ import yaml
 
 from cluster.artifacts import ArtifactStore, Fingerprints, digest
 from cluster.connection import in_submitted_job
+from cluster.locks import exclusive
 from jobs.config.schema import Config
 from jobs.core.facts import Facts, check_facts
 from jobs.core.sources import Sources
@@ -61,19 +63,32 @@ class Run:
         if folder_made is None:
             for parent in stage.parents:
                 self.make(parent)
-            LOG.info(f"{stage.kind}: computing {stage.name}")
-            goes_on = stage.resume and self.store.begun(stage.name)
-            with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
-                with self.workers.meter() as meter:
-                    stage.build(self, folder, facts)
-                check_facts(stage.kind, facts)
-                if not goes_on:  # what killed legs held is not known
-                    facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
-            folder_made = self.store.find(stage.name)
+            with exclusive(
+                self.store.root / f".{stage.name}.lock", partial(self._is_made, stage), self._waiting(stage)
+            ):
+                folder_made = self.store.verify(stage.name) or self._build(stage)
         elif stage.name not in self._seen:
             LOG.info(f"{stage.kind}: {stage.name} exists, reused")
         self._seen.add(stage.name)
         return str(folder_made)
+
+    def _build(self, stage: Stage) -> Path:
+        """Compute a stage; other jobs on this folder wait for it meanwhile."""
+        LOG.info(f"{stage.kind}: computing {stage.name}")
+        goes_on = stage.resume and self.store.begun(stage.name)
+        with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
+            with self.workers.meter() as meter:
+                stage.build(self, folder, facts)
+            check_facts(stage.kind, facts)
+            if not goes_on:  # what killed legs held is not known
+                facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
+        return self.store.root / stage.name
+
+    def _is_made(self, stage: Stage) -> bool:
+        return self.store.find(stage.name) is not None
+
+    def _waiting(self, stage: Stage) -> Callable[[str], None]:
+        return lambda holder: LOG.info(f"{stage.kind}: another job ({holder}) is making {stage.name}; waiting for it")
 
     def missing(self, stages: Iterable[Stage | Source]) -> list[Stage]:
         """Return the stages that would have to be computed."""
