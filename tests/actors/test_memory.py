@@ -140,18 +140,18 @@ def test_where_transformers_is_told_to_put_it(tiny_path, gpus, monkeypatch, coun
 
     def loaded(path, **kwargs):
         asked.update(kwargs)
-        raise InterruptedError
+        raise KeyboardInterrupt
 
     for module in (actors.checkpoint.loading, actors.memory):
         monkeypatch.setattr(module, "free_bytes", lambda device: 10**9)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", loaded)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         load_model(tiny_path, device="cuda", gpus=count)
     assert {key: asked[key] for key in expected} == expected and "offload_folder" not in asked
     assert ("max_memory" in asked) == (count == 2)
 
 
-class Dealt(Exception):
+class Dealt(BaseException):
     """Where from_pretrained would put the layers; raised before it reads a weight."""
 
 

@@ -18,6 +18,7 @@ def test_replicas_know_their_share(tmp_path, monkeypatch, gpus):
     monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
     overrides = [("run_dir", str(tmp_path)), ("replicas.gpus", str(gpus)), ("replicas.count", "2")]
     with Run(load_config(None, overrides)) as run:
+        run.sources.note_seen(run.base_model())
         run.workers.replicas(run.model_spec(run.base_model()))
         assert run.model_spec(run.base_model()).gpus == 1
     _, kwargs, resources = asked[0][:3]
@@ -44,5 +45,6 @@ def test_replicas_without_gpus_know_who_shares_their_machine(tmp_path, monkeypat
     monkeypatch.setattr(cluster.pool, "Pool", lambda *args, **kwargs: asked.append(args))
     config = load_config(None, [("run_dir", str(tmp_path)), ("replicas.cpus", "2"), ("replicas.count", count)])
     with Run(config, beside_others=beside) as run:
+        run.sources.note_seen(run.base_model())
         run.workers.replicas(run.model_spec(run.base_model()))
     assert asked[0][1]["spec"].sharers == sharers
