@@ -20,7 +20,7 @@ from jobs import evaluate, prepare
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source
-from jobs.core.text import GIB
+from jobs.core.text import GIB, takes_more_unpacked
 
 LOG = logging.getLogger("jobs")
 
@@ -81,6 +81,7 @@ def format_rows(rows: Sequence[dict]) -> str:
     lines[0] += ["processor ms", "image ms", "prefill ms", "before", "loading", *kinds]
     for row in rows:
         low, high = row["ms_per_token_p5_p95"]
+        mark = "*" if takes_more_unpacked(row, first) else ""
         lines.append(
             [
                 os.path.basename(row["checkpoint"].rstrip("/")),
@@ -91,7 +92,7 @@ def format_rows(rows: Sequence[dict]) -> str:
                 f"{low:.2f}-{high:.2f}",
                 *(f"{row[key]:.1f}" for key in ("first_token_ms", "preprocess_ms", "encode_ms", "prefill_ms")),
                 *(_size(row[when][kinds[-1]]) for when in ("baseline_bytes", "load_peak_bytes")),
-                *(_size(row["steady_peak_bytes"][kind]) for kind in kinds),
+                *(_size(row["steady_peak_bytes"][kind]) + mark for kind in kinds),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -102,6 +103,8 @@ def format_rows(rows: Sequence[dict]) -> str:
         f"{first['device']}, {first['threads']} thread(s), {first['decode']} decoding, {first['timed_tokens']} tokens, "
         f"batch 1; medians of {first['timed_runs']} runs, {first['rounds']} process(es) each, in turn.",
     ]
+    if any(takes_more_unpacked(row, first) for row in rows):
+        text.append("* smaller weights, but more memory than the first: they are unpacked while the model computes.")
     if not all(row["peak_restarted"] for row in rows):
         text.append("This system cannot restart the resident peak: the runs' peaks include loading.")
     return "\n".join(text)

@@ -19,7 +19,7 @@ from jobs.core.command import main
 from jobs.core.facts import AblateFacts, EvaluateFacts, RangesFacts, SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Stage
-from jobs.core.text import size, with_interval
+from jobs.core.text import size, takes_more_unpacked, with_interval
 from jobs.figures.layers import importance_figure, loss_figure, tradeoff_figure
 from jobs.judging.rows import VERDICTS
 from jobs.ranking import ranges
@@ -65,7 +65,7 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "rows": [format_row({**row, "given_name": metrics[row["method"]]["given_name"]}) for row in rows],
+        "rows": [format_row({**row, "given_name": metrics[row["method"]]["given_name"]}, original) for row in rows],
         "first": original,
         "removed": removed,
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
@@ -134,8 +134,9 @@ def _ranges(run: Run, recorded: Stage) -> dict:
     }
 
 
-def format_row(row: Mapping) -> dict:
+def format_row(row: Mapping, original: Mapping | None = None) -> dict:
     """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
+    unpacked = original is not None and takes_more_unpacked(row, original)
     finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]
     return {
@@ -143,7 +144,7 @@ def format_row(row: Mapping) -> dict:
         "params_text": _count(row["params"]),
         "bits_text": f"{row['bits']} (simulated)" if row["simulated"] else str(row["bits"]),
         "weights_text": _weights(row),
-        "peak_text": size(row["peak_memory_bytes"]),
+        "peak_text": size(row["peak_memory_bytes"]) + (" (weights unpacked)" if unpacked else ""),
         "baseline_text": with_interval(row["baseline_pct"], row["baseline_interval_pct"]),
         "name_text": "-" if name is None else with_interval(row["name_accuracy"], name),
         "latency_text": "{:.2f} [{:.2f}, {:.2f}]".format(row["ms_per_token"], *row["ms_per_token_p5_p95"]),

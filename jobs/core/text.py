@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 GIB = 2**30  # bytes
 
@@ -13,3 +13,8 @@ def size(count: float) -> str:
 def with_interval(value: float, interval: Sequence[float]) -> str:
     """Write a percentage and its interval."""
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def takes_more_unpacked(row: Mapping, first: Mapping) -> bool:
+    """Tell whether a model with smaller weights than the first one's takes more memory: its weights are unpacked."""
+    return row["weight_bytes"] < first["weight_bytes"] and row["peak_memory_bytes"] > first["peak_memory_bytes"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from actors.maths.latency import merge_rounds
 from jobs import profile
 from jobs.core.options import load_config
 from jobs.core.stage import Source
@@ -125,3 +126,16 @@ def test_two_checkpoints_and_caps(tmp_path):
     assert said.count("fits in 4.00 GiB") == 2
     rows, said = measured(tmp_path / "run", *options, "--profile.cap_gib", "0.1")
     assert not any(row["cap"]["fits"] for row in rows) and said.count("does not fit in 102.4 MiB") == 2
+
+
+def test_rows_whose_weights_are_unpacked_are_marked():
+    """A quarter of the weights, and more memory than the first: a star, and a line that says why."""
+    rows = [
+        {"checkpoint": path, **merge_rounds([fake_round("CPU", 5.0)])} for path in ("original", "quantized", "pruned")
+    ]
+    rows[1] |= {"weight_bytes": 2**30, "peak_memory_bytes": 6 * 2**30}
+    rows[2] |= {"weight_bytes": 2**31, "peak_memory_bytes": 4 * 2**30}
+    lines = profile.format_rows(rows).splitlines()
+    assert ["*" in line for line in lines[1:4]] == [False, True, False]
+    assert any(line.startswith("* smaller weights, but more memory than the first") for line in lines)
+    assert "*" not in profile.format_rows([rows[0], rows[2]])

@@ -92,3 +92,11 @@ def test_the_largest_outliers_of_all_layers_by_hand():
     found = [(one["layer"], one["projections"], one["channel"], one["ratio"]) for one in largest_outliers(rows)]
     assert found[:2] == [(0, "down_proj", 7, 90.0), (2, "o_proj", 0, 60.0)] and len(found) == 10
     assert (0, "down_proj", 2, 30.0) not in found
+
+
+def test_the_report_says_whose_weights_are_unpacked():
+    """At the row itself: smaller weights than the original's, and more memory."""
+    original = row("original")
+    assert report.format_row(row("packed"), original)["peak_text"] == "1.00 MiB"
+    unpacked = row("packed") | {"peak_memory_bytes": 2 * MIB}
+    assert report.format_row(unpacked, original)["peak_text"] == "2.00 MiB (weights unpacked)"
