@@ -70,6 +70,7 @@ def connect(cpus: int | None = None) -> Iterator[None]:
             _check_reachable(address)
             with _joining(address):
                 ray.init(address=address, runtime_env=_own_code(), **quiet)
+            LOG.debug(f"ray: connected to {address}")
         else:
             folder = private_folder()
             ray.init(
@@ -80,6 +81,7 @@ def connect(cpus: int | None = None) -> Iterator[None]:
                 _temp_dir=str(folder),
                 **quiet,
             )
+            LOG.debug(f"ray: a private Ray on this machine, its logs are in {folder}")
         watched = lost.watch(address)
         yield
     finally:

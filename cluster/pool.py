@@ -6,6 +6,7 @@ is room, and an item that fails `ATTEMPTS` times is returned with its reason whi
 """
 
 import importlib
+import logging
 import os
 import time
 from collections import deque
@@ -20,6 +21,7 @@ protect()
 import ray  # noqa: E402
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError  # noqa: E402
 
+LOG = logging.getLogger("cluster")
 ATTEMPTS = 3
 LOOK_EVERY_S = 2.0  # for nodes that joined or left
 # What a dead actor's call raises: Ray has a class of its own for an actor that its memory monitor killed, and one
@@ -233,6 +235,8 @@ class Pool:
             return
         if reason is None:
             self._deaths = 0
+        if reason is not None:
+            LOG.debug(f"{self._target}: {work.key}: try {work.attempt} of {ATTEMPTS} failed: {reason}")
         if reason is not None and work.attempt < ATTEMPTS:
             self._waiting.append(replace(work, attempt=work.attempt + 1))
         else:

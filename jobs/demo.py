@@ -69,6 +69,7 @@ def _submit_jobs(run_dir: str) -> None:
     with private_head() as head:
         for name in JOBS:
             entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", CONFIG, "--run_dir", run_dir]
+            entrypoint += ["--verbose"] if LOG.isEnabledFor(logging.DEBUG) else []
             LOG.info(f"demo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}")
             submit = [
                 str(RAY),
@@ -91,16 +92,21 @@ def _submit_jobs(run_dir: str) -> None:
             tail: deque[str] = deque(maxlen=15)
             for line in process.stdout or ():
                 tail.append(line)
-                if _SHOWN.match(line):
-                    LOG.info(f"  {_TIME.sub('', line).rstrip()}")
+                relay(line)
             if process.wait() != 0:
                 raise RuntimeError(f"the job {name} failed; what was finished is kept. It said:\n{''.join(tail)}")
 
 
-_TIME = re.compile(r"^\d\d:\d\d:\d\d ")
-_SHOWN = re.compile(
-    rf"({_TIME.pattern})?(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report):"
-)
+def relay(line: str) -> None:
+    """Log a line of a job's log: a warning as one, a notice of a stage as a notice, anything else for debugging."""
+    if match := _LINE.match(line):
+        _, warning, text = match.groups()
+        level = logging.WARNING if warning else logging.INFO if _STAGE.match(text) else logging.DEBUG
+        LOG.log(level, f"  {text}")
+
+
+_LINE = re.compile(r"(\d\d:\d\d:\d\d )?(WARNING )?(.*)")
+_STAGE = re.compile(r"(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report):")
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from jobs import judge
 from jobs.core.command import main
 from jobs.core.facts import EvaluateFacts
+from jobs.core.logs import given_flags
 from jobs.core.progress import Progress
 from jobs.core.run import Run
 from jobs.core.stage import Stage
@@ -148,6 +149,7 @@ class SettingSearch:
             "config": self.run.resolved().model_dump(mode="json"),
             "command": card.command(),
             "address": os.environ.get("RAY_ADDRESS"),
+            "flags": given_flags(),
         }
         maker = Maker("jobs.searching.stages:StageMaker", kwargs, parallel)
         folder = self.run.folder / SEARCH

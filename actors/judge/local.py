@@ -22,6 +22,8 @@ from actors.judge.constrained import Grammars, Task, Written, schema_text, write
 from actors.judge.prefix import SharedPrefix
 from actors.memory import GIB, claim_devices, free_bytes, out_of_memory
 
+LOG = logging.getLogger("actors.judge")
+
 LINGER_S = 0.005  # for calls that were sent together to arrive together
 LASTING = 3  # different calls that fail one after the other
 _REFUSALS = (ValueError, TypeError, TemplateError)  # of a template, or a schema
@@ -171,7 +173,7 @@ class LocalJudge:
             device = "CUDA error" in str(error)
             if len(tasks) > 1 and not device:
                 return [answer for task in tasks for answer in await self._answered([task])]
-            logging.getLogger(__name__).exception("The judge failed")
+            LOG.exception("The judge failed")
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self._failed.add(tuple(tasks[0].prompt))
             if device or len(self._failed) >= LASTING:

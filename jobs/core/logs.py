@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +18,13 @@ from rich.logging import RichHandler
 from tqdm import tqdm
 
 ROOTS = ("actors", "cluster", "jobs")
+STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has
 FLAGS = {
     "quiet": "say nothing but warnings and errors; no progress",
     "verbose": "say more (debug)",
-    "log_json": "say it as JSON, an object a line: time, level, logger, message",
+    "log_json": "say it as JSON, an object a line: time, level, logger, message, numbers",
 }
+_flags = dict.fromkeys(FLAGS, False)  # of this process
 
 
 class _Terminal(RichHandler):
@@ -30,7 +32,7 @@ class _Terminal(RichHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
-            if record.levelno >= logging.ERROR:
+            if record.levelno >= logging.ERROR and not record.exc_info:
                 self.console.print(record.getMessage(), style="red", markup=False, highlight=False, soft_wrap=True)
             else:
                 super().emit(record)
@@ -40,14 +42,15 @@ class _Plain(logging.Formatter):
     """`13:05:29 message`, the level where it is a warning; an error is a bare sentence."""
 
     def format(self, record: logging.LogRecord) -> str:
-        if record.levelno >= logging.ERROR:
-            return record.getMessage()
-        level = " WARNING" if record.levelno == logging.WARNING else ""
-        return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{level} {record.getMessage()}"
+        text = record.getMessage()
+        if record.levelno < logging.ERROR:
+            level = " WARNING" if record.levelno == logging.WARNING else ""
+            text = f"{datetime.fromtimestamp(record.created):%H:%M:%S}{level} {text}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 class _Json(logging.Formatter):
-    """One JSON object per line."""
+    """One JSON object per line; what `extra` gave has keys of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -55,8 +58,11 @@ class _Json(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in STANDARD and key[0] != "_"},  # _: Ray's
         }
-        return json.dumps(fields, ensure_ascii=False)
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 class _Stderr(logging.StreamHandler):
@@ -73,6 +79,7 @@ class _Stderr(logging.StreamHandler):
 
 def configure(quiet: bool = False, verbose: bool = False, log_json: bool = False) -> None:
     """Send what the rooms say to standard error from now on; `quiet` wins over `verbose`."""
+    _flags.update(quiet=quiet, verbose=verbose, log_json=log_json)
     handler: logging.Handler
     if sys.stderr.isatty() and not log_json:
         handler = _Terminal(
@@ -88,17 +95,31 @@ def configure(quiet: bool = False, verbose: bool = False, log_json: bool = False
         logger.setLevel(level)
 
 
+def given_flags() -> dict[str, bool]:
+    """Return the flags that this process was configured with, for processes that work for it."""
+    return dict(_flags)
+
+
+def shows_bars() -> bool:
+    """Tell whether progress is a bar here: on a terminal, unless lines are to be JSON or there is to be no progress."""
+    return sys.stderr.isatty() and not _flags["log_json"] and not _flags["quiet"]
+
+
 @contextmanager
-def into_file(path: Path) -> Iterator[None]:
+def into_file(path: Path, flags: Mapping[str, bool]) -> Iterator[None]:
     """Append what the rooms say in the block, and what is printed, to a file; nothing else hears of it."""
+    loggers = [logging.getLogger(name) for name in ROOTS]
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    flags_before = given_flags()
     with open(path, "a") as file, redirect_stdout(file), redirect_stderr(file):
-        before = {name: list(logging.getLogger(name).handlers) for name in ROOTS}
-        configure()
+        configure(**flags)
         try:
             yield
         finally:
-            for name, handlers in before.items():
-                logging.getLogger(name).handlers = handlers
+            _flags.update(flags_before)
+            for logger, handlers, propagate, level in before:
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(level)
 
 
 def parse_and_configure(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -1,10 +1,11 @@
 """Progress of long work: a bar in a terminal, a line now and then in a job's log."""
 
 import logging
-import sys
 import time
 
 from tqdm import tqdm
+
+from jobs.core.logs import shows_bars
 
 LOG = logging.getLogger("jobs.core")
 
@@ -17,8 +18,7 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0):
         self._label, self._total, self._done, self._first = label, total, done, done
         self._started = self._printed = time.monotonic()
-        shown = sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO)
-        self._bar = tqdm(total=total, initial=done, desc=label) if shown else None
+        self._bar = tqdm(total=total, initial=done, desc=label) if shows_bars() else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -28,7 +28,7 @@ class Progress:
             self._bar.close()
         elif kind is None:
             took = time.monotonic() - self._started
-            LOG.info(f"{self._label}: {self._done}/{self._total} done in {took:.0f} s")
+            self._log(f"{self._label}: {self._done}/{self._total} done in {took:.0f} s")
 
     def step(self, note: str = "", count: int = 1) -> None:
         """Say that `count` more units are finished."""
@@ -45,4 +45,7 @@ class Progress:
             self._printed = now
             rate = (done - self._first) / (now - self._started)
             left = f", {(self._total - done) / rate:.0f} s left" if rate else ""
-            LOG.info(f"{self._label}: {done}/{self._total} ({rate:.2g}/s{left}) {note}".rstrip())
+            self._log(f"{self._label}: {done}/{self._total} ({rate:.2g}/s{left}) {note}".rstrip())
+
+    def _log(self, message: str) -> None:
+        LOG.info(message, extra={"done": self._done, "total": self._total})

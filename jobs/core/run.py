@@ -1,6 +1,7 @@
 """A job's run: its config, its artifacts, its workers."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ class Run:
         """Write the resolved config into the run folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (self.folder / f"config.{job}.yaml").write_text(text)
+        path = self.folder / f"config.{job}.yaml"
+        path.write_text(text)
+        LOG.debug(f"{job}: the resolved config is in {path}")
 
     def make(self, stage: Stage | Source) -> str:
         """Return the stage's folder (a source's path), computing what does not exist yet."""
@@ -68,13 +71,14 @@ class Run:
             ):
                 folder_made = self.store.verify(stage.name) or self._build(stage)
         elif stage.name not in self._seen:
-            LOG.info(f"{stage.kind}: {stage.name} exists, reused")
+            LOG.info(f"{stage.kind}: {stage.name} exists, reused", extra={"artifact": stage.name})
         self._seen.add(stage.name)
         return str(folder_made)
 
     def _build(self, stage: Stage) -> Path:
         """Compute a stage; other jobs on this folder wait for it meanwhile."""
-        LOG.info(f"{stage.kind}: computing {stage.name}")
+        LOG.info(f"{stage.kind}: computing {stage.name}", extra={"artifact": stage.name})
+        began = time.monotonic()
         goes_on = stage.resume and self.store.begun(stage.name)
         with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
             with self.workers.meter() as meter:
@@ -82,6 +86,7 @@ class Run:
             check_facts(stage.kind, facts)
             if not goes_on:  # what killed legs held is not known
                 facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
+        LOG.debug(f"{stage.kind}: {stage.name} is made after {time.monotonic() - began:.1f} s")
         return self.store.root / stage.name
 
     def _is_made(self, stage: Stage) -> bool:

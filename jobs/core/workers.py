@@ -139,6 +139,7 @@ class Workers:
     def _host(self, target: str, kwargs: dict, resources) -> "Pool":
         from cluster.pool import Pool
 
+        LOG.debug(f"{target}: {resources.count} workers of {resources.cpus:g} cores and {resources.gpus:g} GPUs each")
         pool = Pool(target, kwargs, resources)
         if self._meters:
             self._meters[-1].pools.append(pool)

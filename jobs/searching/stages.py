@@ -105,10 +105,11 @@ def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stag
 class StageMaker:
     """Makes one stage of one setting at a time, in a process that several stages share one after another."""
 
-    def __init__(self, config: dict, command: str, address: str | None):
+    def __init__(self, config: dict, command: str, address: str | None, flags: dict[str, bool]):
         if address:  # a worker does not know it, and would take the cluster for this machine's own
             os.environ["RAY_ADDRESS"] = address
         self._parent_run = Run(Config.model_validate(config), command=command)
+        self._flags = flags
 
     def make(self, name: str, setting: Mapping, one_replica: bool, report: Mapping[str, float]) -> dict:
         """Make the stage of that name, unless it exists; returns {made, pid, numbers of an evaluation, report}.
@@ -124,7 +125,7 @@ class StageMaker:
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             run = stack.enter_context(Run(config, parent_run=self._parent_run, beside_others=one_replica))
-            stack.enter_context(into_file(logs / f"{name}.txt"))
+            stack.enter_context(into_file(logs / f"{name}.txt", self._flags))
             made = run.store.find(name) is None
             run.make(stage)
         report_made = {"made": made, "pid": os.getpid(), **report}

@@ -9,8 +9,10 @@ import sys
 import pytest
 from tqdm import tqdm
 
+from jobs import demo
 from jobs.core import command, logs
 from jobs.core.progress import Progress
+from jobs.core.stage import Stage
 from tests.jobs.commands import CONFIG
 from tests.tiny import DERM_TINY
 
@@ -28,7 +30,7 @@ def said(monkeypatch, capsys, tmp_path, *flags: str) -> tuple[str, str]:
 
     def job(run) -> None:
         LOG.debug("looked at layer 3")
-        LOG.info("ablate: computing")
+        LOG.info("ablate: computing", extra={"artifact": tmp_path / "ablate-1"})
         LOG.warning("ablate: s5 failed")
         with Progress("ablate", 2) as progress:
             progress.step()
@@ -52,7 +54,8 @@ def test_quiet_leaves_warnings_and_verbose_adds(monkeypatch, capsys, tmp_path):
     out, err = said(monkeypatch, capsys, tmp_path, "--quiet")
     assert out == "rank  layer\n" and len(err.splitlines()) == 1 and "s5 failed" in err
     out, err = said(monkeypatch, capsys, tmp_path, "--verbose")
-    assert out == "rank  layer\n" and "looked at layer 3" in err and len(err.splitlines()) == 4
+    assert out == "rank  layer\n" and "looked at layer 3" in err and len(err.splitlines()) == 5
+    assert f"the resolved config is in {tmp_path}" in err
 
 
 def test_json_lines(monkeypatch, capsys, tmp_path):
@@ -60,19 +63,39 @@ def test_json_lines(monkeypatch, capsys, tmp_path):
     lines = [json.loads(line) for line in err.splitlines()]
     assert out == "rank  layer\n"
     assert [(line["level"], line["logger"]) for line in lines] == [
+        ("debug", "jobs.core"),
         ("debug", "jobs.ranking"),
         ("info", "jobs.ranking"),
         ("warning", "jobs.ranking"),
         ("info", "jobs.core"),
     ]
-    assert lines[1]["message"] == "ablate: computing" and re.match(r"\d{4}-\d\d-\d\dT", lines[1]["time"])
+    assert lines[2]["message"] == "ablate: computing" and re.match(r"\d{4}-\d\d-\d\dT", lines[2]["time"])
+    assert set(lines[3]) == {"time", "level", "logger", "message"}
+    assert lines[2]["artifact"] == str(tmp_path / "ablate-1") and (lines[4]["done"], lines[4]["total"]) == (1, 2)
+
+
+@pytest.mark.parametrize("log_json", [False, True])
+def test_an_exception_has_its_traceback(capsys, log_json):
+    logs.configure(log_json=log_json)
+    try:
+        raise KeyError("layer 3")
+    except KeyError:
+        LOG.exception("ablate: failed")
+    err = capsys.readouterr().err
+    text = json.loads(err)["traceback"] if log_json else err.removeprefix("ablate: failed\n")
+    assert text.startswith("Traceback") and text.rstrip().endswith("KeyError: 'layer 3'")
 
 
 def test_flags_are_no_config(monkeypatch, capsys, tmp_path):
-    """They are not in the recorded config, and so in no artifact's name."""
-    said(monkeypatch, capsys, tmp_path, "--verbose", "--log_json")
-    (recorded,) = tmp_path.glob("config.*.yaml")
-    assert "verbose" not in recorded.read_text() and "log_json" not in recorded.read_text()
+    """They are not in the recorded config, and change no artifact's name, not even of a stage that reads all of it."""
+    recorded, names = [], []
+    for flags in ([], ["--quiet"], ["--verbose", "--log_json"]):
+        said(monkeypatch, capsys, tmp_path, *flags)
+        (path,) = tmp_path.glob("config.*.yaml")
+        recorded.append(path.read_text())
+        command.main("doc", lambda run: names.append(Stage("toy", 1, run.config.model_dump(), (), print).name))
+    assert len(set(recorded)) == 1 and len(set(names)) == 1
+    assert "quiet" not in recorded[0] and "verbose" not in recorded[0] and "log_json" not in recorded[0]
 
 
 @pytest.mark.parametrize("flags", [[], ["--log_json"]])
@@ -110,10 +133,36 @@ def test_lines_on_a_terminal_leave_the_bar_whole(monkeypatch):
 def test_into_a_file(capsys, tmp_path):
     path = tmp_path / "stage.txt"
     path.write_text("before\n")
-    with logs.into_file(path):
+    logs.configure(quiet=True)
+    with logs.into_file(path, {"verbose": True}):
         LOG.info("prune: computing")
+        LOG.debug("prune: looked")
         print("printed")
     LOG.info("prune: computed")
+    LOG.warning("prune: short of memory")
     lines = path.read_text().splitlines()
-    assert lines[0] == "before" and lines[1].endswith("prune: computing") and lines[2:] == ["printed"]
-    assert "computed" in (err := capsys.readouterr().err) and "computing" not in err
+    assert lines[0] == "before" and lines[1].endswith("prune: computing")
+    assert lines[2].endswith("prune: looked") and lines[3:] == ["printed"]
+    assert "short of memory" in (err := capsys.readouterr().err) and "comput" not in err
+
+
+def test_json_on_a_terminal_has_no_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    logs.configure(log_json=True)
+    with Progress("ablate", 1) as progress:
+        progress.step()
+    (line,) = terminal.getvalue().splitlines()
+    assert json.loads(line)["message"] == "ablate: 1/1 done in 0 s"
+
+
+@pytest.mark.parametrize("flags", [{}, {"verbose": True}])
+def test_the_demo_passes_on_what_jobs_log(capsys, flags):
+    """Their notices and every warning; tables and what Ray says only if more is asked for."""
+    logs.configure(**flags)
+    for line in ("12:00:00 prune: computing", "12:00:01 WARNING replicas: 3 wanted", "Job 'a' submitted\n"):
+        demo.relay(line)
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["  prune: computing", "WARNING   replicas: 3 wanted"]
+    assert lines[2:] == (["  Job 'a' submitted"] if flags else [])

@@ -91,11 +91,12 @@ def test_what_fits_a_card_of_4_gb(tmp_path):
 def test_a_stage_is_made_once_and_what_it_prints_is_kept(run, tmp_path):
     plan = plans(run, [Setting(2, "none", "none", 16)])[0]
     config = {**run.config.model_dump(mode="json"), "run_dir": str(tmp_path)}
-    maker = StageMaker(config, "python -m jobs.search", None)
+    maker = StageMaker(config, "python -m jobs.search", None, {"verbose": True})
     fields = {"depth": 2, "recovery": "none", "quantizer": "none", "bits": 16}
     first = maker.make(plan.model.name, fields, True, {"memory_gib": 1.0})
     assert first == {"made": True, "pid": os.getpid(), "memory_gib": 1.0}
     assert maker.make(plan.model.name, fields, True, {})["made"] is False
-    assert "removed layers [1, 2]" in (tmp_path / "search" / "logs" / f"{plan.model.name}.txt").read_text()
+    log = (tmp_path / "search" / "logs" / f"{plan.model.name}.txt").read_text()
+    assert "removed layers [1, 2]" in log and f"prune: {plan.model.name} is made after" in log  # the second is debug
     facts = run.store.manifest(plan.model.name)
     assert facts["history"][-1]["made"]["command"] == "python -m jobs.search" and facts["gpu_seconds"] == 0
