@@ -7,6 +7,7 @@
 Every stage that exists already in run_dir is reused. The rows of the paper's Table 4 go to run_dir/summary.json.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from jobs.reporting.summary import SUMMARY, SummaryRow
 from jobs.scoring.differences import differences, name_tests
 from jobs.scoring.metrics import compute_retention, judge_given_name, retention
 from jobs.scoring.rows import ANSWERS, AnswerRow
+
+LOG = logging.getLogger("jobs")
 
 _METRICS = (
     *("baseline_pct", "baseline_interval_pct", "exact_pct", "name_accuracy", "name_accuracy_interval"),
@@ -223,11 +226,11 @@ def job(run: Run) -> None:
         run.make(study)
     rows = make_summary(run, planned, failure)
     path = SUMMARY.write(run.folder, rows)
-    print(format_rows(rows))
+    print(format_rows(rows), flush=True)
     if failure is not None:
-        print(f"compress: rows are in {path}; the same command goes on with the judge", flush=True)
+        LOG.info(f"compress: rows are in {path}; the same command goes on with the judge")
         raise failure
-    print(f"compress: rows are in {path}; python -m jobs.report with the same options writes the report", flush=True)
+    LOG.info(f"compress: rows are in {path}; python -m jobs.report with the same options writes the report")
 
 
 if __name__ == "__main__":

@@ -162,8 +162,8 @@ def job(run: Run) -> None:
     facts = run.facts(made, EvaluateFacts)
     card.refresh(Path(model.path), facts)
     shown = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
-    print(json.dumps(shown, indent=1))
-    print(f"evaluate: answers are in {folder}/{ANSWERS}", flush=True)
+    print(json.dumps(shown, indent=1), flush=True)
+    LOG.info(f"evaluate: answers are in {folder}/{ANSWERS}")
 
 
 if __name__ == "__main__":

@@ -249,9 +249,10 @@ def job(run: Run) -> None:
     print(format_rows(rows, joint.damage, failure))
     print(
         f"Predicted {joint.damage} of the first round's {added['choices']} choices: {added['mean_predicted']:.4f} on "
-        f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}"
+        f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}",
+        flush=True,
     )
-    print(f"joint: rows are in {path}", flush=True)
+    LOG.info(f"joint: rows are in {path}")
     if all(candidate.failure is not None for candidate in built):
         raise RuntimeError(f"All {len(built)} choices failed; the first: {built[0].failure}")
     if failure is not None:

@@ -179,7 +179,7 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
         if len(table.skipped) > SHOWN:
             LOG.warning(f"{table.name}: {len(table.skipped)} rows skipped in all")
     for table in tables:
-        print(f"judge: verdicts are in {table.parquet}, the summary is in {table.summary}", flush=True)
+        LOG.info(f"judge: verdicts are in {table.parquet}, the summary is in {table.summary}")
 
 
 def show(
@@ -190,7 +190,7 @@ def show(
     for name, table_facts in zip(rows, facts, strict=True):
         counted = table_facts["tally"]
         unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}
-        print(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}")
+        print(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}", flush=True)
     for line in [*remarks(list(rows.values())), *([reason] if reason else [])]:
         print(line, flush=True)
 
@@ -229,7 +229,7 @@ def job(run: Run) -> None:
     (made,) = make_all(run, [evaluated])
     card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, made))
     show({run.config.model.path: row(run, made)}, [run.facts(made, JudgeFacts)], {}, "")
-    print(f"judge: verdicts are in {run.folder_of(made) / VERDICTS}", flush=True)
+    LOG.info(f"judge: verdicts are in {run.folder_of(made) / VERDICTS}")
 
 
 def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:

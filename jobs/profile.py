@@ -141,7 +141,7 @@ def job(run: Run) -> None:
             row["cap"] = run_capped(run, model, asked, cap)
             write_text(run.folder / ROWS, json.dumps(rows, indent=1))
             print(verdict(row), flush=True)
-    print(f"profile: rows are in {run.folder / ROWS}", flush=True)
+    LOG.info(f"profile: rows are in {run.folder / ROWS}")
 
 
 if __name__ == "__main__":

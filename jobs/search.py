@@ -256,8 +256,8 @@ def job(run: Run) -> None:
         recorded = read_rows(run)  # those of the joint choice are among them
     resolved = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
     print(format_rows(recorded, failure))
-    print(format_answer(resolved, config.budget))
-    print(f"search: {write_report(run, recorded, resolved, failure)}", flush=True)
+    print(format_answer(resolved, config.budget), flush=True)
+    LOG.info(f"search: the report is {write_report(run, recorded, resolved, failure)}")
     if not config.resolve_only:
         check_any(new_rows)
     if failure is not None:

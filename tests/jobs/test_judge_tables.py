@@ -56,7 +56,8 @@ def test_tables_of_every_format(tmp_path, monkeypatch, capsys):
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(row) for row in third))
     before = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
     paths = ", ".join(str(tmp_path / name) for name in before)
-    code, out, _ = command(monkeypatch, capsys, tmp_path, "--tables", f"[{paths}]")
+    code, out, err = command(monkeypatch, capsys, tmp_path, "--tables", f"[{paths}]")
+    assert f"verdicts are in {tmp_path}/b.judged.parquet" in err and str(tmp_path) not in out
     assert code == 0 and {name: (tmp_path / name).read_bytes() for name in before} == before
     rows = read_table(tmp_path / "b.judged.parquet")
     assert len(rows) == 120 and rows[5]["judge_label"] == fair("", rows[5]["reference"], rows[5]["answer"])

@@ -39,7 +39,9 @@ def test_every_stage_is_made_once_and_the_best_that_fits_is_the_answer(factory, 
     assert (out["baseline_pct"], out["screen_images"], done["images"], done["screen_images"]) == (None, 12, 20, 12)
     assert (done["removed_layers"], done["score_kind"], done["memory_kind"]) == ([1, 2], "baseline", "estimate")
     assert done["checkpoint"] == "artifacts/" + done["artifacts"][-2] and done["evaluation"] == done["artifacts"][-1]
-    said = capsys.readouterr().out
+    said, err = capsys.readouterr()
+    report = tmp_path / "search" / "report.html"
+    assert f"search: the report is {report}" in err and str(report) not in said  # where files are is no result
     assert "answer for 3.9 GiB: 2 out, lora, awq 4 bit: 100.0" in said  # of equal scores the smallest
     assert "runner-up: awq 4 bit" in said and "difference: none, every answer has the same score" in said
 
