@@ -10,6 +10,7 @@ layer with the highest score is missed least and is removed first. --ablate.crit
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -169,12 +170,13 @@ def job(run: Run) -> None:
         interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
         print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")
     facts = run.facts(scored, AblateFacts)
-    print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %", flush=True)
+    print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
     if run.config.ablate.compare:
         others = Path(run.make(comparison_stage(run, model, data, scored)))
         for pair in AGREEMENT.read(others):
             if pair["criterion"] == criterion != pair["other"]:
-                print(f"Kendall's tau with {pair['other']}: {format_tau(pair['tau'])}", flush=True)
+                print(f"Kendall's tau with {pair['other']}: {format_tau(pair['tau'])}")
+    sys.stdout.flush()
     LOG.info(f"ablate: scores and figure are in {folder}")
 
 

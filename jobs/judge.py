@@ -186,13 +186,12 @@ def show(
     rows: Mapping[str, Mapping], facts: Sequence[Mapping], differ: Mapping[str, Mapping], reason: str = ""
 ) -> None:
     """Print judged tables with all that has to be said about them."""
-    print(format_rows(rows, differ))
+    lines = [format_rows(rows, differ)]
     for name, table_facts in zip(rows, facts, strict=True):
         counted = table_facts["tally"]
         unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}
-        print(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}", flush=True)
-    for line in [*remarks(list(rows.values())), *([reason] if reason else [])]:
-        print(line, flush=True)
+        lines.append(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}")
+    print("\n".join([*lines, *remarks(list(rows.values())), *([reason] if reason else [])]), flush=True)
 
 
 def serve(run: Run) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
+from rich.text import Text
 from tqdm import tqdm
 
 ROOTS = ("actors", "cluster", "jobs")
@@ -28,12 +29,16 @@ _flags = dict.fromkeys(FLAGS, False)  # of this process
 
 
 class _Terminal(RichHandler):
-    """Lines with time and level; an error is a bare sentence, as it was before there was a log."""
+    """Lines with time and level, of any length: a path can be copied. An error is a bare sentence."""
+
+    def render(self, *, record: logging.LogRecord, message_renderable, **_) -> Text:  # type: ignore[override]
+        time = Text(f"{datetime.fromtimestamp(record.created):%H:%M:%S} ", "log.time")
+        return Text.assemble(time, self.get_level_text(record), " ", message_renderable)
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
             if record.levelno >= logging.ERROR and not record.exc_info:
-                self.console.print(record.getMessage(), style="red", markup=False, highlight=False, soft_wrap=True)
+                self.console.print(record.getMessage(), style="red", markup=False, highlight=False)
             else:
                 super().emit(record)
 
@@ -82,9 +87,7 @@ def configure(quiet: bool = False, verbose: bool = False, log_json: bool = False
     _flags.update(quiet=quiet, verbose=verbose, log_json=log_json)
     handler: logging.Handler
     if sys.stderr.isatty() and not log_json:
-        handler = _Terminal(
-            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", highlighter=NullHighlighter()
-        )
+        handler = _Terminal(console=Console(stderr=True, soft_wrap=True), highlighter=NullHighlighter())
     else:
         handler = _Stderr()
         handler.setFormatter(_Json() if log_json else _Plain())

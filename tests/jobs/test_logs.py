@@ -17,6 +17,7 @@ from tests.jobs.commands import CONFIG
 from tests.tiny import DERM_TINY
 
 LOG = logging.getLogger("jobs.ranking")
+LONG = "/shared/" + 12 * "long-names/" + "artifacts"
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,7 @@ def test_lines_on_a_terminal_leave_the_bar_whole(monkeypatch):
     with tqdm(total=2, file=terminal, desc="ablate") as bar:
         bar.update()
         LOG.info("ablate: computing [scores]")
+        LOG.warning(f"ablate: scores and figure are in {LONG}")
         LOG.error(
             "ablate: a sentence that is longer than a terminal of eighty columns is wide is not broken into lines"
         )
@@ -127,6 +129,7 @@ def test_lines_on_a_terminal_leave_the_bar_whole(monkeypatch):
     before, after = text.split("ablate: computing [scores]")
     assert "INFO" in before and re.search(r"\d\d:\d\d:\d\d", before)
     assert "0/2" in before and "1/2" in after
+    assert "WARNING" in after and f"scores and figure are in {LONG}\n" in after
     assert "a sentence that is longer than a terminal of eighty columns is wide is not broken into lines" in after
 
 
