@@ -85,6 +85,7 @@ class RoundedFacts(Facts):
     """Of decoder layers that were rounded to several numbers of bits, a file each."""
 
     layers: int
+    bytes: int  # of the files
     calibration_tokens: NotRequired[int]
 
 
