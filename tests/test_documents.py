@@ -1,19 +1,44 @@
-"""README and docs/: short enough, no dead links, and no command, option or target that does not exist."""
+"""README and docs/: short enough, no dead links, no command, option, target or file that does not exist.
+
+Every command is run by a test or by CI, or the document says what it needs that this machine lacks.
+"""
 
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
 
 import pytest
 
-from jobs.core.options import valid_keys
-from tests.documents import DOCUMENTS, ROOT, Block, blocks
+from jobs.core.command import parse
+from jobs.core.facts import Metrics, Profile, SelectFacts
+from jobs.core.options import load_config, valid_keys
+from jobs.ranking.rows import Agreement, LayerScore, RangeRow
+from jobs.reporting.summary import SummaryRow
+from jobs.searching.joint_table import Additivity, JointRow, SingleRow, TriedRow
+from jobs.searching.table import SearchRow
+from tests.documents import DOCUMENTS, RECORDS, ROOT, Block, blocks, inline_commands, job_commands
 
 LACKED = {"a cluster", "a judge model", "your model", "your images"}  # by the machine of the tests
-BY_CI = re.compile(r"(?P<target>make [a-z-]+)|\.venv/bin/python -m pytest (?P<file>\S+)")
-every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+RUN_BY = {  # what else runs a command, and the words by which it does
+    "make demo": ("tests/jobs/test_demo.py", '"-m", "jobs.demo"'),
+    "make test": (".ci/run", "\nmake test\n"),
+    "make lint": (".ci/run", "\nmake lint\n"),
+    "make test-slow": (".ci/run", "\nmake test-slow"),
+}
+COMMANDS = blocks("", "sh")
+MEASURES = (
+    *(SummaryRow, SearchRow, JointRow, Metrics, Profile),
+    *(LayerScore, Agreement, RangeRow, Additivity, SingleRow, TriedRow),
+)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+every_block = pytest.mark.parametrize("block", COMMANDS, ids=str)
 
 
 def test_readme_is_short():
@@ -36,35 +61,101 @@ def test_jobs_exist(document):
 
 @every_document
 def test_options_exist(document):
+    """Dotted ones stand alone in sentences, too; those of a command are options of that very job."""
     keys = set(valid_keys())
-    options = set(re.findall(r"(?<!-)--([a-z_]+\.[a-z_.]*[a-z_])", document.read_text()))
-    assert options <= keys
+    text = document.read_text()
+    assert set(re.findall(r"(?<!-)--([a-z_]+\.[a-z_.]*[a-z_])", text)) <= keys
+    for job, arguments in [*job_commands(text), *inline_commands(document)]:
+        options = set(re.findall(r"(?<=--)[a-z][a-z_.-]+", arguments)) - {"help"}
+        unknown = {option for option in options if not re.search(rf"--{re.escape(option)}\b", help_of(job))}
+        assert not unknown, f"{job} has no {unknown}"
+
+
+@every_document
+def test_fields_exist(document):
+    """Fields of the config are written as `section.field`."""
+    keys = set(valid_keys())
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    fields = re.findall(r"`([a-z_]+)\.([a-z_.]+)(?=[`: ])", document.read_text())
+    known = keys | {key.rpartition(".")[0] for key in keys}
+    unknown = {f"{section}.{name}" for section, name in fields if section in sections} - known
+    assert not {name for name in unknown if not name.endswith((".json", ".py", ".yaml", ".parquet"))}
 
 
 @every_document
 def test_make_targets_exist(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"`make ([a-z-]+)", document.read_text()))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", document.read_text(), re.M))
     assert named <= targets
 
 
+@every_document
+def test_files_exist(document):
+    """Those that a document names by their path; in the records they are those of that day."""
+    if document.name in RECORDS:
+        return
+    text = re.sub(r"https?://\S+", "", document.read_text())
+    paths = re.findall(r"\b((?:actors|cluster|configs|docs|jobs|tests)/[\w./*-]*[\w*/])", text)
+    missing = [path for path in paths if not list(ROOT.glob(path)) and path != "configs/mine.yaml"]
+    assert not missing
+
+
+@every_document
+def test_extras_exist(document):
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    named = {extra for extras in re.findall(r"'\.\[([a-z,-]+)\]'", document.read_text()) for extra in extras.split(",")}
+    assert named <= known
+
+
+def test_the_readmes_config_is_short_and_valid(tmp_path):
+    config = load_config(str(my_config(tmp_path)), [])
+    assert (config.run_dir, config.replicas.gpus) == ("runs/mine", 1) and len(config.data.classes) == 2
+    assert len(my_config(tmp_path).read_text().splitlines()) == 5
+
+
+@every_block
+def test_commands_are_understood(block: Block, tmp_path):
+    """By the parser of the job: options, values and configs; configs/mine.yaml is the config of the README."""
+    for job, arguments in job_commands(block.text):
+        words = [word.replace("configs/mine.yaml", str(my_config(tmp_path))) for word in shlex.split(arguments)]
+        shorthands = dict(re.findall(r"^  --(\S+) +short for --(\S+)$", help_of(job), re.M))
+        if job != "jobs.demo":
+            parse(words, shorthands)
+
+
 def test_documents_have_commands():
-    assert {block.document for block in blocks()} >= {"README.md", "guide.md", "search.md", "judge.md"}
+    assert {block.document.name for block in COMMANDS} >= {
+        *("README.md", "guide.md", "ablation.md", "checkpoints.md", "judge.md", "numbers.md", "search.md"),
+        "CONTRIBUTING.md",
+    }
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: f"{block.document}-{block.lines[0][:30]}")
+@every_block
 def test_a_block_runs_here_or_says_what_it_needs(block: Block):
-    """make's targets and single files of tests are run by CI; python's jobs by the test below."""
+    """Targets of make are run by what RUN_BY says, files of tests by CI, jobs by the test below."""
     assert set(block.needs.split(", ")) - {""} <= LACKED
     if block.needs:
         return
-    ci = (ROOT / ".ci/run").read_text() + "make demo"  # tests/jobs/test_demo.py
     for line in block.lines:
-        match = BY_CI.fullmatch(line)
-        if match:
-            assert (match["target"] or "make test") in ci and (ROOT / (match["file"] or "Makefile")).is_file()
+        if line in RUN_BY:
+            file, words = RUN_BY[line]
+            assert words in (ROOT / file).read_text()
+        elif match := re.fullmatch(r"\.venv/bin/python -m pytest (\S+)", line):
+            assert (ROOT / match[1]).is_file()
         else:
             assert re.match(r"(\w+=\$\()?\.venv/bin/python -m jobs\.", line), line
+
+
+def test_every_measure_is_defined():
+    """Every column of the tables of results stands in docs/numbers.md, itself or by a pattern such as `*_p5_p95`."""
+    named = set(re.findall(r"`([a-z0-9_*]+)`", (ROOT / "docs" / "numbers.md").read_text()))
+    patterns = [name for name in named if "*" in name and len(name) > 6]
+    columns = {*(column for kind in MEASURES for column in kind.__annotations__), "gain", "gain_interval"}
+    assert {"gain", "gain_interval"} <= SelectFacts.__annotations__.keys()
+    undefined = {c for c in columns - named if not any(fnmatchcase(c, pattern) for pattern in patterns)}
+    assert not undefined
+    unused = {p for p in patterns if not any(fnmatchcase(column, p) for column in columns)}
+    assert not unused
 
 
 @pytest.mark.slow
@@ -76,13 +167,28 @@ def test_the_documents_commands_run(tmp_path):
     python.chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ran = 0
-    for block in blocks():
-        if block.needs or all(BY_CI.fullmatch(line) for line in block.lines):
+    for block in COMMANDS:
+        if block.needs or not any("-m jobs." in line for line in block.lines):
             continue
         script = "\n".join(block.lines).replace(".venv/bin/python", str(python))
         done = subprocess.run(
             ["sh", "-e", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
         )
-        assert done.returncode == 0, f"{block.document}: {script}\n{done.stderr}"
+        assert done.returncode == 0, f"{block}: {script}\n{done.stderr}"
         ran += len(block.lines)
-    assert ran >= 4
+    assert ran >= 7
+
+
+@cache
+def help_of(job: str) -> str:
+    """Return what --help of a job prints."""
+    return subprocess.run(
+        [sys.executable, "-m", job, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def my_config(folder: Path) -> Path:
+    """Write the README's config into a folder, and return the file."""
+    (block,) = blocks("yaml")
+    (folder / "mine.yaml").write_text(block.text)
+    return folder / "mine.yaml"
