@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster/kuberay/README.md"]
 RECORDS = ("RESULTS.md", "LOG.md")  # what was once run, with commit and machine
-_BLOCK = re.compile(r"(?:^<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.M | re.S
+)
 _JOB = re.compile(r"python -m (jobs\.[a-z_]+)([^`|;)\n]*)")
 
 
