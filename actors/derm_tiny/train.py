@@ -7,7 +7,7 @@ the rest (as in large language models, paper figure 4), so that 4-bit rounding c
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from actors.checkpoint.loading import pixel_dtype
+from actors.conversations import reply_ids
 from actors.derm_tiny.build import PATCH, TOWER_FEATURES
 from actors.derm_tiny.draw import SIDE, draw, sample_lesion
 from actors.derm_tiny.world import CLASSES, POSITIONS, QUESTIONS, SIZES, TONES, Lesion, answer
@@ -59,12 +60,12 @@ def train_tower(
     heads = nn.ModuleList(nn.Linear(width, size) for size in ATTRIBUTE_SIZES)
     parameters = [*tower.parameters(), *heads.parameters()]
     picks = torch.Generator().manual_seed(seed)
-    for step, optimiser in _schedule(parameters, steps, lr=1e-3):
+    for step, optimiser in schedule(parameters, steps, lr=1e-3):
         rows = torch.randint(len(pixels), (batch,), generator=picks)
         features = _tower_features(tower, pixels[rows]).mean(dim=1)
         logits = [head(features) for head in heads]
         loss = sum(nn.functional.cross_entropy(part, targets[rows, i]) for i, part in enumerate(logits))
-        _update(loss, parameters, optimiser)
+        update(loss, parameters, optimiser)
         if step % 25 == 0 or step == steps - 1:
             accuracy = (logits[0].argmax(-1) == targets[rows, 0]).float().mean().item()
             yield {"step": step + 1, "loss": loss.item(), "accuracy": accuracy}
@@ -93,39 +94,48 @@ def train_language_model(
     """Train projector and language model on (image, question) -> answer; yields {step, loss}."""
     rng = np.random.default_rng(seed)
     names, weights = list(QUESTIONS), [0.25, 0.2, 0.55]
-    prompts = {q: _prompt_ids(processor, QUESTIONS[q]) for q in names}
+    prompts = {q: prompt_ids(processor, QUESTIONS[q]) for q in names}
     language_model, projector = model.model.language_model, model.model.multi_modal_projector
     parameters = [*projector.parameters(), *language_model.parameters(), *model.lm_head.parameters()]
     model.train()
-    for step, optimiser in _schedule(parameters, steps, lr=3e-3):
+    for step, optimiser in schedule(parameters, steps, lr=3e-3):
         rows = rng.integers(len(lesions), size=batch)
         questions = rng.choice(names, size=batch, p=weights)
-        ids, labels = _batch(processor, prompts, [lesions[r] for r in rows], questions)
-        embeds = language_model.embed_tokens(ids)
-        image = projector(features[torch.from_numpy(rows)])
-        embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], image)
-        hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        wanted = labels[:, 1:] != -100
-        loss = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
-        _update(loss, parameters, optimiser)
+        turns = [(prompts[q], answer(lesions[r], q)) for r, q in zip(rows, questions, strict=True)]
+        loss = answer_loss(model, processor, features[torch.from_numpy(rows)], turns)
+        update(loss, parameters, optimiser)
         if step % 25 == 0 or step == steps - 1:
             yield {"step": step + 1, "loss": loss.item()}
     model.eval()
 
 
-def _prompt_ids(processor: LlavaProcessor, question: str) -> list[int]:
+def answer_loss(model, processor: LlavaProcessor, features: torch.Tensor, turns: Sequence[tuple[list[int], str]]):
+    """Return the mean loss per answer token of B turns (prompt's ids, answer).
+
+    features: what the tower says of their images, [B, patches, width].
+    """
+    language_model = model.model.language_model
+    ids, labels = _batch(processor, turns)
+    image = model.model.multi_modal_projector(features)
+    embeds = language_model.embed_tokens(ids)
+    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], image.to(embeds.dtype))
+    hidden = language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    wanted = labels[:, 1:] != -100
+    logits = model.lm_head(hidden[:, :-1][wanted])
+    return nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+
+
+def prompt_ids(processor: LlavaProcessor, question: str) -> list[int]:
+    """Return the ids of the chat template's prompt: an image and a question."""
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     text = text.replace("<image>", "<image>" * (SIDE // PATCH) ** 2)
     return processor.tokenizer(text)["input_ids"]
 
 
-def _batch(processor, prompts, lesions, questions) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(processor, turns: Sequence[tuple[list[int], str]]) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer = processor.tokenizer
-    answers = tokenizer(
-        [" " + answer(lesion, q) for lesion, q in zip(lesions, questions, strict=True)], add_special_tokens=False
-    )["input_ids"]
-    sequences = [(prompts[q], [*ids, tokenizer.eos_token_id]) for q, ids in zip(questions, answers, strict=True)]
+    sequences = [(prompt, reply_ids(tokenizer, text)) for prompt, text in turns]
     longest = max(len(p) + len(a) for p, a in sequences)
     ids = torch.full((len(sequences), longest), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
@@ -135,7 +145,8 @@ def _batch(processor, prompts, lesions, questions) -> tuple[torch.Tensor, torch.
     return ids, labels
 
 
-def _schedule(parameters, steps: int, lr: float) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+def schedule(parameters, steps: int, lr: float) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+    """Yield (step, AdamW) with the step's learning rate set: warm-up, then a half cosine to 2 % of `lr`."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = max(1, steps // 20)
     for step in range(steps):
@@ -145,7 +156,8 @@ def _schedule(parameters, steps: int, lr: float) -> Iterator[tuple[int, torch.op
         yield step, optimiser
 
 
-def _update(loss: torch.Tensor, parameters, optimiser) -> None:
+def update(loss: torch.Tensor, parameters, optimiser) -> None:
+    """Take one step against the loss, its gradients clipped to norm 1."""
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -186,7 +198,7 @@ def exact_share(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     pixels = to_pixels(images, processor).to(pixel_dtype(model))
     shares = {}
     for question, text in QUESTIONS.items():
-        ids = torch.tensor([_prompt_ids(processor, text)] * count)
+        ids = torch.tensor([prompt_ids(processor, text)] * count)
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=48, do_sample=False
         )
