@@ -21,8 +21,9 @@ from actors.checkpoint.loading import (
 )
 from actors.checkpoint.tensors import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
+from actors.engine.answering import Limits, verify_drafts
+from actors.engine.pace import Pace
 from actors.engine.threads import threads_for
-from actors.engine.verification import Limits, verify_drafts
 from actors.images import open_image
 from actors.memory import cached_bytes, count_parameters, free_bytes, out_of_memory
 from actors.profiler import device_facts, measure
@@ -55,6 +56,7 @@ class LlavaReplica:
         self.device = language_model(self.model).embed_tokens.weight.device
         self._max_rows, self._sharers = max_rows, spec.sharers
         self.counts: Counter[str] = Counter()
+        self._pace = Pace()
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         stop = self.model.generation_config.eos_token_id
         self._stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
@@ -130,13 +132,13 @@ class LlavaReplica:
 
     def _base_answers(self, prompts, guesses, base_L, limits, part: list[int], _: list[int]) -> _Found:
         given = [prompts[i] for i in part], [guesses[i] if guesses else [] for i in part]
-        answers, counts = verify_drafts(self.model, *given, base_L, base_L[None], limits)
+        answers, counts = verify_drafts(self.model, *given, base_L, base_L[None], limits, self._pace)
         self.counts["layer_tokens_run"] += counts["layer_tokens_run"]
         return [((i, -1), answer) for i, [answer] in zip(part, answers, strict=True)]
 
     def _checked_answers(self, prompts, drafts, base_L, keep_VL, limits, part: list[int], chosen: list[int]) -> _Found:
         given = [prompts[i] for i in part], [drafts[i] for i in part]
-        answers, counts = verify_drafts(self.model, *given, base_L, keep_VL[chosen], limits)
+        answers, counts = verify_drafts(self.model, *given, base_L, keep_VL[chosen], limits, self._pace)
         self.counts.update(counts)
         return [((i, v), answers[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 

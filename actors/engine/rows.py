@@ -75,6 +75,34 @@ class RowCache:
         return part.new_empty(part.shape[0], part.shape[1], self.capacity, part.shape[-1])
 
 
+@dataclass(frozen=True)
+class RowTable:
+    """The layers that each of R rows keeps, and the layer from which on it is computed for itself.
+
+    Below join_R[r], row r equals row source_R[r], which is computed there in its place.
+    """
+
+    keep_RL: torch.Tensor
+    source_R: torch.Tensor
+    join_R: torch.Tensor
+
+    def owners(self, layer: int, chosen_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the `chosen` rows keep a layer, and where its cache holds them (or what they equal there).
+
+        A layer's cache has the rows that keep it and are computed there for themselves, in order.
+        """
+        rows = self.cached(layer)
+        place_R = torch.full((len(self.keep_RL),), -1)
+        place_R[rows] = torch.arange(len(rows))
+        keeping = self.keep_RL[chosen_C, layer].nonzero()[:, 0]
+        rows_K = chosen_C[keeping]
+        return keeping, place_R[torch.where(self.join_R[rows_K] <= layer, rows_K, self.source_R[rows_K])]
+
+    def cached(self, layer: int) -> torch.Tensor:
+        """Return the rows of a layer's cache."""
+        return ((self.join_R <= layer) & self.keep_RL[:, layer]).nonzero()[:, 0]
+
+
 class Pass(Protocol):
     """What a RowSwitch asks of a pass."""
 
@@ -95,11 +123,11 @@ class PromptPass:
     def __init__(
         self, model: Llava, keep_RL: torch.Tensor, source_R: Sequence[int] | None = None, join_R: Sequence[int] = ()
     ):
-        self.keep_RL, self.windows, self.devices = keep_RL.cpu(), _windows(model), layer_devices(model)
+        self.windows, self.devices = _windows(model), layer_devices(model)
         rows = len(keep_RL)
-        self.source_R = torch.tensor(source_R if source_R is not None else range(rows))
-        self.join_R = torch.tensor(join_R) if join_R else torch.zeros(rows, dtype=torch.long)
-        self.sources = len(set(self.source_R.tolist()))
+        source = torch.tensor(source_R if source_R is not None else range(rows))
+        join = torch.tensor(join_R) if join_R else torch.zeros(rows, dtype=torch.long)
+        self.table = self.running = RowTable(keep_RL.cpu(), source, join)
         self.layer_rows_run = 0
         self.cache = RowCache(0)
         self._masks: dict[int | None, torch.Tensor | None] = {}
@@ -113,41 +141,36 @@ class PromptPass:
             self._masks[window] = None if mask is None else mask.to(device)
         with switched(model, self) as decoder:
             positions = layout.positions_Q[None].to(device)
-            return _decoded(decoder, embeds_GQD, positions, self.cache, len(self.keep_RL))
+            return decode_rows(decoder, embeds_GQD, positions, self.cache, len(self.table.keep_RL))
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """Let rows join; run one layer on the rows that keep it, the others pass through."""
         device = self.devices[index]
         hidden = hidden.to(device)
-        count = int((self.join_R <= index).sum())
-        before = self.sources if index == 0 else len(hidden)
+        rows = self.running
+        count = int((rows.join_R <= index).sum())
+        before = len(rows.source_R.unique()) if index == 0 else len(hidden)
         if count == before:
             return self._run(index, layer, hidden, args, kwargs)
-        joining = hidden[self.source_R[before:count].to(device)]
-        if self.keep_RL[before:count, index].any():
+        joining = hidden[rows.source_R[before:count].to(device)]
+        if rows.keep_RL[before:count, index].any():
             return self._run(index, layer, torch.cat([hidden, joining]), args, kwargs)
         return torch.cat([self._run(index, layer, hidden, args, kwargs), joining])  # it is the one that they lack
 
     def _run(self, index: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-        rows = self.keep_RL[: len(hidden), index].nonzero()[:, 0]
+        rows = self.running.keep_RL[: len(hidden), index].nonzero()[:, 0]
         self.layer_rows_run += len(rows)
         if not len(rows):
             return hidden
-        kwargs = _moved(kwargs, hidden.device, self._masks[self.windows[index]])
+        kwargs = self._given(index, rows, kwargs, hidden.device)
         if len(rows) == len(hidden):
             return _first(layer(hidden, *args, **kwargs))
         rows = rows.to(hidden.device)
         return hidden.index_copy(0, rows, _first(layer(hidden[rows], *args, **kwargs)))
 
-    def owners(self, layer: int, chosen_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of the `chosen` rows keep a layer, and where its cache holds them (or what they equal there)."""
-        count = int((self.join_R <= layer).sum())
-        rows = self.keep_RL[:count, layer].nonzero()[:, 0]
-        place_R = torch.full((len(self.keep_RL),), -1)
-        place_R[rows] = torch.arange(len(rows))
-        keeping = self.keep_RL[chosen_C, layer].nonzero()[:, 0]
-        rows_K = chosen_C[keeping]
-        return keeping, place_R[torch.where(self.join_R[rows_K] <= layer, rows_K, self.source_R[rows_K])]
+    def _given(self, index: int, rows: torch.Tensor, kwargs: dict, device: torch.device) -> dict:
+        """Return a layer's arguments for `rows` of those that run."""
+        return on_device(kwargs, device, self._masks[self.windows[index]])
 
 
 @dataclass(frozen=True)
@@ -157,6 +180,16 @@ class Part:
     prompt: PromptPass
     rows: Sequence[int]
     slots: Sequence[Sequence[int]]
+
+    def take(self, layer: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return which of the rows keep a layer, and their keys and values [K, H, S, head] there, padded behind."""
+        keys, values = self.prompt.cache.layers[layer]
+        keeping, places = self.prompt.table.owners(layer, torch.tensor(self.rows))
+        if not len(keeping):
+            return keeping, []
+        slots_KS = pad_sequence([torch.tensor(self.slots[row]) for row in keeping.tolist()], True).to(keys.device)
+        places = places.to(keys.device)
+        return keeping, [both.transpose(1, 2)[places[:, None], slots_KS].transpose(1, 2) for both in (keys, values)]
 
 
 class StepPass:
@@ -182,16 +215,13 @@ class StepPass:
         self.cache = RowCache(int(kept_R.max()) + room, int(kept_R.max()))
         start = 0
         for part in parts:
-            chosen, slots_CS = torch.tensor(part.rows), pad_sequence([torch.tensor(s) for s in part.slots], True)
             for layer in sorted(part.prompt.cache.layers):
-                keys, values = part.prompt.cache.layers.pop(layer)
-                keeping, places = part.prompt.owners(layer, chosen)
-                if len(keeping):
-                    at, places, slots = (x.to(keys.device) for x in (start + keeping, places, slots_CS[keeping]))
-                    taken = [both.transpose(1, 2)[places[:, None], slots].transpose(1, 2) for both in (keys, values)]
-                    self.cache.place(layer, len(kept_R), at, *taken)
-            start += len(chosen)
-        self.keep_RL = torch.cat([part.prompt.keep_RL[list(part.rows)] for part in parts])
+                keeping, taken = part.take(layer)
+                part.prompt.cache.layers.pop(layer)
+                if taken:
+                    self.cache.place(layer, len(kept_R), (start + keeping).to(taken[0].device), *taken)
+            start += len(part.rows)
+        self.keep_RL = torch.cat([part.prompt.table.keep_RL[list(part.rows)] for part in parts])
         slots_S = torch.arange(self.cache.capacity)
         self.valid_RS = slots_S < kept_R[:, None]
         self.key_positions_RS = slots_S.repeat(len(kept_R), 1)
@@ -217,7 +247,7 @@ class StepPass:
                 seen_RS = seen_RS & (positions_R[:, None] - self.key_positions_RS[:, : slot + 1] < window)
             mask = torch.zeros(seen_RS.shape, dtype=self.dtype, device=device).masked_fill_(~seen_RS, -torch.inf)
             self._masks[window, device] = mask[:, None, None]
-        hidden = _decoded(
+        hidden = decode_rows(
             decoder, decoder.embed_tokens(tokens_R)[:, None], positions_R[:, None], self.cache, len(tokens_R)
         )
         self.cache.used += 1
@@ -232,7 +262,7 @@ class StepPass:
         if (window, device) not in self._masks:
             made_on = next(where for kind, where in self._masks if kind == window)
             self._masks[window, device] = self._masks[window, made_on].to(device)
-        after = _first(layer(hidden, *args, **_moved(kwargs, device, self._masks[window, device])))
+        after = _first(layer(hidden, *args, **on_device(kwargs, device, self._masks[window, device])))
         keep = self._some[index]
         return after if keep is None else torch.where(keep, after, hidden)
 
@@ -269,7 +299,7 @@ def switched(model: Llava, state: Pass) -> Iterator[nn.Module]:
         decoder.layers = stock
 
 
-def _decoded(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows: int) -> torch.Tensor:
+def decode_rows(decoder: nn.Module, embeds_RQD, positions_RQ, cache: RowCache, rows: int) -> torch.Tensor:
     """Run the decoder; rows: how many there are at the end."""
     # A mask of four axes is taken as it is, so that the decoder makes none; every layer gets its pass's instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds_RQD.device)
@@ -291,7 +321,8 @@ def _windows(model: Llava) -> list[int | None]:
     return attention_windows(text)
 
 
-def _moved(kwargs: dict, device: torch.device, mask: torch.Tensor | None) -> dict:
+def on_device(kwargs: dict, device: torch.device, mask: torch.Tensor | None) -> dict:
+    """Return a layer's arguments on its device, with its own mask."""
     return kwargs | {
         "attention_mask": None if mask is None else mask.to(device),
         "position_ids": kwargs["position_ids"].to(device),

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from actors.checkpoint.loading import language_model
 from actors.derm_tiny.build import SIDE
+from actors.engine.answering import Limits, verify_drafts
+from actors.engine.pace import Pace
 from actors.engine.replica import LlavaReplica
 from actors.engine.rows import StepPass
-from actors.engine.verification import Limits, verify_drafts
 from actors.specs import ModelSpec
 from tests.tiny import (
     ARCHITECTURES,
@@ -89,6 +90,17 @@ def drawn_drafts(picks: random.Random, answers) -> list[list[int]]:
     return [draft(answer) for draft, answer in zip(cycle(chosen), answers)]
 
 
+class AnyPace(Pace):
+    """Pieces of any length, and an end of them at any time."""
+
+    def __init__(self, picks: random.Random):
+        super().__init__()
+        self.picks = picks
+
+    def length(self, variants, width, room, first, alone):
+        return min(room, self.picks.choice([1, 1, 2, 3, 5, 99, 1 if first else 0]))
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(seed=st.integers(0, 99))
 def test_any_draft_any_base_any_sets(model, lesions, seed):
@@ -97,7 +109,8 @@ def test_any_draft_any_base_any_sets(model, lesions, seed):
     picks = random.Random(seed)
     base, *removed = drawn_sets(picks, LAYERS, picks.randint(2, 6))
     drafts = drawn_drafts(picks, generated(model.model, prompts, base))
-    answers, counts = verify_drafts(model.model, prompts, drafts, keep([base])[0], keep(removed), LIMITS)
+    pace = AnyPace(picks)
+    answers, counts = verify_drafts(model.model, prompts, drafts, keep([base])[0], keep(removed), LIMITS, pace)
     assert answers == each(model.model, prompts, removed)
     assert counts["rows"] == len(prompts) * len(removed)
 
@@ -146,7 +159,7 @@ def test_any_architecture(config, seed):
     own, _ = verify_drafts(model, prompts, [[] for _ in prompts], base_L, base_L[None], LIMITS)
     assert own == each(model, prompts, [base])
     drafts = drawn_drafts(picks, [answer for [answer] in own])
-    answers, _ = verify_drafts(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS)
+    answers, _ = verify_drafts(model, prompts, drafts, base_L, torch.stack(keep_VL), LIMITS, AnyPace(picks))
     assert answers == each(model, prompts, removed)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import actors.engine.answering
 import actors.engine.replica
-import actors.engine.verification
 from actors.checkpoint.loading import language_model
 from actors.checkpoint.pruning import prune_checkpoint
+from actors.engine.answering import verify_drafts
+from actors.engine.pace import Pace
 from actors.engine.replica import LlavaReplica
-from actors.engine.verification import verify_drafts
 from actors.specs import ModelSpec, Sample
 from tests.tiny import (
     ARCHITECTURES,
@@ -126,12 +127,12 @@ def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch
     expected = replica.answers(samples, REMOVED, 4)
     tried = []
 
-    def crowded(model, prompts, drafts, base_L, keep_VL, limits):
+    def crowded(model, prompts, drafts, base_L, keep_VL, limits, pace):
         if (keep_VL != base_L).any():  # not the base's own answers
             tried.append(rows_of(prompts, base_L, keep_VL))
             if tried[-1] > 5:
                 full()
-        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits, pace)
 
     monkeypatch.setattr(actors.engine.replica, "verify_drafts", crowded)
     assert LlavaReplica(ModelSpec(tiny_path), max_rows=64).answers(samples, REMOVED, 4) == expected
@@ -166,9 +167,10 @@ def test_logits_are_taken_in_bounded_parts(tiny_path, lesions, monkeypatch):
     replica, samples = LlavaReplica(ModelSpec(tiny_path)), draw_samples(lesions)
     drafts = [[5] * 8 for _ in samples]
     expected = replica.answers(samples, REMOVED, 8, drafts=drafts)
+    monkeypatch.setattr(Pace, "length", lambda self, variants, width, room, first, alone: room)
     vocabulary, seen = len(replica.model.lm_head.weight), []
     replica.model.lm_head.register_forward_hook(lambda m, a, logits: seen.append(logits.shape))
-    monkeypatch.setattr(actors.engine.verification, "LOGITS_AT_ONCE", 3 * 8 * vocabulary + 1)
+    monkeypatch.setattr(actors.engine.answering, "LOGITS_AT_ONCE", 3 * 8 * vocabulary + 1)
     assert replica.answers(samples, REMOVED, 8, drafts=drafts) == expected
     checked = [tuple(shape) for shape in seen if len(shape) == 3]
     assert set(checked) == {(3, 8, vocabulary)} and len(checked) == len(samples) * len(REMOVED) / 3
@@ -187,9 +189,9 @@ def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, shar
     monkeypatch.setattr(actors.engine.replica, "free_bytes", lambda device: sharers * 3.5 * per_row / 0.6)
     sizes = []
 
-    def watched(model, prompts, drafts, base_L, keep_VL, limits):
+    def watched(model, prompts, drafts, base_L, keep_VL, limits, pace):
         sizes.append(rows_of(prompts, base_L, keep_VL))
-        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits, pace)
 
     monkeypatch.setattr(actors.engine.replica, "verify_drafts", watched)
     assert replica.answers(samples, REMOVED, 4) == expected
@@ -201,9 +203,9 @@ def test_an_image_is_parted_last(tiny_path, lesions, monkeypatch):
     samples, replica = draw_samples(lesions), LlavaReplica(ModelSpec(tiny_path), max_rows=7)
     sizes = []
 
-    def watched(model, prompts, drafts, base_L, keep_VL, limits):
+    def watched(model, prompts, drafts, base_L, keep_VL, limits, pace):
         sizes.append((len(prompts), len(keep_VL)))
-        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits)
+        return verify_drafts(model, prompts, drafts, base_L, keep_VL, limits, pace)
 
     monkeypatch.setattr(actors.engine.replica, "verify_drafts", watched)
     rows = replica.answers(samples[::-1], REMOVED, 8)

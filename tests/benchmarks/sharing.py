@@ -16,7 +16,7 @@ import torch
 
 import actors.engine.packing
 from actors.checkpoint.loading import load_model, quiet
-from actors.engine.verification import Limits, verify_drafts
+from actors.engine.answering import Limits, verify_drafts
 from tests.benchmarks.gpu_ablation import random_prompts
 from tests.benchmarks.machine import timed
 from tests.benchmarks.quantizers import write_model

@@ -11,7 +11,7 @@ import pytest
 from tests.jobs.commands import ROOT
 
 
-@pytest.mark.parametrize("job", ["demo", "make_derm_tiny"])
+@pytest.mark.parametrize("job", ["demo", "make_derm_smol", "make_derm_tiny"])
 def test_help_runs_nothing(job):
     done = subprocess.run([sys.executable, "-m", f"jobs.{job}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m jobs.{job}") and "--quiet" in done.stdout
