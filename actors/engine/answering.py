@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from actors.engine.verification import LOGITS_AT_ONCE, Verification, pack_prompt
 from actors.specs import Llava
 
 LOGIT_ROWS = 64
-KEEP_OPEN = 0.75
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,22 @@ def verify_drafts(
     return _Answering(model, prompts, drafts, base_L.cpu(), keep_VL.cpu(), limits, pace).run()
 
 
+def drafts_pay(
+    pace: Pace, prompts: Sequence[torch.Tensor], base_L: torch.Tensor, keep_VL: torch.Tensor, tokens: int
+) -> bool:
+    """Tell whether finding the base's answers first, as drafts, is expected to cost less than answering all at once."""
+    shares = [_share(base_L, row) for row in keep_VL if not row.equal(base_L)]
+    variants = [bytes(row.tolist()) for row in keep_VL if not row.equal(base_L)]
+    widths = dict(zip(variants, shares, strict=True))
+    return pace.drafts_pay(widths, len(prompts), sum(map(len, prompts)) / len(prompts), tokens)
+
+
+def _share(base_L: torch.Tensor, keep_L: torch.Tensor) -> float:
+    """Return what share of the layers runs for a token of a variant that follows its base."""
+    differs = (keep_L != base_L).nonzero()[:, 0]
+    return int(keep_L[differs[0] :].sum()) / len(base_L) if len(differs) else 0.0
+
+
 class _Open(NamedTuple):
     """An answer that goes on, to input n by variant v: its row in a pass, and the slots there of what it has read."""
 
@@ -95,6 +111,7 @@ class _Answering:
         self.variants = [bytes(row.tolist()) for row in keep_VL]
         differs = (keep_VL != base_L).int()
         self.joins = [int(row.argmax()) if row.any() else self.layers for row in differs]
+        self.base_share, self.shares = int(base_L.sum()) / self.layers, [_share(base_L, row) for row in keep_VL]
         self.answers: list[list[list[int]]] = [[[] for _ in keep_VL] for _ in prompts]
         self.checked = 0  # tokens of their drafts that all followers have been found to say
         self.counts = Counter(
@@ -118,13 +135,14 @@ class _Answering:
             widest = max(vocabulary, language_model(self.model).config.intermediate_size)
             with threads_for(len(live), width, widest):
                 _continue(self.model, parts, live, self.limits, self.pace)
+        self._note_answers()
         return self.answers, self.counts
 
     def _read_prompts(self) -> list[tuple[Verification, list[_Open], list[_Open]]]:
         """Read the prompts and the first pieces; return, by pass, the answers that follow and those that left."""
         everyone = [variant for _ in self.prompts for variant in self.variants]
         room = max(1, *map(len, self.drafts))
-        width = len(self.prompts) * sum(map(self._width, [None, *range(len(self.variants))]))
+        width = len(self.prompts) * (self.base_share + sum(self.shares))
         self.checked = self._length(everyone, width, room, first=True, alone=False)
         pieces = [draft[: self.checked] for draft in self.drafts]
         read = []
@@ -155,7 +173,7 @@ class _Answering:
             variants = [self.variants[each.v] for each in followers]
             sources = sorted({int(state.table.source_R[each.row]) for each in followers})
             drafts = {int(state.table.source_R[each.row]): self.drafts[each.n] for each in followers}
-            width = len(sources) * self._width(None) + sum(self._width(each.v) for each in followers)
+            width = len(sources) * self.base_share + sum(self.shares[each.v] for each in followers)
             room = max(map(len, drafts.values())) - self.checked
             length = self._length(variants, width, room, first=False, alone=not left)
             if not length:
@@ -216,15 +234,24 @@ class _Answering:
         else:
             self.answers[n][v][:] = draft[: checked + right]
         if piece:
-            self.pace.note_draft(self.variants[v], right, right < len(piece))
+            self.pace.note_draft(self.variants[v], right, right < len(piece), self.joins[v] < self.layers)
         whole = bool(piece) and checked + right == len(draft)
         self.counts["rows_verified_whole"] += whole and self.limits.ended(draft)
         return bool(piece) and right == len(piece) and not whole
 
-    def _width(self, v: int | None) -> float:
-        """Return what share of the layers runs for a token of a variant that follows; None: of the base."""
-        kept = self.base_L if v is None else self.keep_VL[v, self.joins[v] :]
-        return int(kept.sum()) / self.layers
+    def _note_answers(self) -> None:
+        """Note how long the answers are, and, where there were no drafts, how far the base's answers would have led."""
+        for variants in self.answers:
+            for answer in variants:
+                self.pace.note_answer(len(answer))
+            if any(self.drafts) or self.layers not in self.joins:
+                continue
+            draft = variants[self.joins.index(self.layers)]
+            for v, answer in enumerate(variants):
+                if self.joins[v] < self.layers:
+                    same = (a == b for a, b in zip(draft, answer, strict=False))
+                    right = sum(takewhile(bool, same))
+                    self.pace.note_draft(self.variants[v], right, right < len(draft))
 
     def _note(self, layer_rows: int, tokens: int, began: float) -> None:
         self.counts["layer_rows_run"] += layer_rows
@@ -261,16 +288,14 @@ def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]],
             open_rows = [not limits.ended(answer) for answer in live]
             if not any(open_rows):
                 return
-            if sum(open_rows) <= KEEP_OPEN * len(live):  # dropping rows copies the cache: not for every single one
-                active = torch.tensor(open_rows, device=device)
-                state.drop(active)
-                positions_R = positions_R[active]
-                live = [answer for answer, on in zip(live, open_rows, strict=True) if on]
+            if not all(open_rows):
+                order = state.drop(torch.tensor(open_rows))
+                positions_R = positions_R[order.to(device)]
+                live = [live[row] for row in order.tolist()]
             began = time.perf_counter()
             tokens = torch.tensor([answer[-1] for answer in live], device=device)
             hidden = state.forward(decoder, tokens, positions_R)
             for answer, token in zip(live, model.lm_head(hidden).argmax(-1).tolist(), strict=True):
-                if not limits.ended(answer):
-                    answer.append(token)
+                answer.append(token)
             pace.note_pass(len(live), time.perf_counter() - began)
             positions_R = positions_R + 1

@@ -1,27 +1,28 @@
-"""How long the pieces of a draft are: by what passes and tokens were measured to cost, and by how drafts fared so far.
+"""How long the pieces of a draft are, and whether drafts pay: by what passes cost and how drafts fared so far.
 
-A pass costs about f + w tokens' time: f for the pass itself (weights are read, operators start), w for the tokens that
-its rows read. A row's next draft token is wrong with probability h. A piece of p tokens brings a follower
-E(p) = (1 - (1 - h)^p) / h tokens on average, and what it reads behind a wrong token is lost. The pace is the p that
-costs least per token; and no piece at all where decoding the rows, beside others that are decoded anyway, costs less.
+A pass costs about f + x tokens' time: f for the pass itself (weights are read, operators start), x for the tokens of
+the whole model that it computes. The next draft token of a row is wrong with probability h, so that of p tokens
+E(p) = (1 - (1 - h)^p) / h are of use on average, the correction of a wrong one included.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 
-WRONG, WEIGHT = 0.05, 4.0  # the rate of wrong tokens that is assumed at first, and for how many tokens it stands
-FIXED = 16.0  # tokens whose time a pass costs, before anything was measured
+WRONG, WEIGHT = 0.1, 4.0  # the rate of wrong tokens that is assumed at first, and for how many tokens it stands
+FIXED = 16.0  # f, before anything was measured
 FORGET = 0.98
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PIECES = 4  # passes that an answer's pieces take, about
 
 
 class Pace:
-    """Measured costs of passes, and the fate of drafts by variant."""
+    """Measured costs of passes, and the fate of drafts by variant; `shared` variants also stand for those not seen."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, x, x^2, y, x y over passes: x tokens take y seconds; each weighs 1 / y^2
-        self._right: defaultdict[Hashable, float] = defaultdict(float)
-        self._wrong: defaultdict[Hashable, float] = defaultdict(float)
+        self._right: defaultdict[bytes | None, float] = defaultdict(float)
+        self._wrong: defaultdict[bytes | None, float] = defaultdict(float)
+        self._answers = self._answer_tokens = 0
 
     def note_pass(self, tokens: float, seconds: float) -> None:
         """Note what a pass took that computed as many layers as `tokens` tokens of the whole model."""
@@ -29,14 +30,23 @@ class Pace:
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = [FORGET * old + weight * part for old, part in zip(self._sums, new, strict=True)]
 
-    def note_draft(self, variant: Hashable, right: int, wrong: bool) -> None:
+    def note_draft(self, variant: bytes, right: int, wrong: bool, shared: bool = True) -> None:
         """Note how many tokens of a piece a variant said, too, and whether it then said another one."""
-        for key in (variant, None):  # None: of all
+        for key in (variant, None) if shared else (variant,):
             self._right[key] += right
             self._wrong[key] += wrong
 
+    def note_answer(self, tokens: int) -> None:
+        """Note the length of an answer."""
+        self._answers += 1
+        self._answer_tokens += tokens
+
+    def knows_drafts(self) -> bool:
+        """Tell whether any variant has been compared with a draft."""
+        return self._right[None] + self._wrong[None] > 0
+
     def fixed_tokens(self) -> float:
-        """Return f: how many tokens' time a pass costs by itself."""
+        """Return f."""
         one, x, xx, y, xy = self._sums
         spread = one * xx - x * x
         if one == 0 or spread <= 1e-3 * one * xx:  # passes of one size tell nothing
@@ -44,31 +54,52 @@ class Pace:
         slope = (one * xy - x * y) / spread
         return max(0.0, (y - slope * x) / one / slope) if slope > 0 else FIXED
 
-    def wrong_rate(self, variant: Hashable) -> float:
+    def wrong_rate(self, variant: bytes) -> float:
         """Return h: the rate of wrong draft tokens of a variant, drawn to that of all where little is known of it."""
         everyone = (self._wrong[None] + WRONG * WEIGHT) / (self._right[None] + self._wrong[None] + WEIGHT)
-        told = self._right[variant] + self._wrong[variant]
-        return (self._wrong[variant] + everyone * WEIGHT) / (told + WEIGHT)
+        seen = self._right[variant] + self._wrong[variant]
+        return (self._wrong[variant] + everyone * WEIGHT) / (seen + WEIGHT)
 
-    def length(self, variants: Sequence[Hashable], width: float, room: int, first: bool, alone: bool) -> int:
+    def length(self, variants: Sequence[bytes], width: float, room: int, first: bool, alone: bool) -> int:
         """Return how many draft tokens to check in the next pass, at most `room`; 0: none, decode the rows.
 
         variants: of the followers. width: what a token of all of them and their base costs, in tokens of the whole
-        model. first: the pass reads the prompts anyway. alone: no other row is waiting to be decoded, so that tokens
-        which all followers share save whole steps.
+        model. first: the pass reads the prompts anyway, and the first token costs nothing. alone: no other row waits to
+        be decoded, so that tokens which all followers share save whole steps.
         """
         rows, fixed = len(variants), self.fixed_tokens()
         wrong = max(1e-4, sum(map(self.wrong_rate, variants)) / rows)
-        any_wrong = 1 - (1 - wrong) ** rows
-
-        def cost(length: int) -> float:
-            return fixed + width * length
-
         lengths = [p for p in LENGTHS if p < room] + [room]
-        best = min(lengths, key=lambda p: cost(p) / _expected(wrong, p))
-        saved = rows * _expected(wrong, best) + (fixed * _expected(any_wrong, best) if alone else 0)
-        return best if first or saved > cost(best) else 0
+
+        def price(length: int) -> float:
+            return (fixed + width * length) / (rows * _expected(wrong, length))
+
+        best = min(lengths, key=price)
+        if first:  # what it checks need not be checked in a piece, nor decoded
+            worth = rows * min(1.0, price(best))
+            return max(lengths, key=lambda p: worth * _expected(wrong, p) - width * (p - 1))
+        saved = rows * _expected(wrong, best)
+        if alone:
+            saved += fixed * _expected(1 - (1 - wrong) ** rows, best)
+        return best if saved > fixed + width * best else 0
+
+    def drafts_pay(self, widths: Mapping[bytes, float], inputs: int, prompt: float, room: int) -> bool:
+        """Tell whether to decode the base first, and check its answers as drafts, or base and variants at once.
+
+        widths: by variant, what a token costs where it follows, in tokens of the whole model. prompt: tokens of one of
+        the `inputs`. room: most tokens of an answer. Drafts save the layers that variants share with their base; they
+        cost the prompts a second time, the drafts' tokens in the base's rows, and steps for the base alone.
+        """
+        tokens, fixed = self._answer_tokens / self._answers if self._answers else room, self.fixed_tokens()
+        rates = {variant: self.wrong_rate(variant) for variant in widths}
+        followed = {variant: min(tokens, _expected(rate, tokens)) for variant, rate in rates.items()}
+        saved = inputs * sum(followed[variant] * (1 - width) for variant, width in widths.items())
+        none_leaves = 1.0
+        for rate in rates.values():
+            none_leaves *= (1 - rate) ** (tokens * inputs)
+        spent = inputs * (prompt + max(followed.values())) + fixed * (PIECES + tokens * (1 - none_leaves))
+        return saved > spent
 
 
-def _expected(wrong: float, length: int) -> float:
+def _expected(wrong: float, length: float) -> float:
     return (1 - (1 - wrong) ** length) / wrong

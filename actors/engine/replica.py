@@ -21,7 +21,7 @@ from actors.checkpoint.loading import (
 )
 from actors.checkpoint.tensors import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
-from actors.engine.answering import Limits, verify_drafts
+from actors.engine.answering import Limits, drafts_pay, verify_drafts
 from actors.engine.pace import Pace
 from actors.engine.threads import threads_for
 from actors.images import open_image
@@ -31,6 +31,7 @@ from actors.quantizers.structure import weight_bits
 from actors.specs import ModelSpec, Sample
 
 IMAGES_KEPT = 512
+TRIAL = 8  # at first, an eighth of the questions tells whether drafts pay
 _Groups = list[list[int]]  # samples
 _Found = list[tuple[tuple[int, int], list[int]]]  # ((sample, variant), token ids)
 
@@ -82,19 +83,28 @@ class LlavaReplica:
         rows {sample_id, removed, answer, token_ids, tokens, stopped}: `tokens` counts the new tokens without the
         stop token, `stopped` tells whether it came. ValueError: a layer out of range, an unreadable image.
         """
-        limits = Limits(max_new_tokens, tuple(self._stops))
-        prompts = [self._prompt(sample) for sample in samples]
-        self.plan(max(map(len, prompts), default=0) + max_new_tokens)
         base_L, keep_VL = self.keep([base])[0], self.keep(removed_sets)
         if not samples or not removed_sets:
             return []
+        is_base = (keep_VL == base_L).all(1)
+        choose = drafts is None and bool(is_base.any() and not is_base.all())
+        if choose and len(samples) > 1 and not self._pace.knows_drafts():
+            trial = max(1, len(samples) // TRIAL)
+            first, rest = ((samples[part], guesses and guesses[part]) for part in (slice(trial), slice(trial, None)))
+            rows = self.answers(first[0], removed_sets, max_new_tokens, base, None, first[1])
+            return rows + self.answers(rest[0], removed_sets, max_new_tokens, base, None, rest[1])
+        limits = Limits(max_new_tokens, tuple(self._stops))
+        prompts = [self._prompt(sample) for sample in samples]
+        self.plan(max(map(len, prompts)) + max_new_tokens)
+        if choose and not drafts_pay(self._pace, prompts, base_L, keep_VL, max_new_tokens):
+            drafts = [[] for _ in prompts]
         token_ids: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))
         if drafts is None:
             groups = group_by_image(samples, list(map(len, prompts)))
             drafts_N = dict(self.batched(groups, [], partial(self._base_answers, prompts, guesses, base_L, limits)))
             drafts = [drafts_N[i, -1] for i in range(len(prompts))]
-            for v in [v for v in open_variants if (keep_VL[v] == base_L).all()]:
+            for v in is_base.nonzero()[:, 0].tolist():
                 token_ids.update({(i, v): list(draft) for i, draft in enumerate(drafts)})
                 open_variants.remove(v)
         groups = group_by_image(samples, [len(p) + len(d) for p, d in zip(prompts, drafts, strict=True)])

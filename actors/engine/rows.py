@@ -61,11 +61,12 @@ class RowCache:
             filled = min(self.used, part.shape[2])
             buffer[at, :, :filled] = part[:, :, :filled]
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep only `rows` (a mask) of every layer."""
-        for layer, (keys, values) in self.layers.items():
-            chosen = rows.to(keys.device)
-            self.layers[layer] = keys[chosen], values[chosen]
+    def keep_first(self, rows: int, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        """Keep only the first `rows` of every layer, after the rows `movers` have taken the places `holes`."""
+        for layer, both in self.layers.items():
+            for buffer in both:
+                buffer[holes.to(buffer.device)] = buffer[movers.to(buffer.device)]
+            self.layers[layer] = tuple(buffer[:rows] for buffer in both)
 
     def get_seq_length(self, *_: object) -> int:
         """Return the number of filled slots (stock models ask for it)."""
@@ -266,13 +267,21 @@ class StepPass:
         keep = self._some[index]
         return after if keep is None else torch.where(keep, after, hidden)
 
-    def drop(self, active_R: torch.Tensor) -> None:
-        """Take the rows that are not active out of the batch."""
-        self.cache.select(active_R)
-        self.keep_RL = self.keep_RL[active_R.cpu()]
-        active_R = active_R.to(self.valid_RS.device)
-        self.valid_RS, self.key_positions_RS = self.valid_RS[active_R], self.key_positions_RS[active_R]
+    def drop(self, active_R: torch.Tensor) -> torch.Tensor:
+        """Take the rows that are not active out of the batch; return which row stands at every place now.
+
+        The last rows move to the places that become free, so that only as many are copied as are dropped.
+        """
+        active_R, count = active_R.cpu(), int(active_R.sum())
+        order = torch.arange(count)
+        holes, movers = (~active_R[:count]).nonzero()[:, 0], count + active_R[count:].nonzero()[:, 0]
+        order[holes] = movers
+        self.cache.keep_first(count, holes, movers)
+        self.keep_RL = self.keep_RL[order]
+        there = order.to(self.valid_RS.device)
+        self.valid_RS, self.key_positions_RS = self.valid_RS[there], self.key_positions_RS[there]
         self._plan()
+        return order
 
 
 class RowSwitch(nn.Module):

@@ -120,8 +120,15 @@ def full_cpu() -> None:
     torch.empty(10**14)
 
 
+@pytest.fixture
+def drafts_first(monkeypatch):
+    """The base's answers are found first, whatever is known of drafts."""
+    monkeypatch.setattr(Pace, "knows_drafts", lambda self: True)
+    monkeypatch.setattr(Pace, "drafts_pay", lambda self, *_: True)
+
+
 @pytest.mark.parametrize("full", [full_gpu, full_cpu])
-def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch, full):
+def test_out_of_memory_halves_the_batch(tiny_path, replica, lesions, monkeypatch, full, drafts_first):
     """With room for 5 rows, six samples are halved, then one sample's variants are; no answer is lost."""
     samples = draw_samples(lesions)
     expected = replica.answers(samples, REMOVED, 4)
@@ -177,7 +184,7 @@ def test_logits_are_taken_in_bounded_parts(tiny_path, lesions, monkeypatch):
 
 
 @pytest.mark.parametrize("sharers", [1, 4])
-def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, sharers):
+def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, drafts_first, sharers):
     """With 60 % of its share of the free memory holding three rows, no batch has more; the rows are the same."""
     replica = LlavaReplica(ModelSpec(tiny_path, sharers=sharers))
     samples = draw_samples(lesions)
@@ -198,7 +205,7 @@ def test_rows_are_planned_from_free_memory(tiny_path, lesions, monkeypatch, shar
     assert max(sizes) == 3
 
 
-def test_an_image_is_parted_last(tiny_path, lesions, monkeypatch):
+def test_an_image_is_parted_last(tiny_path, lesions, monkeypatch, drafts_first):
     """Room for 7 rows: three questions about an image with one variant at a time, not one question with all of them."""
     samples, replica = draw_samples(lesions), LlavaReplica(ModelSpec(tiny_path), max_rows=7)
     sizes = []
