@@ -22,6 +22,7 @@ from actors.checkpoint.loading import (
 from actors.checkpoint.tensors import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
 from actors.engine.answering import Limits, drafts_pay, verify_drafts
+from actors.engine.linears import repacked_linears
 from actors.engine.pace import Pace
 from actors.engine.threads import threads_for
 from actors.images import open_image
@@ -83,6 +84,10 @@ class LlavaReplica:
         rows {sample_id, removed, answer, token_ids, tokens, stopped}: `tokens` counts the new tokens without the
         stop token, `stopped` tells whether it came. ValueError: a layer out of range, an unreadable image.
         """
+        with repacked_linears(self.model, self._sharers):
+            return self._answers(samples, removed_sets, max_new_tokens, base, drafts, guesses)
+
+    def _answers(self, samples, removed_sets, max_new_tokens, base, drafts, guesses) -> list[dict]:
         base_L, keep_VL = self.keep([base])[0], self.keep(removed_sets)
         if not samples or not removed_sets:
             return []
@@ -91,8 +96,8 @@ class LlavaReplica:
         if choose and len(samples) > 1 and not self._pace.knows_drafts():
             trial = max(1, len(samples) // TRIAL)
             first, rest = ((samples[part], guesses and guesses[part]) for part in (slice(trial), slice(trial, None)))
-            rows = self.answers(first[0], removed_sets, max_new_tokens, base, None, first[1])
-            return rows + self.answers(rest[0], removed_sets, max_new_tokens, base, None, rest[1])
+            rows = self._answers(first[0], removed_sets, max_new_tokens, base, None, first[1])
+            return rows + self._answers(rest[0], removed_sets, max_new_tokens, base, None, rest[1])
         limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
         self.plan(max(map(len, prompts)) + max_new_tokens)

@@ -30,15 +30,17 @@ def floor_s(layer, token_layers: float, readings: float, cached_bytes: float = 0
     weights = [p.detach() for p in layer.parameters() if p.dim() == 2]
     flops = 2 * sum(p.numel() for p in weights) * token_layers
     read = readings * sum(p.numel() * p.element_size() for p in weights) + cached_bytes
-    return flops / _matmul_rate(weights) + read / _bandwidth(weights[0].device)
+    return flops / matmul_rate(weights) + read / bandwidth(weights[0].device)
 
 
-def _matmul_rate(weights: list[torch.Tensor]) -> float:
+def matmul_rate(weights: list[torch.Tensor]) -> float:
+    """Return the floating point operations per second of products with `weights`, over 4096 tokens."""
     x = {p.shape[1]: torch.randn(4096, p.shape[1], device=p.device, dtype=p.dtype) for p in weights}
     best = min(timed(lambda: [x[p.shape[1]] @ p.T for p in weights])[0] for _ in range(20))
     return 2 * 4096 * sum(p.numel() for p in weights) / best
 
 
-def _bandwidth(device: torch.device) -> float:
+def bandwidth(device: torch.device) -> float:
+    """Return the bytes per second of a sum over a large block."""
     block = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     return block.numel() * block.element_size() / min(timed(block.sum)[0] for _ in range(5))
