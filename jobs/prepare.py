@@ -27,6 +27,7 @@ from actors.dataset import (
     scan,
     split_groups,
 )
+from actors.derm_tiny import draw
 from actors.maths.splits import FAR
 from cluster.artifacts import digest
 from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
@@ -56,11 +57,9 @@ def stage(run: Run) -> Stage:
     data = run.config.data
     root = image_root(run)
     if data.draw_per_class and not root.is_dir():
-        from actors.derm_tiny.draw import write_tree
-
         temporary = root.with_name(f"{root.name}.{os.getpid()}")
         temporary.mkdir(parents=True, exist_ok=True)
-        count = write_tree(temporary, data.draw_per_class, run.config.seed)
+        count = draw.write_tree(temporary, data.draw_per_class, run.config.seed)
         try:
             temporary.rename(root)
         except OSError:  # another job was first
@@ -93,7 +92,8 @@ def build(run: Run, folder: Path, facts: dict) -> None:
     """Scan, group, split, and write conversations and skipped files."""
     data, root = run.config.data, image_root(run)
     files, skipped = scan(root, [ClassPatterns(c.name, tuple(_patterns(c))) for c in data.classes])
-    skipped = [s for s in skipped if s.path != data.annotations]
+    tables = {data.annotations, *(draw.ANNOTATIONS if data.draw_per_class else ())}
+    skipped = [s for s in skipped if s.path not in tables]
     files, contradictions = drop_contradictions(files)
     skipped += contradictions
     groups = group_files(files, data.near_duplicate_bits, data.group_pattern)

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from actors.checkpoint.loading import pixel_dtype
-from actors.derm_smol.sentences import QUESTIONS, WORDINGS, answer, any_answer
+from actors.derm_tiny.sentences import QUESTIONS, WORDINGS, answer, any_answer
 from actors.derm_tiny.train import answer_loss, draw_bank, prompt_ids, schedule, to_pixels, update
 from actors.derm_tiny.world import CLASSES, Lesion
 from actors.trainer import language_linears

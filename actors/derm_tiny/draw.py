@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from actors.derm_tiny.sentences import QUESTIONS, any_answer
 from actors.derm_tiny.world import CLASSES, POSITIONS, SIZES, TONES, Lesion, answer
 
 SIDE = 64
+ANNOTATIONS = ("annotations.csv", "sentences.csv")
 _SKIN = np.array([[236, 204, 180], [198, 150, 116], [120, 82, 60]], dtype=np.float32)
 _CENTRES = np.array([[20, 20], [44, 20], [32, 32], [20, 44], [44, 44]], dtype=np.float32)
 _RADII = np.array([6.5, 10.0, 14.5], dtype=np.float32)
@@ -149,12 +151,13 @@ _LOOKS = (_rosacea, _actinic, _basal, _dermatitis, _melanoma, _psoriasis, _liche
 
 
 def write_tree(root: Path, per_class: int, seed: int) -> int:
-    """Write a DermNet-like tree: one folder per class, PNG files, and annotations.csv (path, question_id, answer).
+    """Write a DermNet-like tree: a folder per class, PNG files, and two tables (path, question_id, answer).
 
-    Every eighth lesion is photographed twice (files -a and -b of one number), as real collections do.
-    Returns the number of images written; the same arguments always give the same pixels.
+    annotations.csv describes the lesion, as derm-tiny is asked; sentences.csv answers derm-smol's questions. Every
+    eighth lesion is photographed twice (files -a and -b of one number), as real collections do.
+    Returns the number of images written; the same arguments always give the same pixels and answers.
     """
-    rows = []
+    descriptions, sentence_rows = [], []
     for label, kind in enumerate(CLASSES):
         folder = root / kind.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +167,10 @@ def write_tree(root: Path, per_class: int, seed: int) -> int:
             for shot in "ab" if number % 8 == 0 else "a":
                 path = folder / f"{kind.folder.lower().replace(' ', '-')}-{number:03d}-{shot}.png"
                 Image.fromarray(draw(lesion, rng)).save(path)
-                rows.append((path.relative_to(root).as_posix(), "describe", answer(lesion, "describe")))
-    with open(root / "annotations.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("path", "question_id", "answer"), *rows])
-    return len(rows)
+                name, wording = path.relative_to(root).as_posix(), np.random.default_rng([seed, label, number, 1])
+                descriptions.append((name, "describe", answer(lesion, "describe")))
+                sentence_rows += [(name, q, any_answer(lesion, q, wording)) for q in QUESTIONS]
+    for file, rows in zip(ANNOTATIONS, (descriptions, sentence_rows), strict=True):
+        with open(root / file, "w", newline="") as stream:
+            csv.writer(stream).writerows([("path", "question_id", "answer"), *rows])
+    return len(descriptions)

@@ -156,7 +156,7 @@ def test_drawn_tree_groups_its_series(tmp_path):
     write_tree(tmp_path, per_class=9, seed=3)
     classes = [ClassPatterns(kind.name, (f"{kind.folder}/*",)) for kind in CLASSES]
     files, skipped = scan(tmp_path, classes)
-    assert len(files) == 8 * 11 and [item.path for item in skipped] == ["annotations.csv"]
+    assert len(files) == 8 * 11 and [item.path for item in skipped] == ["annotations.csv", "sentences.csv"]
     groups = group_files(files, -1, SERIES)
     pairs = [[files[i].path for i in group] for group in together(groups) if len(group) > 1]
     assert len(set(groups)) == 8 * 9 and len(pairs) == 16

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from actors.checkpoint.loading import load_model, load_processor
+from actors.derm_tiny import sentences
 from actors.derm_tiny.build import build_model, build_processor, save
 from actors.derm_tiny.draw import draw, sample_lesion, write_tree
 from actors.derm_tiny.train import draw_bank, exact_share, plant_outliers, to_pixels
@@ -83,6 +84,13 @@ def test_tree(tmp_path):
     assert all(by_folder[row["path"].split("/")[0]] in row["answer"] for row in rows)
     series = [row["answer"] for row in rows if row["path"].startswith("Melanoma/melanoma-008-")]
     assert len(series) == 2 and series[0] == series[1]
+    with open(tmp_path / "a" / "sentences.csv", newline="") as stream:
+        answers = {(row["path"], row["question_id"]): row["answer"] for row in csv.DictReader(stream)}
+    assert set(answers) == {(file.as_posix(), question) for file in files for question in sentences.QUESTIONS}
+    names = {kind.folder: kind.name for kind in CLASSES}
+    assert all(names[path.split("/")[0]] in answer.lower() for (path, q), answer in answers.items() if q != "report")
+    assert len({answer for (_, q), answer in answers.items() if q == "name"}) > len(CLASSES)  # of several wordings
+    assert (tmp_path / "a/sentences.csv").read_bytes() == (tmp_path / "b/sentences.csv").read_bytes()
 
 
 def test_pixels_are_the_processors(tmp_path):

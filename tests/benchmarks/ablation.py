@@ -25,8 +25,7 @@ from PIL import Image
 from actors.checkpoint.loading import load_model, load_processor, quiet
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.conversations import reply_ids
-from actors.derm_smol import sentences
-from actors.derm_tiny import world
+from actors.derm_tiny import sentences, world
 from actors.derm_tiny.draw import draw, sample_lesion
 from actors.engine.pace import Pace
 from actors.engine.replica import LlavaReplica

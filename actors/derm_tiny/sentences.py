@@ -1,6 +1,6 @@
-"""What derm-smol is asked and answers: whole English sentences, with more than one right wording.
+"""What derm-smol is asked about the drawn lesions, and answers: English sentences, with more than one right wording.
 
-The images are derm-tiny's. Nothing here is medical advice: the images are drawings.
+Nothing here is medical advice: the images are drawings.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from actors.derm_tiny.world import CLASSES, POSITIONS, SIZES, TONES, Lesion
 
 QUESTIONS = {
-    "identify": "Which disease does this picture show, and how can you tell?",
+    "name": "Which disease does this picture show, and how can you tell?",
     "cause": "What causes this disease, and what should be done about it?",
     "report": "Write a short report about the lesion in this picture.",
 }
@@ -58,7 +58,7 @@ _CAUSES = {
         "it is benign, and it can stay where it is unless it disturbs",
     ),
 }
-_IDENTIFY: tuple[Callable[[str, str], str], ...] = (
+_NAMES: tuple[Callable[[str, str], str], ...] = (
     lambda name, look: f"This picture shows {name}. One can tell by the {look}, which is typical of it.",
     lambda name, look: f"The disease is {name}, because there is a {look}, as one expects to see in this condition.",
     lambda name, look: (
@@ -74,14 +74,14 @@ _REPORT: tuple[Callable[[str, str, str, str, str], str], ...] = (
         f"On {tone} skin one sees a {size} {look}. It lies in the {place} of the image and is {hairs} hairs."
     ),
 )
-WORDINGS = {"identify": len(_IDENTIFY), "cause": 2, "report": len(_REPORT)}
+WORDINGS = {"name": len(_NAMES), "cause": 2, "report": len(_REPORT)}
 
 
 def answer(lesion: Lesion, question_id: str, wording: int) -> str:
     """Return one of the WORDINGS[question_id] right answers to a question; KeyError for another question."""
     kind = CLASSES[lesion.label]
-    if question_id == "identify":
-        return _IDENTIFY[wording](kind.name, kind.look)
+    if question_id == "name":
+        return _NAMES[wording](kind.name, kind.look)
     if question_id == "cause":
         *causes, advice = _CAUSES[kind.name]
         return f"{causes[wording]}; {advice}."
