@@ -17,7 +17,7 @@ from actors.probe import PROBE, kept_probe, write_probe
 from actors.specs import Change, GateError, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import UP, change, change_config, check, refused, swap
-from tests.quantizing import quantize
+from tests.quantizing import SCALES, quantize
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
@@ -207,9 +207,6 @@ def test_new_and_missing_tensors_against_sums(made, copy):
     gone = sums.pop(f"{UP}.weight")
     refused(f"'{UP}.weight' is new", copy, sums=sums)
     refused("'a.weight' is missing", copy, sums={**sums, f"{UP}.weight": gone, "a.weight": gone})
-
-
-SCALES = {"rtn": "scales", "awq": "scales", "nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"}
 
 
 @pytest.mark.parametrize(("method", "value"), [(m, torch.nan) for m in SCALES] + [("rtn", torch.inf)])

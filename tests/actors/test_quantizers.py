@@ -47,7 +47,7 @@ def test_quantized_checkpoint_reloads(name, method, lesions, tmp_path):
     assert low < error(image_logits(out, lesions), image_logits(source, lesions)) < high
     assert stored_bytes(out) < BYTES.get(method, 0.6) * stored_bytes(source)
     rows = LlavaReplica(ModelSpec(out)).answers(draw_samples(lesions, 1), [(), (1,)], 4)
-    assert len(rows) == 6 and all(row["tokens"] > 0 for row in rows)
+    assert len(rows) == 6 and all(row["tokens"] > 0 or row["stopped"] for row in rows)
 
 
 def check_rest(source: str, out: str) -> None:

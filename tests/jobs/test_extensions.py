@@ -19,8 +19,10 @@ from jobs.core.facts import FACTS, Facts, Metrics, Profile
 from jobs.core.options import fields, load_config
 from jobs.core.rows import check_rows
 from jobs.searching.space import space
+from tests.gating import check
 from tests.jobs.commands import CONFIG, SMALL
 from tests.jobs.here import run_here
+from tests.quantizing import quantize
 from tests.tiny import DERM_TINY, llava_7b
 
 TOY = Method(
@@ -29,12 +31,18 @@ TOY = Method(
     bits=(8,),
     layout=Layout(
         name="toy",
-        marks={"quant_method": "toy"},
-        bits=(),
         linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs + 2 * outputs,
     ),
     marker="x",
     slopes={8: (0.005, 0.1)},
+)
+FIVE = Method(
+    words="round to nearest with bits that no other method has",
+    function="actors.quantizers.rtn:quantize_rtn",
+    bits=(5,),
+    layout=Layout(name="five", linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs * bits // 8),
+    marker="1",
+    groups=8,
 )
 WRONG = 1.2  # what a quantizer multiplies the scales by that the gate must refuse
 
@@ -109,6 +117,18 @@ def test_the_gate_refuses_what_it_rounds_wrongly(toys, monkeypatch, tmp_path):
         run.make(compress.plan(run)["quant"][0])
 
 
+def test_bits_that_no_other_method_has(monkeypatch, tmp_path):
+    """The options take them, and the gate bounds them as the next fewer bits."""
+    with pytest.raises(ValueError, match=r"'quantize\.bits': Input should be 2, 3, 4, 8 or 16 \(given: 5\)"):
+        load_config(None, [("quantize.bits", "5")])
+    monkeypatch.setitem(METHODS, "five", FIVE)
+    assert load_config(None, [("quantize.method", "five")]).quantize.bits == 5
+    facts = quantize(str(DERM_TINY), tmp_path / "a", "five")
+    assert facts["simulated"] and facts["bits_per_weight"] == 5
+    found = check(tmp_path / "a", DERM_TINY)
+    assert "(allowed: 0.4)" in found["linears"] and "(allowed: 1)" in found["logits"]
+
+
 def test_options_search_and_estimate_know_them(toys):
     known = {name: kind for name, kind, *_ in fields()}
     assert known["quantize.method"].endswith(" | toy") and known["ablate.criterion"].endswith(" | middle")
@@ -128,5 +148,6 @@ def test_options_search_and_estimate_know_them(toys):
 
 
 def test_they_are_gone_with_their_entries():
-    with pytest.raises(ValueError, match=r"quantize\.method.*'rtn' \(given: 'toy'\)"):
+    last = list(METHODS)[-1]
+    with pytest.raises(ValueError, match=rf"quantize\.method.*'{last}' \(given: 'toy'\)"):
         load_config(None, [("quantize.method", "toy")])
