@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ SCALES = {  # the tensor that holds a linear's scales
     **dict.fromkeys(("rtn", "awq"), "scales"),
     **{"nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"},
 }
+OPTIONAL = {"hqq": "hqq"}  # the package without which a method's tests are skipped
 # Those whose packed numbers the gate does not unpack itself: it compares them with the weights before rounding.
 NOT_UNPACKED = [method for method in PACKED if METHODS[method].layout not in (GEMM, COMPRESSED_TENSORS)]
 
@@ -35,6 +37,8 @@ def settings(method: str, **changes) -> QuantizeSettings:
 
 
 def quantize(path: str, out: Path, method: str, calibration=(), **changes) -> dict:
+    if method in OPTIONAL:
+        pytest.importorskip(OPTIONAL[method])
     out.mkdir(exist_ok=True)
     return Quantizer().quantize(ModelSpec(path), settings(method, **changes), list(calibration), str(out))
 

@@ -115,8 +115,6 @@ OTHER_BITS = [
 @pytest.mark.parametrize(("method", "bits"), OTHER_BITS)
 def test_other_bits_pass(method, bits, lesions, tmp_path):
     """derm-tiny, whose outliers make 2 and 3 bits answer anything: the linears alone tell it is sound."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     quantize(str(DERM_TINY), tmp_path / "a", method, draw_conversations(lesions, 4), bits=bits)
     found = check(tmp_path / "a", DERM_TINY)
     assert ("(simulated)" in found["modules"]) == METHODS[method].simulated(bits)

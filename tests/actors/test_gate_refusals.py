@@ -149,8 +149,6 @@ def test_swapped_tensors_against_the_original(made, copy):
 @pytest.mark.parametrize("method", ["nf4", "int8", "hqq"])
 def test_swapped_tensors_against_the_model_before_rounding(made, copy, method, tmp_path):
     """The logits of a rounded model may be far away, its linears may not: the first wrong one is named."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     change(copy, swap)
     quantize(str(copy), tmp_path / "q", method)
     refused(f"'{UP}' does not compute with the weight before rounding", tmp_path / "q", made[1])
@@ -211,8 +209,6 @@ def test_new_and_missing_tensors_against_sums(made, copy):
 
 @pytest.mark.parametrize(("method", "value"), [(m, torch.nan) for m in SCALES] + [("rtn", torch.inf)])
 def test_a_scale_that_is_no_number(made, tmp_path, lesions, method, value):
-    if method == "hqq":
-        pytest.importorskip("hqq")
     quantize(str(made[1]), tmp_path / "q", method, draw_conversations(lesions, 2))
     name = f"{UP}.{SCALES[method]}"
 

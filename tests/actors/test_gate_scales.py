@@ -38,8 +38,6 @@ def test_a_large_value_hides_no_scale():
 @pytest.fixture(scope="module", params=NOT_UNPACKED)
 def rounded(request, tmp_path_factory):
     """(method, a tiny model, it rounded)."""
-    if request.param == "hqq":
-        pytest.importorskip("hqq")
     folder = tmp_path_factory.mktemp(request.param)
     source = save_tiny(folder / "source", "clip-qwen2", layers=2)
     quantize(source, folder / "rounded", request.param)

@@ -71,8 +71,6 @@ def test_not_refused(name, method):
 @pytest.mark.parametrize("method", ["rtn", "nf4", "hqq"])
 def test_quantizing_twice(method, tiny_path, tmp_path):
     """A quantized checkpoint is not rounded again, by whatever method."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     quantize(tiny_path, tmp_path / "b", method)
     for second in PACKED:
         with pytest.raises(ValueError, match="is quantized already"):
