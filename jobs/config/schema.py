@@ -162,8 +162,8 @@ class QuantizeConfig(Section):
     )
     bits: Bits = Field(
         4,
-        description=f"bits of a weight (bits); unset: 4, or the only ones of {_only_bits_of_methods()}; simulated, "
-        f"i.e. rounded weights stored in 16 bits, for studies of accuracy: {_simulated_bits()}",
+        description=f"bits of a weight (bits); unset: 4; of methods without a choice: {_only_bits_of_methods()}; "
+        f"simulated, i.e. rounded weights stored in 16 bits, for studies of accuracy: {_simulated_bits()}",
     )
     group_size: Count = Field(
         64, description=f"input channels that share a scale (channels); without a choice: {_own_groups()}"

@@ -26,7 +26,7 @@ from tests.tiny import ARCHITECTURES, DERM_TINY, draw_conversations, save_tiny, 
         ("nf4", {"bits": 8}, r"nf4 has 4 bits; quantize\.bits is 8: set it to 4"),
         ("int8", {"bits": 4}, r"int8 has 8 bits; quantize\.bits is 4: set it to 8"),
         ("awq", {"bits": 5}, r"awq has 2 or 3 or 4 or 8 bits; quantize\.bits is 5"),
-        ("none", {"bits": 16}, "Unknown quantizer 'none': choose awq, nf4, int8, hqq, rtn"),
+        ("none", {"bits": 16}, f"Unknown quantizer 'none': choose {', '.join(METHODS)}"),
     ],
 )
 def test_settings_that_a_method_does_not_have(method, changes, words):
