@@ -16,6 +16,7 @@ from actors.quantizers.table import layouts
 
 LAYOUT = {layout.name: layout for layout in layouts()}
 
+# By the layout's name (not the method's: two methods may share one) and bits.
 # 64 outputs x 128 inputs: 8,192 weights in 128 groups of 64
 BY_HAND = {
     ("awq", 4): 4096 + 128 * 2 + 64,  # nibbles; a float16 scale and half a byte of zero a group

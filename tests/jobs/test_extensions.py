@@ -11,8 +11,10 @@ from actors.checkpoint.tensors import iterate_tensors
 from actors.criteria import CRITERIA, Criterion
 from actors.critic import MEASURES
 from actors.estimate import Setting, estimate
+from actors.gate.check import ROUNDED
+from actors.gate.linears import ROUNDED_LINEAR
 from actors.quantizers.storage import write_rounded
-from actors.quantizers.table import METHODS, SIMULATED, Layout, Method
+from actors.quantizers.table import METHODS, SIMULATED, Layout, Method, for_bits, known_bits
 from cluster.tables import read_table
 from jobs import ablate, compress, report
 from jobs.core.facts import FACTS, Facts, Metrics, Profile
@@ -36,11 +38,12 @@ TOY = Method(
     marker="x",
     slopes={8: (0.005, 0.1)},
 )
-FIVE = Method(
+NEW_BITS = next(bits for bits in range(5, 16) if bits not in known_bits())
+NEW = Method(
     words="round to nearest with bits that no other method has",
     function="actors.quantizers.rtn:quantize_rtn",
-    bits=(5,),
-    layout=Layout(name="five", linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs * bits // 8),
+    bits=(NEW_BITS,),
+    layout=Layout(name="new", linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs * bits // 8),
     marker="1",
     groups=8,
 )
@@ -119,14 +122,15 @@ def test_the_gate_refuses_what_it_rounds_wrongly(toys, monkeypatch, tmp_path):
 
 def test_bits_that_no_other_method_has(monkeypatch, tmp_path):
     """The options take them, and the gate bounds them as the next fewer bits."""
-    with pytest.raises(ValueError, match=r"'quantize\.bits': Input should be 2, 3, 4, 8 or 16 \(given: 5\)"):
-        load_config(None, [("quantize.bits", "5")])
-    monkeypatch.setitem(METHODS, "five", FIVE)
-    assert load_config(None, [("quantize.method", "five")]).quantize.bits == 5
-    facts = quantize(str(DERM_TINY), tmp_path / "a", "five")
-    assert facts["simulated"] and facts["bits_per_weight"] == 5
+    with pytest.raises(ValueError, match=rf"'quantize\.bits': Input should be 2, .* or 16 \(given: {NEW_BITS}\)"):
+        load_config(None, [("quantize.bits", str(NEW_BITS))])
+    monkeypatch.setitem(METHODS, "new", NEW)
+    assert load_config(None, [("quantize.method", "new")]).quantize.bits == NEW_BITS
+    facts = quantize(str(DERM_TINY), tmp_path / "a", "new")
+    assert facts["simulated"] and facts["bits_per_weight"] == NEW_BITS
     found = check(tmp_path / "a", DERM_TINY)
-    assert "(allowed: 0.4)" in found["linears"] and "(allowed: 1)" in found["logits"]
+    assert f"(allowed: {for_bits(ROUNDED_LINEAR, NEW_BITS):g})" in found["linears"]
+    assert f"(allowed: {for_bits(ROUNDED, NEW_BITS):g})" in found["logits"]
 
 
 def test_options_search_and_estimate_know_them(toys):
