@@ -52,8 +52,8 @@ class LayerCritic:
         reference: `nll`, `kl` of the reference answer's tokens, `tokens` their number (Shortened LLaMA);
         influence: block influence over `all`, `image` and `text` tokens with their numbers (ShortGPT), summed
         over the set; taylor: sum of |w dL/dw| over the set's weights; magnitude: sum of |w|; random: a draw per
-        layer. base and known serve the first two: work is shared with the model without `base`, whose answers
-        are drafts.
+        layer. base and known save work and change no number: what the model without `base` computes is shared, and
+        known answers are not generated again.
         """
         return MEASURES[name](self, samples, [tuple(removed) for removed in removed_sets], tuple(base), known)
 
@@ -79,7 +79,12 @@ def _answers(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
 
 
 @torch.inference_mode()
-def _reference(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+def _by_reference(critic: LayerCritic, samples, sets, base, columns: Callable) -> list[dict]:
+    """Return rows of what `columns` finds in the states that predict the reference answer's tokens, and `tokens`.
+
+    Called as columns(model, replies, states_N): per sample its reply's token ids, and the states [1 + S, T, D] after
+    the final norm, those of the whole model first. Returns per sample and removed set the columns as a dict.
+    """
     replica = critic.replica
     tokenizer = replica.processor.tokenizer
     prompts = [replica.embedded(sample)[0] for sample in samples]
@@ -89,17 +94,22 @@ def _reference(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
 
     def run(part: list[int], chosen: list[int]) -> list:
         with_whole = [0, *(1 + v for v in chosen)]
-        given = [prompts[i] for i in part], [replies[i] for i in part]
-        losses_NV = _forced(replica.model, *given, base_L, keep_SL[with_whole])
-        return [((i, v), losses_NV[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
+        given = [replies[i] for i in part]
+        states_N = reply_states(replica.model, [prompts[i] for i in part], given, base_L, keep_SL[with_whole])
+        found = columns(replica.model, given, states_N)
+        return [((i, v), found[n][c]) for n, i in enumerate(part) for c, v in enumerate(chosen)]
 
     groups = group_by_image(samples, [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)])
-    losses = dict(replica.batched(groups, list(range(len(sets))), run))
+    found: dict = dict(replica.batched(groups, list(range(len(sets))), run))
     return [
-        {**_key(sample, removed), "nll": losses[i, v][0], "kl": losses[i, v][1], "tokens": len(replies[i])}
+        {**_key(sample, removed), **found[i, v], "tokens": len(replies[i])}
         for i, sample in enumerate(samples)
         for v, removed in enumerate(sets)
     ]
+
+
+def _reference(critic: LayerCritic, samples, sets, base, known) -> list[dict]:
+    return _by_reference(critic, samples, sets, base, _forced)
 
 
 @torch.inference_mode()
@@ -150,15 +160,18 @@ def _key(sample: Conversation, removed: tuple[int, ...]) -> dict:
     return {"sample_id": sample.id, "removed": list(removed)}
 
 
-def _forced(model, prompts, replies, base_L, keep_SL) -> list[list[tuple[float, float]]]:
-    """Return [N][S - 1] of (mean nll, mean KL to the first set's model) over the reply's tokens, in nats."""
-    states_N = reply_states(model, prompts, replies, base_L, keep_SL)
+def _forced(model, replies, states_N) -> list[list[dict]]:
+    """Return [N][S] of the mean nll and the mean KL to the first states' model over the reply's tokens, in nats."""
     full_N = (model.lm_head(states[0]) for states in states_N)
-    return reply_losses(model, replies, (states[1:] for states in states_N), full_N)
+    losses_NS = reply_losses(model, replies, (states[1:] for states in states_N), full_N)
+    return [[{"nll": nll, "kl": kl} for nll, kl in losses] for losses in losses_NS]
 
 
 def reply_states(model, prompts, replies, base_L, keep_SL) -> list[torch.Tensor]:
-    """Return per input the last hidden states [S, T, D] that predict its reply's T tokens, for every set of layers."""
+    """Return per input the states [S, T, D] that predict its reply's T tokens, for every set of layers.
+
+    They are those after the final norm, which the head reads.
+    """
     states_N: dict[int, torch.Tensor] = {}
     for pack in pack_prompts(model, prompts, replies):
         check = Verification(model, pack, prompts, base_L, keep_SL)

@@ -23,6 +23,7 @@ from jobs.core.command import main
 from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.core.text import score
 from jobs.figures.layers import importance_figure
 from jobs.ranking.calibration import calibration_settings, open_measurements
 from jobs.ranking.rows import AGREEMENT, SCORES, Agreement, LayerScore
@@ -167,8 +168,8 @@ def job(run: Run) -> None:
     folder = Path(run.make(scored))
     print(f"rank  layer  {CRITERIA[criterion].label}, 95 % interval   (first = removed first)")
     for row in sorted(SCORES.read(folder), key=lambda row: row["rank"]):
-        interval = f"[{row['low']:.4f}, {row['high']:.4f}]  rank {row['rank_low']} to {row['rank_high']}"
-        print(f"{row['rank']:>4}  {row['layer']:>5}  {row['score']:.4f}  {interval}")
+        interval = f"[{score(row['low'])}, {score(row['high'])}]  rank {row['rank_low']} to {row['rank_high']}"
+        print(f"{row['rank']:>4}  {row['layer']:>5}  {score(row['score'])}  {interval}")
     facts = run.facts(scored, AblateFacts)
     print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
     if run.config.ablate.compare:

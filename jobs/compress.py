@@ -129,7 +129,7 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
 
 
 def _bits(run: Run, model: Stage | Source, profile: Profile) -> dict:
-    """Return the bits of a decoder weight, with scales and zero points, too, and the checkpoint's bytes at those bits.
+    """Return the bits of a decoder weight, also with its scales, and the checkpoint's bytes at those bits.
 
     They are what is stored, unless `simulated`: then the rounded weights are stored in 16 bits.
     """

@@ -1,10 +1,10 @@
-"""Round a model's language layers: AWQ, NF4 or int8 (bitsandbytes), HQQ, or round to nearest; group 64.
+"""Round a model's language layers, by the method that --quantize.method names (listed below).
 
     python -m jobs.quantize --config configs/derm-tiny.yaml --quantize.method nf4
     python -m jobs.quantize --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/recover-...
 
-The vision tower, the projector, the embeddings and the head keep 16 bits. awq and rtn with other bits than 4 are
-simulated: the weights are rounded, but stored in 16 bits (config.json and the manifest say so).
+The vision tower, the projector, the embeddings and the head keep 16 bits. Bits that a method's layout does not pack
+are simulated: the weights are rounded, but stored in 16 bits (config.json and the manifest say so).
 """
 
 import logging

@@ -169,7 +169,7 @@ def _quantizer(run: Run, row: SummaryRow) -> str:
     method = METHODS[settings.method]
     groups = f", groups of {settings.group_size}" if method.groups or method.block else ""
     stored = "; simulated: stored in 16 bits" if row["simulated"] else ""
-    with_scales = f"{row['bits_per_weight']:.2f} with scales and zero points"
+    with_scales = f"{row['bits_per_weight']:.2f} with scales"
     return f"{settings.method}, {settings.bits} bits ({with_scales}){groups}{stored}"
 
 

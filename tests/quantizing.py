@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,15 +13,22 @@ from actors.checkpoint.loading import load_model, load_processor
 from actors.conversations import collate
 from actors.quantizers import awq
 from actors.quantizers.quantizer import Quantizer
-from actors.quantizers.table import bits_of
+from actors.quantizers.table import COMPRESSED_TENSORS, GEMM, METHODS, bits_of
 from actors.specs import ModelSpec, QuantizeSettings
 from actors.trainer import language_linears
 from tests.tiny import draw_conversations
 
-PACKED = {
+PACKED = {  # the class of a loaded linear, of every method that packs its default bits
     **dict.fromkeys(("rtn", "awq"), "AwqTorchLinear"),
     **{"nf4": "Linear4bit", "int8": "Linear8bitLt", "hqq": "HqqLinear"},
 }
+SCALES = {  # the tensor that holds a linear's scales
+    **dict.fromkeys(("rtn", "awq"), "scales"),
+    **{"nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"},
+}
+OPTIONAL = {"hqq": "hqq"}  # the package without which a method's tests are skipped
+# Those whose packed numbers the gate does not unpack itself: it compares them with the weights before rounding.
+NOT_UNPACKED = [method for method in PACKED if METHODS[method].layout not in (GEMM, COMPRESSED_TENSORS)]
 
 
 def settings(method: str, **changes) -> QuantizeSettings:
@@ -29,6 +37,8 @@ def settings(method: str, **changes) -> QuantizeSettings:
 
 
 def quantize(path: str, out: Path, method: str, calibration=(), **changes) -> dict:
+    if method in OPTIONAL:
+        pytest.importorskip(OPTIONAL[method])
     out.mkdir(exist_ok=True)
     return Quantizer().quantize(ModelSpec(path), settings(method, **changes), list(calibration), str(out))
 

@@ -203,7 +203,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def stored_bytes(path: str, revision: str | None = None) -> int:
-    """Return the bytes of a checkpoint's tensors, scales and zero points included, from the files' headers."""
+    """Return the bytes of a checkpoint's tensors, those that rounding adds included, from the files' headers."""
     total = 0
     for file in weight_files(local_folder(path, revision)):
         with open(file, "rb") as stream:

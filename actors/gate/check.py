@@ -25,13 +25,13 @@ from actors.gate.vllm import check_vllm
 from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
-from actors.quantizers.table import GEMM
+from actors.quantizers.table import GEMM, for_bits
 from actors.specs import Change, GateError, ModelSpec
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
-# model from the one before rounding, by bits. With 3 and 2 bits a sound model may answer as far away as a broken one:
-# there the layers alone decide (actors.gate.layers, actors.gate.linears).
+# model from the one before rounding, by bits (others: for_bits). With 3 and 2 bits a sound model may answer as far away
+# as a broken one: there the layers alone decide (actors.gate.layers, actors.gate.linears).
 SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 ROUNDED = {16: 2e-2, 8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
 
@@ -117,7 +117,7 @@ def _compare_with_parent(
         layers, off = check_layers(before, model, processor, None, same)
         return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
     layers, off = check_layers(before, model, processor, config, max(same, SAME[_name_stored_dtype(Path(spec.path))]))
-    allowed = ROUNDED[weight_bits(config, 16)]
+    allowed = for_bits(ROUNDED, weight_bits(config, 16))
     return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
 
 

@@ -19,6 +19,7 @@ from actors.maths.awq import rounded
 from actors.probe import placed_probe
 from actors.quantizers.calibration import decoder_inputs
 from actors.quantizers.structure import AWQ_GROUPS, scaling_groups
+from actors.quantizers.table import for_bits
 from actors.specs import GateError
 
 # Largest relative error of a linear's outputs in a layer that AWQ rounded, by bits. Sound ones show at most .02, .17,
@@ -60,7 +61,7 @@ def check_layers(parent: Parent, model, processor, rounding, same: float) -> tup
         scaled = _scaled(layer, parent.config) if awq else set()
         for stem, error in _errors(layer, layer_now, scaled, *inputs, {}):
             bits = 16 if rounding is None else stated_bits(rounding, number, stem)
-            allowed = same if bits == 16 else SCALED[bits] * (DOWN if stem == "mlp.down_proj" else 1)
+            allowed = same if bits == 16 else for_bits(SCALED, bits) * (DOWN if stem == "mlp.down_proj" else 1)
             worst = max(worst, error)
             if error <= allowed:
                 continue

@@ -14,12 +14,21 @@ from actors.gate.scales import Rounding, check_scales
 from actors.maths.rounding import dequantize, unpack
 from actors.quantizers.mixed import PARTS, group_bits, unpacked
 from actors.quantizers.structure import linear_shapes, weight_bits
-from actors.quantizers.table import COMPRESSED_TENSORS, GEMM, SIMULATED, Layout, Method, find_layout, find_methods
+from actors.quantizers.table import (
+    COMPRESSED_TENSORS,
+    GEMM,
+    SIMULATED,
+    Layout,
+    Method,
+    find_layout,
+    find_methods,
+    for_bits,
+)
 from actors.specs import GateError
 
 KERNEL = 2e-2  # largest relative error of a linear's output in float16, for a kernel that reads the stored numbers
-# ... and of rounded weights from those before rounding, by bits. Groups of 64 normal values show .01, .12, .25 and .57;
-# an unrelated weight 1.4.
+# ... and of rounded weights from those before rounding, by bits (others: for_bits). Groups of 64 normal values show
+# .01, .12, .25 and .57; an unrelated weight 1.4.
 ROUNDED_LINEAR = {8: 0.1, 4: 0.4, 3: 0.7, 2: 1.2}
 PLAIN = (torch.nn.Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)  # the second: SigLIP's pooling head
 
@@ -97,7 +106,7 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
     elif parent is not None and _methods_of(config) and not may_be_scaled(config):
         weights, allowed = (
             _decoder_weights(parent, tuple(linear_shapes(config))),
-            ROUNDED_LINEAR[weight_bits(config, 16)],
+            for_bits(ROUNDED_LINEAR, weight_bits(config, 16)),
         )
         what, rounding = "the weight before rounding", _rounding(config)
     else:
@@ -117,9 +126,11 @@ def check_linears(folder: Path, config, model, parent: Path | None) -> str | Non
 
 
 def _rounding(config) -> Rounding:
-    """Return how the linears were rounded, of a checkpoint that one method alone can have made."""
-    (method,) = _methods_of(config)
-    return Rounding(method.slopes[weight_bits(config, 16)], stated_group(config) if method.groups else method.block)
+    """Return how the linears were rounded; where several methods share the layout, with the widest of their bounds."""
+    methods, bits = _methods_of(config), weight_bits(config, 16)
+    linear, block = (max(bounds) for bounds in zip(*(for_bits(each.slopes, bits) for each in methods), strict=True))
+    in_groups = any(each.groups for each in methods)
+    return Rounding((linear, block), stated_group(config) if in_groups else methods[0].block)
 
 
 def _unpacked(folder: Path) -> Iterator[tuple[int, str, torch.Tensor]]:

@@ -13,7 +13,7 @@ _NF4_LEVELS = 16
 _SCALE = 2  # bytes of a stored float16 scale
 _SHAPE = 16  # bytes of the compressed-tensors layout's weight_shape: two int64
 
-# The bytes of one linear's weight [outputs, inputs] in each layout, scales and zero points included.
+# The bytes of one linear's weight [outputs, inputs] in each layout, with all that is stored for it.
 
 
 def gemm_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:

@@ -129,8 +129,9 @@ def check_rounded(out: Path, config, settings: QuantizeSettings) -> dict:
     """Check that a quantizer rounded the decoder's linears and nothing else, and return what it stored.
 
     Whether the rest is what it was before, bit for bit, actors.gate.files.check_kept tells. Returns {linears,
-    rounded_weights, bits_per_weight (scales and zero points included), simulated, nominal_bytes (the whole checkpoint
-    at those bits: what is stored, unless simulated)}. RuntimeError: a library rounded what it must not.
+    rounded_weights, bits_per_weight (with scales and all else that is stored for it; where simulated, by the
+    layout's linear_bytes), simulated, nominal_bytes (the whole checkpoint at those bits: what is stored, unless
+    simulated)}. RuntimeError: a library rounded what it must not.
     """
     shapes = linear_shapes(config)
     stem = re.compile(rf"^(.*\.({'|'.join(map(re.escape, shapes))}))\.(?!bias$)")

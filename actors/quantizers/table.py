@@ -7,31 +7,41 @@ Imports neither torch nor transformers: the driver reads this table, too.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.maths.sizes import compressed_tensors_bytes, gemm_bytes, hqq_bytes, int8_bytes, nf4_bytes
 
 NF4_BLOCK = 64  # weights that share a scale
 SIMULATED = "simulated_quantization"  # the config.json entry of a checkpoint that holds rounded weights in 16 bits
+# By bits, how far from 1 the gate lets a slope be: of a whole linear, and of one block of it (actors.gate.scales).
+# Sound checkpoints have shown at most .004 (4 bits), .0003 (8), .008 (3) and .04 (hqq with 2) of a linear, .075, .0045,
+# .15 and .37 of a block: the tests' models (derm-tiny with its outliers, and four architectures), and 1024 x 1024
+# random weights (normal, Student's t with 5 and 3 degrees of freedom, 1 % ten and .5 % thirty times as large, input
+# channels divided by 50), in groups of 8 to 128. The bounds of linears are at least twice as large; those of blocks far
+# more, as a model of 7B has 10^8 of them, and none may be refused that is sound. With 2 bits sound linears and scales
+# that are 20 % too small overlap.
+SLOPES = {8: (0.005, 0.1), 4: (0.02, 0.5), 3: (0.04, 0.7), 2: (0.06, 0.9)}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Layout:
     """How rounded weights are stored.
 
-    marks: entries of config.json's quantization_config that tell the layout. bits: those that it packs. linear_bytes:
-    (bits, group, outputs, inputs) -> bytes of one weight with its scales. unpacked_bytes: (weights, bytes of a number)
-    -> what unpacking one weight takes; by default one copy in the activations' type, as GPU kernels make it (on a CPU,
-    where no kernel unpacks awq's, about six times this). reader: the module that teaches transformers the layout; None:
-    transformers knows it. vllm: the entries of quantization_config that vLLM's documents ask for; None: vLLM does not
-    read it. skipped: the entry that lists what is not rounded. one_by_one: how far logits may move, relative to the
-    largest, when tokens are fed one by one; None: as far as in 16 bits.
+    linear_bytes: (bits, group, outputs, inputs) -> bytes of one weight with all that is stored beside its numbers.
+    bits: those that it packs; none: it is only counted with, and all that is rounded is simulated. marks: entries of
+    config.json's quantization_config that tell the layout; none where nothing is packed. unpacked_bytes: (weights,
+    bytes of a number) -> what unpacking one weight takes; by default one copy in the activations' type, as GPU kernels
+    make it (on a CPU, where no kernel unpacks awq's, about six times this). reader: the module that teaches
+    transformers the layout; None: transformers knows it. vllm: the entries of quantization_config that vLLM's documents
+    ask for; None: vLLM does not read it. skipped: the entry that lists what is not rounded. one_by_one: how far logits
+    may move, relative to the largest, when tokens are fed one by one; None: as far as in 16 bits.
     """
 
     name: str
-    marks: Mapping[str, Any]
-    bits: tuple[int, ...]
     linear_bytes: Callable[[int, int, int, int], int]
+    bits: tuple[int, ...] = ()
+    marks: Mapping[str, Any] = field(default_factory=dict)
     unpacked_bytes: Callable[[int, int], int] = lambda weights, itemsize: weights * itemsize
     reader: str | None = None
     vllm: Mapping[str, Any] | None = None
@@ -50,8 +60,9 @@ class Method:
     that share a scale where there are no groups; None: all. calibrated: it looks at training conversations. rescales:
     it multiplies weights and divides what comes before them, so that the gate cannot compare weight by weight. mixes:
     layers may have bits of their own. check: "module:function", called as function(config, settings), which refuses
-    (ValueError) a model that it cannot round. slopes: by bits, how far from 1 the gate lets the slope of a linear, and
-    of one block of it, be (actors.gate.scales); not needed where it rescales. marker: in figures (matplotlib's).
+    (ValueError) a model that it cannot round. slopes: as SLOPES, where the method needs other bounds; not read where it
+    rescales, or where the layout is one whose packed numbers the gate unpacks itself. marker: in figures
+    (matplotlib's).
     """
 
     words: str
@@ -65,7 +76,7 @@ class Method:
     rescales: bool = False
     mixes: bool = False
     check: str | None = None
-    slopes: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    slopes: Mapping[int, tuple[float, float]] = field(default_factory=lambda: SLOPES)
 
     @property
     def only_bits(self) -> int | None:
@@ -120,14 +131,6 @@ COMPRESSED_TENSORS = Layout(
 )
 # vllm: what AutoAWQConfig, BitsAndBytesConfig and CompressedTensorsConfig ask for, in
 # vllm/model_executor/layers/quantization.
-LAYOUTS = (GEMM, NF4, INT8, HQQ, COMPRESSED_TENSORS)
-
-# About the slopes: sound checkpoints have shown at most .004 (4 bits), .0003 (8), .008 (3) and .04 (hqq with 2) of a
-# linear, .075, .0045, .15 and .37 of a block: the tests' models (derm-tiny with its outliers, and four architectures),
-# and 1024 x 1024 random weights (normal, Student's t with 5 and 3 degrees of freedom, 1 % ten and .5 % thirty times as
-# large, input channels divided by 50), in groups of 8 to 128. The bounds of linears are at least twice as large; those
-# of blocks far more, as a model of 7B has 10^8 of them, and none may be refused that is sound. With 2 bits sound
-# linears and scales that are 20 % too small overlap.
 METHODS: dict[str, Method] = {
     "awq": Method(
         words="activation-aware: scales and clipping are searched on calibration conversations",
@@ -148,7 +151,6 @@ METHODS: dict[str, Method] = {
         layout=NF4,
         marker="^",
         block=NF4_BLOCK,
-        slopes={4: (0.02, 0.5)},
     ),
     "int8": Method(
         words="bitsandbytes, a scale a row",
@@ -156,7 +158,6 @@ METHODS: dict[str, Method] = {
         bits=(8,),
         layout=INT8,
         marker="D",
-        slopes={8: (0.005, 0.1)},
     ),
     "hqq": Method(
         words="half-quadratic",
@@ -165,7 +166,7 @@ METHODS: dict[str, Method] = {
         layout=HQQ,
         marker="v",
         groups=8,
-        slopes={8: (0.005, 0.1), 4: (0.02, 0.5), 3: (0.04, 0.7), 2: (0.08, 0.9)},
+        slopes={**SLOPES, 2: (0.08, 0.9)},
     ),
     "rtn": Method(
         words="round to nearest",
@@ -175,7 +176,6 @@ METHODS: dict[str, Method] = {
         marker="P",
         groups=1,
         mixes=True,
-        slopes={8: (0.005, 0.1), 3: (0.04, 0.7), 2: (0.06, 0.9)},  # 4 bits: the packed numbers are compared
     ),
 }
 
@@ -192,13 +192,33 @@ def bits_of(name: str, chosen: int) -> int:
     return 16 if name == "none" else find_method(name, "none, ").only_bits or chosen
 
 
+def known_bits() -> list[int]:
+    """Return all bits that a weight may have, fewest first; 16: it is not rounded."""
+    return sorted({16, *(bits for method in METHODS.values() for bits in method.bits)})
+
+
+def for_bits(bounds: Mapping[int, T], bits: int) -> T:
+    """Return what `bounds` has for these bits; if it has nothing, the wider bound of the next fewer bits."""
+    return bounds[max((each for each in bounds if each <= bits), default=min(bounds))]
+
+
+def layouts() -> list[Layout]:
+    """Return every layout once: those of the methods, and that of layers with bits of their own."""
+    return list(
+        {layout.name: layout for layout in (*(m.layout for m in METHODS.values()), COMPRESSED_TENSORS)}.values()
+    )
+
+
 def find_layout(stored: Mapping[str, Any] | None) -> Layout | None:
     """Return the layout that a checkpoint's quantization_config tells; None: none, or none that is known here."""
-    return next((each for each in LAYOUTS if stored and each.marks.items() <= stored.items()), None)
+    return next((each for each in layouts() if stored and each.marks and each.marks.items() <= stored.items()), None)
 
 
 def find_methods(stored: Mapping[str, Any] | None, simulated: Mapping[str, Any] | None) -> list[Method]:
-    """Return the methods that may have rounded a checkpoint: by its quantization_config, or its entry SIMULATED."""
+    """Return the methods that may have rounded a checkpoint: by its quantization_config, or its entry SIMULATED.
+
+    Packed weights tell their layout alone: all methods that share it may have made them.
+    """
     if simulated:
         return [find_method(simulated["method"])]
     layout = find_layout(stored)

@@ -137,6 +137,21 @@ class RecoverConfig(Section):
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; cosine decay, 3 % warm-up")
 
 
+def _only_bits_of_methods() -> str:
+    only = [f"{name} {method.only_bits}" for name, method in METHODS.items() if method.only_bits]
+    return ", ".join([*only, "none 16"])
+
+
+def _simulated_bits() -> str:
+    found = {name: [bits for bits in method.bits if method.simulated(bits)] for name, method in METHODS.items()}
+    return "; ".join(f"{name} with {', '.join(map(str, bits))}" for name, bits in found.items() if bits)
+
+
+def _own_groups() -> str:
+    own = {name: method.block for name, method in METHODS.items() if not method.groups}
+    return ", ".join(f"{name} {block or 'all of a row'}" for name, block in own.items())
+
+
 class QuantizeConfig(Section):
     """Rounding the language model's linear layers."""
 
@@ -147,10 +162,12 @@ class QuantizeConfig(Section):
     )
     bits: Bits = Field(
         4,
-        description="bits of a weight (bits); unset: 8 for int8, 16 for none; awq and rtn with 2, 3 or 8 are "
-        "simulated: rounded weights stored in 16 bits, for studies of accuracy",
+        description=f"bits of a weight (bits); unset: 4; of methods without a choice: {_only_bits_of_methods()}; "
+        f"simulated, i.e. rounded weights stored in 16 bits, for studies of accuracy: {_simulated_bits()}",
     )
-    group_size: Count = Field(64, description="input channels that share a scale (channels); int8: all of a row")
+    group_size: Count = Field(
+        64, description=f"input channels that share a scale (channels); without a choice: {_own_groups()}"
+    )
     calibration_samples: Count = Field(
         32, description="training conversations drawn; AWQ uses the longer half, cut to one length (conversations)"
     )

@@ -8,19 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from actors.criteria import CRITERIA
-from actors.quantizers.table import METHODS
+from actors.quantizers.table import METHODS, known_bits
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Marks a text that must be one of the names that a table holds when the value is read."""
+    """Marks a name or a number that must be one of those that a table holds when the value is read."""
 
-    names: Callable[[], Collection[str]]
+    names: Callable[[], Collection[str | int]]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
-    def _check(self, value: str) -> str:
+    def _check(self, value: str | int) -> str | int:
         *others, last = map(repr, self.names())
         if value not in self.names():
             raise PydanticCustomError("literal_error", f"Input should be {', '.join(others)} or {last}")
@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantizer = Annotated[str, OneOf(_quantizer_names)]
 Criterion = Annotated[str, OneOf(lambda: CRITERIA)]
-Bits = Literal[2, 3, 4, 8, 16]
+Bits = Annotated[int, OneOf(known_bits)]
 Recovery = Literal["lora", "qlora"]
 
 

@@ -75,7 +75,7 @@ class QuantizeFacts(CheckpointFacts):
 
     linears: int
     rounded_weights: int
-    bits_per_weight: float  # scales and zero points included
+    bits_per_weight: float  # with scales and all else that is stored for it
     simulated: bool  # stored in 16 bits
     nominal_bytes: int  # of the whole checkpoint at these bits
     calibration_tokens: NotRequired[int]  # of a calibrated method

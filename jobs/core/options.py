@@ -96,7 +96,7 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
             rows += fields(kind, f"{prefix}{name}.")
             continue
         choice = next((each for each in field.metadata if isinstance(each, OneOf)), None)
-        shown = " | ".join(choice.names()) if choice else _kind(kind)
+        shown = " | ".join(map(str, choice.names())) if choice else _kind(kind)
         rows.append((prefix + name, shown, field.default, field.description or ""))
         for item in get_args(kind):
             if isinstance(item, type) and issubclass(item, BaseModel):

@@ -16,6 +16,7 @@ from actors.maths.subsets import extend_set, mutate_set, select_best, select_ear
 from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.core.text import score
 from jobs.ranking.calibration import open_measurements
 from jobs.ranking.measurements import Measurements, Removed, check_ranked
 from jobs.ranking.rows import STEPS, SearchStep
@@ -71,13 +72,13 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
         pair = measured.losses(criterion, [chosen, ranked], label="against one shot")
     STEPS.write(folder, steps)
     shown = CRITERIA[criterion].to_unit
-    score, one_shot_score = pair.means_K.tolist()
+    mean, one_shot_mean = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(
         removed=list(chosen),
         one_shot=list(ranked),
-        score=shown(score),
-        one_shot_score=shown(one_shot_score),
+        score=shown(mean),
+        one_shot_score=shown(one_shot_mean),
         gain=gain,
         gain_interval=[low, high],
         sets_measured=len({tuple(step["removed"]) for step in steps}),
@@ -85,8 +86,8 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     )
     resolved = "" if low > 0 or high < 0 else ", unresolved"
     LOG.info(
-        f"select: {prune.search} removes {list(chosen)} ({facts['score']:.4f}), one shot {list(ranked)} "
-        f"({facts['one_shot_score']:.4f}); loss lower by {facts['gain']:.4f} [{low:.4f}, {high:.4f}]{resolved}",
+        f"select: {prune.search} removes {list(chosen)} ({score(facts['score'])}), one shot {list(ranked)} "
+        f"({score(facts['one_shot_score'])}); loss lower by {score(gain)} [{score(low)}, {score(high)}]{resolved}",
     )
 
 

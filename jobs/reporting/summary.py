@@ -17,7 +17,7 @@ class SummaryRow(JudgedColumns):
     weight_bytes: int  # as stored
     bits: int  # of a decoder weight
     simulated: bool  # stored in 16 bits
-    bits_per_weight: float  # scales and zero points included
+    bits_per_weight: float  # with scales and all else that is stored for it
     nominal_bytes: int  # of the checkpoint at these bits
     peak_memory_bytes: int
     peak_memory_kind: str

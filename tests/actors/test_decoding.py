@@ -148,8 +148,6 @@ def test_compiled_decoding_gives_the_same_tokens(tiny_path, lesions):
 @pytest.mark.parametrize("method", PACKED)
 def test_rounded_models_give_the_same_tokens(tiny_path, lesions, tmp_path, monkeypatch, method, compiled):
     """As plain generate of the same checkpoint, and not those of the model before rounding."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     if not compiled:
         eager(monkeypatch)
     quantize(tiny_path, tmp_path / "q", method, draw_conversations(lesions, 4))

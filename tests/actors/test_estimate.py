@@ -13,6 +13,7 @@ from actors.checkpoint.tensors import stored_bytes
 from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrow_config, uniform
 from actors.memory import count_parameters, meta_model
 from actors.quantizers.storage import read_layers
+from actors.quantizers.table import bits_of
 from tests.paper import ORDER, TABLE_1
 from tests.quantizing import PACKED, quantize
 from tests.tiny import LAYERS, draw_conversations, llava_7b, save_tiny, tiny_config
@@ -41,12 +42,9 @@ def test_weights_are_the_stored_bytes(name, lesions, tmp_path):
     config = AutoConfig.from_pretrained(source)
     assert estimate(config, setting(LAYERS, (1, 3)))["weight_bytes"] == stored_bytes(str(tmp_path / "pruned"))
     for method in PACKED if name != "clip-llama-tied" else ["rtn", "nf4"]:
-        if method == "hqq":
-            pytest.importorskip("hqq")
         out = tmp_path / method
         quantize(str(tmp_path / "pruned"), out, method, draw_conversations(lesions, 2))
-        bits = 8 if method == "int8" else 4
-        found = estimate(config, setting(LAYERS, (1, 3), method, bits))
+        found = estimate(config, setting(LAYERS, (1, 3), method, bits_of(method, 4)))
         assert (method, found["weight_bytes"]) == (method, stored_bytes(str(out)))
         assert not found["simulated"]
 
@@ -54,8 +52,6 @@ def test_weights_are_the_stored_bytes(name, lesions, tmp_path):
 @pytest.mark.parametrize(("method", "bits"), [("rtn", 2), ("rtn", 3), ("rtn", 8), ("hqq", 3), ("hqq", 8)])
 def test_other_bits(method, bits, tmp_path):
     """hqq's as stored; what is simulated at the bits that the checkpoint's own facts call nominal."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     source = half_path(tmp_path / "a", "clip-llama")
     facts = quantize(source, tmp_path / "b", method, bits=bits)
     found = estimate(AutoConfig.from_pretrained(source), setting(LAYERS, (), method, bits))

@@ -75,8 +75,6 @@ def test_every_architecture(name):
 )
 def test_quantized_models_on_a_cpu(method, bits, tmp_path):
     """Within 10 %, but that nf4 and rtn may unpack six copies more here than the one that GPU kernels make."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     config = tiny_model("clip-llama").config
     quantize(save_tiny(tmp_path / "a", "clip-llama"), tmp_path / "b", method)
     model = load_model(str(tmp_path / "b"))

@@ -17,7 +17,7 @@ from actors.probe import PROBE, kept_probe, write_probe
 from actors.specs import Change, GateError, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import UP, change, change_config, check, refused, swap
-from tests.quantizing import quantize
+from tests.quantizing import SCALES, quantize
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 
 REMOVED = [1, 3]
@@ -149,8 +149,6 @@ def test_swapped_tensors_against_the_original(made, copy):
 @pytest.mark.parametrize("method", ["nf4", "int8", "hqq"])
 def test_swapped_tensors_against_the_model_before_rounding(made, copy, method, tmp_path):
     """The logits of a rounded model may be far away, its linears may not: the first wrong one is named."""
-    if method == "hqq":
-        pytest.importorskip("hqq")
     change(copy, swap)
     quantize(str(copy), tmp_path / "q", method)
     refused(f"'{UP}' does not compute with the weight before rounding", tmp_path / "q", made[1])
@@ -209,13 +207,8 @@ def test_new_and_missing_tensors_against_sums(made, copy):
     refused("'a.weight' is missing", copy, sums={**sums, f"{UP}.weight": gone, "a.weight": gone})
 
 
-SCALES = {"rtn": "scales", "awq": "scales", "nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"}
-
-
 @pytest.mark.parametrize(("method", "value"), [(m, torch.nan) for m in SCALES] + [("rtn", torch.inf)])
 def test_a_scale_that_is_no_number(made, tmp_path, lesions, method, value):
-    if method == "hqq":
-        pytest.importorskip("hqq")
     quantize(str(made[1]), tmp_path / "q", method, draw_conversations(lesions, 2))
     name = f"{UP}.{SCALES[method]}"
 

@@ -1,6 +1,7 @@
 """The gate and wrong scales: weights that are too large or too small by less than rounding may be off are refused."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ import torch
 from actors.checkpoint.loading import load_model
 from actors.gate.scales import computed_weight
 from actors.maths.slopes import slopes
+from actors.quantizers.table import METHODS, bits_of
 from tests.gating import UP, change, check, refused
-from tests.quantizing import quantize
+from tests.quantizing import NOT_UNPACKED, SCALES, quantize
 from tests.tiny import save_tiny
 
-SCALES = {"nf4": "weight.absmax", "int8": "SCB", "hqq": "scale"}
 OFF = f"'{UP}' does not compute with the weight before rounding: its scales are off"
 
 
@@ -34,11 +35,9 @@ def test_a_large_value_hides_no_scale():
     assert slopes(own, before).tolist() == pytest.approx([1, 480 / 463], abs=1e-4)
 
 
-@pytest.fixture(scope="module", params=SCALES)
+@pytest.fixture(scope="module", params=NOT_UNPACKED)
 def rounded(request, tmp_path_factory):
     """(method, a tiny model, it rounded)."""
-    if request.param == "hqq":
-        pytest.importorskip("hqq")
     folder = tmp_path_factory.mktemp(request.param)
     source = save_tiny(folder / "source", "clip-qwen2", layers=2)
     quantize(source, folder / "rounded", request.param)
@@ -76,6 +75,16 @@ def test_scales_that_are_wrong(rounded, wrong, factor, words, tmp_path):
 
     change(copy, spoil)
     refused(rf"{OFF}\. {words}", copy, source)
+
+
+def test_two_methods_that_share_a_layout(rounded, monkeypatch):
+    """Packed weights do not say which of the two made them: the wider bounds hold."""
+    method, source, folder = rounded
+    bits = bits_of(method, 4)
+    monkeypatch.setitem(METHODS, "stricter", replace(METHODS[method], slopes={bits: (0.0, 0.0)}))
+    check(folder, source)
+    monkeypatch.setitem(METHODS, method, METHODS["stricter"])
+    refused(r"'\S+' does not compute with the weight before rounding: its scales are off", folder, source)
 
 
 def test_right_scales_pass(rounded):

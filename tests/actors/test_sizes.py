@@ -12,10 +12,11 @@ from actors.maths.sizes import (
     prefill_bytes,
     tower_bytes,
 )
-from actors.quantizers.table import LAYOUTS, METHODS
+from actors.quantizers.table import layouts
 
-LAYOUT = {layout.name: layout for layout in LAYOUTS}
+LAYOUT = {layout.name: layout for layout in layouts()}
 
+# By the layout's name (not the method's: two methods may share one) and bits.
 # 64 outputs x 128 inputs: 8,192 weights in 128 groups of 64
 BY_HAND = {
     ("awq", 4): 4096 + 128 * 2 + 64,  # nibbles; a float16 scale and half a byte of zero a group
@@ -71,5 +72,5 @@ def test_working_memory_by_hand():
     assert long == 1000 * (4 * 8 + 2 * 4) * 2 + 10**6 + 1000 * 4 * 8 * 2 + 2 * 10**6
     assert logit_bytes(3, 100, 2) == 300 * 10
     assert [mlp_copies(name, True) for name in ("silu", "quick_gelu", "gelu_new")] == [3, 4, 5]
-    unpacked = {name: method.layout.unpacked_bytes(4 * 8, 2) for name, method in METHODS.items()}
-    assert unpacked == {"awq": 64, "rtn": 64, "nf4": 64, "hqq": 192, "int8": 0}
+    unpacked = {"awq": 64, "nf4": 64, "hqq": 192, "int8": 0}
+    assert {name: LAYOUT[name].unpacked_bytes(4 * 8, 2) for name in unpacked} == unpacked

@@ -11,16 +11,20 @@ from actors.checkpoint.tensors import iterate_tensors
 from actors.criteria import CRITERIA, Criterion
 from actors.critic import MEASURES
 from actors.estimate import Setting, estimate
+from actors.gate.check import ROUNDED
+from actors.gate.linears import ROUNDED_LINEAR
 from actors.quantizers.storage import write_rounded
-from actors.quantizers.table import METHODS, SIMULATED, Layout, Method
+from actors.quantizers.table import METHODS, SIMULATED, Layout, Method, for_bits, known_bits
 from cluster.tables import read_table
 from jobs import ablate, compress, report
 from jobs.core.facts import FACTS, Facts, Metrics, Profile
 from jobs.core.options import fields, load_config
 from jobs.core.rows import check_rows
 from jobs.searching.space import space
+from tests.gating import check
 from tests.jobs.commands import CONFIG, SMALL
 from tests.jobs.here import run_here
+from tests.quantizing import quantize
 from tests.tiny import DERM_TINY, llava_7b
 
 TOY = Method(
@@ -29,12 +33,19 @@ TOY = Method(
     bits=(8,),
     layout=Layout(
         name="toy",
-        marks={"quant_method": "toy"},
-        bits=(),
         linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs + 2 * outputs,
     ),
     marker="x",
     slopes={8: (0.005, 0.1)},
+)
+NEW_BITS = next(bits for bits in range(5, 16) if bits not in known_bits())
+NEW = Method(
+    words="round to nearest with bits that no other method has",
+    function="actors.quantizers.rtn:quantize_rtn",
+    bits=(NEW_BITS,),
+    layout=Layout(name="new", linear_bytes=lambda bits, group, outputs, inputs: outputs * inputs * bits // 8),
+    marker="1",
+    groups=8,
 )
 WRONG = 1.2  # what a quantizer multiplies the scales by that the gate must refuse
 
@@ -109,6 +120,19 @@ def test_the_gate_refuses_what_it_rounds_wrongly(toys, monkeypatch, tmp_path):
         run.make(compress.plan(run)["quant"][0])
 
 
+def test_bits_that_no_other_method_has(monkeypatch, tmp_path):
+    """The options take them, and the gate bounds them as the next fewer bits."""
+    with pytest.raises(ValueError, match=rf"'quantize\.bits': Input should be 2, .* or 16 \(given: {NEW_BITS}\)"):
+        load_config(None, [("quantize.bits", str(NEW_BITS))])
+    monkeypatch.setitem(METHODS, "new", NEW)
+    assert load_config(None, [("quantize.method", "new")]).quantize.bits == NEW_BITS
+    facts = quantize(str(DERM_TINY), tmp_path / "a", "new")
+    assert facts["simulated"] and facts["bits_per_weight"] == NEW_BITS
+    found = check(tmp_path / "a", DERM_TINY)
+    assert f"(allowed: {for_bits(ROUNDED_LINEAR, NEW_BITS):g})" in found["linears"]
+    assert f"(allowed: {for_bits(ROUNDED, NEW_BITS):g})" in found["logits"]
+
+
 def test_options_search_and_estimate_know_them(toys):
     known = {name: kind for name, kind, *_ in fields()}
     assert known["quantize.method"].endswith(" | toy") and known["ablate.criterion"].endswith(" | middle")
@@ -128,5 +152,6 @@ def test_options_search_and_estimate_know_them(toys):
 
 
 def test_they_are_gone_with_their_entries():
-    with pytest.raises(ValueError, match=r"quantize\.method.*'rtn' \(given: 'toy'\)"):
+    last = list(METHODS)[-1]
+    with pytest.raises(ValueError, match=rf"quantize\.method.*'{last}' \(given: 'toy'\)"):
         load_config(None, [("quantize.method", "toy")])

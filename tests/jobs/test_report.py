@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jobs.ablate import format_tau
+from jobs.core.text import score
 from jobs.reporting import answers as report_answers
 from jobs.reporting.pages import render_page
 from tests.jobs.pages import HOSTILE, METHODS, content, page
@@ -130,6 +131,12 @@ def test_a_criterion_that_tells_no_layers_apart(folder, template):
     text = render_page(template, content(folder) | {"layers": layers})
     expected = {"report.html.j2": "<td>+1.00</td><td>undefined</td>", "report.md.j2": "random undefined"}
     assert expected[template] in text
+
+
+def test_a_score_of_any_size_can_be_read():
+    """Four decimals would make 0.0000 of what a small criterion tells layers apart by."""
+    written = [score(value) for value in (0.98765, -2, 12345.678, 0, 0.01234567, -0.0000321, float("inf"))]
+    assert written == ["0.9877", "-2.0000", "12345.6780", "0.0000", "0.01235", "-3.210e-05", "inf"]
 
 
 def test_metrics_stand_in_the_page(folder):

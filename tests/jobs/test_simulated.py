@@ -70,7 +70,7 @@ def test_the_report_tells_both_sizes(kind, bits, weights):
 def test_the_report_tells_how_it_was_rounded():
     config = load_config(None, [("quantize.method", "rtn"), ("quantize.bits", "3")])
     said = report._quantizer(SimpleNamespace(config=config), row("simulated"))
-    assert said == "rtn, 3 bits (3.30 with scales and zero points), groups of 64; simulated: stored in 16 bits"
+    assert said == "rtn, 3 bits (3.30 with scales), groups of 64; simulated: stored in 16 bits"
     none = load_config(None, [("quantize.method", "none")])
     assert report._quantizer(SimpleNamespace(config=none), row("original")) == "none"
 
