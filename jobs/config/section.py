@@ -1,4 +1,4 @@
-"""What the sections of the configuration are made of."""
+"""The base class of the configuration's sections, and the types of their fields."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from actors.quantizers.table import METHODS
 
 @dataclass(frozen=True)
 class OneOf:
-    """Marks a text that must be one of the names that a table holds when the value is read."""
+    """Marks a text that must be one of the names in a table; the table is read when the value is."""
 
     names: Callable[[], Collection[str]]
 

@@ -1,9 +1,9 @@
-"""What questions lose without sets of layers, or by choices of an option per layer; measured once and kept.
+"""Losses of questions without sets of layers, or under choices of an option per layer; measured once and kept.
 
 A measurement's key is (model, question, removed set or choice, decoding).
 
 The table grows by one file per finished unit of work, in run_dir/measurements/<measure>-<hash of what decides
-the numbers>. Every way to rank and to search reads from it, so none measures again what another has measured.
+the numbers>. All rankings and searches read it, so nothing is measured twice.
 """
 
 import json
@@ -29,24 +29,24 @@ Removed = tuple[int, ...]
 
 
 class NothingRanked(RuntimeError):
-    """No loss is a finite number, so that none is the least."""
+    """No loss is a finite number, so none is the smallest."""
 
 
 def check_ranked(criterion: str, losses: Sequence[float]) -> None:
-    """Refuse losses of which none is a finite number (NothingRanked)."""
+    """Raise NothingRanked if no loss is a finite number."""
     if not any(isfinite(loss) for loss in losses):
         raise NothingRanked(
             f"The {criterion} of all {len(losses)} candidates of a search is NaN or infinite, so none can be chosen: "
-            "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by something "
-            "else (ablate.criterion; for jobs.joint, joint.damage)."
+            "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by another "
+            "criterion (ablate.criterion; for jobs.joint, joint.damage)."
         )
 
 
 class Measurements:
-    """Measures through a pool of actors.critic:LayerCritic what is not in the tables yet.
+    """Measures what the tables lack, through a pool of actors.critic:LayerCritic.
 
     `column` of its rows holds the removed set, `whole` is that of the model as it is. `failed` tells why samples were
-    left out: a sample whose measurement failed three times is measured no more.
+    left out: a sample whose measurement failed three times is not measured again.
     """
 
     column = "removed"
@@ -67,7 +67,7 @@ class Measurements:
         """
         reading = CRITERIA[criterion]
         samples = self._samples
-        if not reading.by_sample:  # any one will do
+        if not reading.by_sample:  # any sample gives the same number
             samples = [sample for sample in samples if sample.id not in self.failed][:1]
         sets = [self.key(removed) for removed in sets]
         self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)
@@ -93,7 +93,7 @@ class Measurements:
 
     def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
         known = self._read_rows(measure)
-        if measure == "answers":  # the whole model's answers are what all others are compared with
+        if measure == "answers":  # all answers are compared with the whole model's
             sets = [self.whole, *sets]
         missing = {
             sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in known]
@@ -112,7 +112,7 @@ class Measurements:
 
         if not units:
             return
-        for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # dearest first
+        for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # longest first
             if outcome.error:
                 self.failed[part[0].id] = outcome.error
                 LOG.warning(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}")
@@ -149,7 +149,7 @@ class Measurements:
 
 
 class ChoiceMeasurements(Measurements):
-    """The same of choices, one option per layer, through a pool of actors.choices:ChoiceCritic.
+    """The same for choices, one option per layer, through a pool of actors.choices:ChoiceCritic.
 
     rounded: the stage whose artifact holds the rounded layers.
     """

@@ -1,9 +1,9 @@
 """Choose which layers to remove together, by measuring sets of them: greedy, beam, or evolutionary search.
 
-One shot takes the layers with the best scores of single removals. Removals add up differently: greedy scores again
-after each removal, beam does so for several sets at once, and the evolutionary search (EvoPress, Sieberling et al.
-2024) swaps layers in the best set so far; KL of the reference answers sorts out most of a generation's sets, the
-criterion itself decides among the survivors. What `jobs.ablate` measured is not measured again.
+One shot takes the layers with the best scores of single removals. But their losses do not add up: greedy search scores
+again after each removal, beam search does so for several sets at once, and evolutionary search (EvoPress, Sieberling et
+al. 2024) swaps layers in the best set so far; KL on the reference answers discards most of a generation's sets, and the
+criterion itself decides among the survivors. Measurements of `jobs.ablate` are reused.
 """
 
 import logging
@@ -51,7 +51,7 @@ def one_shot(run: Run, scores: Stage) -> Removed:
 
 
 def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: Path, facts: dict) -> None:
-    """Search, and compare the set that was found with the one-shot set."""
+    """Search, and compare the chosen set with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
     order, ranked = run.facts(scores, AblateFacts)["order"], one_shot(run, scores)
     with open_measurements(run, model, data, [criterion]) as (measured, _):
@@ -91,7 +91,7 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
 
 
 def beam(run: Run, measured: Measurements, order: list[int], width: int, note: Callable) -> Removed:
-    """Remove one layer per round, keeping the `width` best sets; a set's survivors share its work and its answers."""
+    """Remove one layer per round, keeping the `width` best sets; a set's children share work and drafts."""
     sets: list[Removed] = [()]
     layers, criterion = run.config.prune.layers, run.config.ablate.criterion
     for done in range(layers):

@@ -137,6 +137,6 @@ def test_metrics_stand_in_the_page(folder):
     # prune: melanoma is always right, psoriasis always taken for it
     assert '<td class="wrong">4</td><td class="empty">0</td>' in text
     assert "prune: macro F1 33.3" in text and "4 of 8 named rightly" in text
-    for heading in ("Which disease was named", "Does the model still look?", "What is retained"):
+    for heading in ("Which disease was named", "Does the model still use the image?", "What is retained"):
         assert f"<h2>{heading}</h2>" in text
     assert "not possible with these images and answers" in text  # no blank image was asked about
