@@ -157,12 +157,12 @@ def _score_answers(run: Run, rows: Sequence[dict]) -> list:
 def job(run: Run) -> None:
     """Evaluate the config's model and print metrics, controls and profile."""
     model = run.base_model()
-    made = stage(run, model, prepare.stage(run))
-    folder = run.make(made)
-    facts = run.facts(made, EvaluateFacts)
+    evaluation = stage(run, model, prepare.stage(run))
+    folder = run.make(evaluation)
+    facts = run.facts(evaluation, EvaluateFacts)
     card.refresh(Path(model.path), facts)
-    shown = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
-    print(json.dumps(shown, indent=1), flush=True)
+    results = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
+    print(json.dumps(results, indent=1), flush=True)
     LOG.info(f"evaluate: answers are in {folder}/{ANSWERS}")
 
 

@@ -4,9 +4,9 @@
     python -m jobs.joint --config configs/mine.yaml --joint.budget_gib 4.0 --joint.options '[0, 3, 4, 8, 16]'
 
 Every option of every layer is measured alone. An integer program then finds the choices with the least summed damage,
-which are measured as a whole; a second round searches near the best one (jobs.allocation.choice). The best few are
+which are measured as a whole; later rounds search near the best one (jobs.allocation.choice). The best few are
 built (pruned, recovered, quantized), evaluated, judged if judge.engine is set, and compared with uniform settings
-within the budget: for each number of bits as many, those that remove the fewest layers (at most half of all, or as many
+within the budget: as many at each number of bits, those that remove the fewest layers (at most half of all, or as many
 as search.depths has), quantized and recovered in the same way. A choice that fails is a row with its reason. All rows
 go to run_dir/joint.json; the choices that were built also join the table, the answer and the report of jobs.search.
 

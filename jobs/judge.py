@@ -80,15 +80,15 @@ def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
     stages = [stage(run, evaluation) for evaluation in evaluated]
     todo = {
         evaluation.name: evaluation
-        for evaluation, made in zip(evaluated, stages, strict=True)
-        if run.missing([made]) or may_be_asked_again(run.facts(made, JudgeFacts))
+        for evaluation, judgement in zip(evaluated, stages, strict=True)
+        if run.missing([judgement]) or may_be_asked_again(run.facts(judgement, JudgeFacts))
     }
     if todo:
         judged = judged_tables(run, {name: answers(run, evaluation) for name, evaluation in todo.items()})[0]
         for name, evaluation in todo.items():
-            made = stage(run, evaluation, judged[name])
-            run.store.remove(made.name)
-            run.make(made)
+            judgement = stage(run, evaluation, judged[name])
+            run.store.remove(judgement.name)
+            run.make(judgement)
     return stages
 
 
@@ -107,9 +107,9 @@ def answers(run: Run, evaluated: Stage) -> list[AnswerRow]:
     return ANSWERS.read(run.make(evaluated))
 
 
-def row(run: Run, made: Stage) -> JudgedColumns:
+def row(run: Run, judgement: Stage) -> JudgedColumns:
     """Return the summary columns of an evaluation that is judged."""
-    facts = run.facts(made, JudgeFacts)
+    facts = run.facts(judgement, JudgeFacts)
     return summary_columns(facts, agreement.calibration(run, facts["identity"]))
 
 
@@ -117,30 +117,30 @@ def refresh_card(run: Run, model: Stage | Source, evaluated: Stage) -> None:
     """Write the scores of an evaluation, and the judge's if there are any, into the card of a checkpoint made here."""
     if isinstance(model, Source):
         return
-    made = stage(run, evaluated) if run.config.judge.engine != "none" else None
-    judged = row(run, made) if made and run.store.find(made.name) else None
+    judgement = stage(run, evaluated) if run.config.judge.engine != "none" else None
+    judged = row(run, judgement) if judgement and run.store.find(judgement.name) else None
     card.refresh(run.folder_of(model), run.facts(evaluated, EvaluateFacts), judged)
 
 
-def labels(run: Run, made: Stage) -> dict[str, int | None]:
+def labels(run: Run, judgement: Stage) -> dict[str, int | None]:
     """Return the labels of an evaluation that is judged, by sample_id; none where it has no headline."""
-    return JudgedTable(VERDICTS.read(run.folder_of(made)), run.facts(made, JudgeFacts)).labels
+    return JudgedTable(VERDICTS.read(run.folder_of(judgement)), run.facts(judgement, JudgeFacts)).labels
 
 
 def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
     """Compare all tables with the first, on common sample_ids with the same question and reference; or say why not."""
     if len(tables) < 2:
         return {}, ""
-    ids = {name: [row.get("sample_id") for row in made.rows] for name, made in tables.items()}
+    ids = {name: [row.get("sample_id") for row in table.rows] for name, table in tables.items()}
     for name, ids_of_table in ids.items():
         if None in ids_of_table or len(set(ids_of_table)) < len(ids_of_table):
             return {}, f"not compared: {name} has rows without a sample_id, or with the same one"
     first, *_ = tables.values()
     first_texts = {row["sample_id"]: (row["question"], row["reference"]) for row in first.rows}
     scores = []
-    for made in tables.values():
-        texts = {row["sample_id"]: (row["question"], row["reference"]) for row in made.rows}
-        scores.append({s: label for s, label in made.labels.items() if texts[s] == first_texts.get(s)})
+    for table in tables.values():
+        texts = {row["sample_id"]: (row["question"], row["reference"]) for row in table.rows}
+        scores.append({s: label for s, label in table.labels.items() if texts[s] == first_texts.get(s)})
     groups = dict(zip(first_texts, clusters(first.rows)[0], strict=True))
     return dict(zip(tables, differences(scores, groups, TOP_LABEL, "judge_difference"), strict=True)), ""
 
@@ -160,19 +160,19 @@ def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | No
         measured = agreement.record(run, rated, ratings, verdicts, identity)
         print(f"judge: {agreement.sentence(measured)}", flush=True)
     calibration = agreement.calibration(run, asdict(identity))
-    summaries = {name: summary_columns(made.facts, calibration) for name, made in judged.items()}
+    summaries = {name: summary_columns(judged_table.facts, calibration) for name, judged_table in judged.items()}
     differ, reason = compare_tables({table.name: judged[table.name] for table in tables})
     for table in tables:
-        made = judged[table.name]
-        write_table(table.parquet, made.rows)
+        judged_table = judged[table.name]
+        write_table(table.parquet, judged_table.rows)
         summary = {
             "table": table.name,
             **summaries[table.name],
             **differ.get(table.name, {}),
             "not_compared": reason or None,
         }
-        write_text(table.summary, json.dumps({**summary, **made.facts, "skipped": table.skipped}, indent=1))
-    print_tables(summaries, [made.facts for made in judged.values()], differ, reason)
+        write_text(table.summary, json.dumps({**summary, **judged_table.facts, "skipped": table.skipped}, indent=1))
+    print_tables(summaries, [judged_table.facts for judged_table in judged.values()], differ, reason)
     for table in [*tables, *([rated] if rated is not None else [])]:
         for row in table.skipped[:SHOWN]:
             LOG.warning(f"{table.name}: row {row['row']} skipped: {row['reason']}")
@@ -225,10 +225,10 @@ def job(run: Run) -> None:
     if config.tables or rated is not None:
         return judge_files(run, check_names([read_answers(path) for path in config.tables]), rated)
     evaluated = evaluate.stage(run, run.base_model(), prepare.stage(run))
-    (made,) = make_all(run, [evaluated])
-    card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, made))
-    print_tables({run.config.model.path: row(run, made)}, [run.facts(made, JudgeFacts)], {}, "")
-    LOG.info(f"judge: verdicts are in {run.folder_of(made) / VERDICTS}")
+    (judgement,) = make_all(run, [evaluated])
+    card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, judgement))
+    print_tables({run.config.model.path: row(run, judgement)}, [run.facts(judgement, JudgeFacts)], {}, "")
+    LOG.info(f"judge: verdicts are in {run.folder_of(judgement) / VERDICTS}")
 
 
 def check_names(tables: Sequence[AnswerTable]) -> list[AnswerTable]:

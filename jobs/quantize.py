@@ -48,7 +48,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     if method.calibrated:
         parents = (model, data)
         settings |= {"awq_search": quantize.awq_search, **calibration_settings(run)}
-    made = Stage(
+    quantized = Stage(
         "quantize",
         3,
         settings,
@@ -56,9 +56,9 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
         lambda r, folder, facts: build(r, model, data, settings, folder, facts),
         resume=settings.get("awq_search") == "layerwise",
     )
-    if run.missing([made]):
+    if run.missing([quantized]):
         check(run, chosen)
-    return made
+    return quantized
 
 
 def calibration_settings(run: Run) -> dict:

@@ -57,10 +57,10 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
     losses = recover.LOSSES.read(run.folder_of(planned["prune+sft"][0]))
     original = rows[0]
-    by_method = {method: ANSWERS.by_sample(run.folder_of(made)) for method, (_, made) in planned.items()}
-    judged = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
-    verdicts = {method: VERDICTS.read(run.folder_of(made)) for method, made in judged}
-    metrics = {method: run.facts(made, EvaluateFacts)["metrics"] for method, (_, made) in planned.items()}
+    by_method = {method: ANSWERS.by_sample(run.folder_of(evaluated)) for method, (_, evaluated) in planned.items()}
+    judgements = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
+    verdicts = {method: VERDICTS.read(run.folder_of(judgement)) for method, judgement in judgements}
+    metrics = {method: run.facts(evaluated, EvaluateFacts)["metrics"] for method, (_, evaluated) in planned.items()}
     return {
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,

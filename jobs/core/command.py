@@ -152,10 +152,10 @@ def _shorthand_help(shorthands: Mapping[str, str]) -> str:
 def _field_help() -> str:
     lines = []
     for key, kind, default, text in fields():
-        shown = "unset" if default is None else "required" if default is PydanticUndefined else default
+        value = "unset" if default is None else "required" if default is PydanticUndefined else default
         option = f"  {key}" if "[]" in key else f"  --{key}"
         lines.append(f"{option} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
-        lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {shown})")
+        lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {value})")
     return "\n".join(lines)
 
 

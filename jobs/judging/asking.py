@@ -53,13 +53,13 @@ class VerdictStore:
         self._parts = PartTable(folder)
         self._unsaved: list[VerdictColumns] = []
         self._saved_at = time.monotonic()
-        self.known = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
+        self.scored = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
 
     def add(self, judged: KeyedVerdict) -> None:
         """Keep a verdict if it is scored; it is written to disk now and then, and by `save`."""
         if not may_be_cached(judged.verdict):
             return
-        self.known[judged.key] = judged
+        self.scored[judged.key] = judged
         self._unsaved.append(judge_columns(judged))
         if len(self._unsaved) >= SAVE_EVERY or time.monotonic() - self._saved_at >= SAVE_EVERY_S:
             self.save()
@@ -79,7 +79,7 @@ def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, KeyedVerdict],
     identity = identity_of(run)
     keys = {text: verdict_key(identity, *text, 0) for text in dict.fromkeys(texts)}
     store = VerdictStore(run.folder / FOLDER)
-    missing = {key: text for text, key in keys.items() if key not in store.known}
+    missing = {key: text for text, key in keys.items() if key not in store.scored}
     LOG.info(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before")
     failed: dict[str, KeyedVerdict] = {}
     if missing:
@@ -87,7 +87,7 @@ def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, KeyedVerdict],
             failed = run_async(_session(run, missing, store))
         except ExceptionGroup as errors:  # of a group of tasks: the user sees the first
             raise errors.exceptions[0] from errors
-    return {text: store.known.get(key) or failed[key] for text, key in keys.items()}, identity
+    return {text: store.scored.get(key) or failed[key] for text, key in keys.items()}, identity
 
 
 def identity_of(run: Run) -> JudgeIdentity:

@@ -41,17 +41,17 @@ def judged_tables(
 
     The judge sees question, reference and answer, nothing else. Returns the tables, every verdict, and the judge.
     """
-    built = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
-    texts = [_control_text(control) for made in built.values() for control in made]
+    controls_of = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
+    texts = [_control_text(control) for group in controls_of.values() for control in group]
     texts += [_text(row) for rows in tables.values() for row in rows]
     verdict_of, identity = verdicts(run, texts)
     judged = {}
     for name, rows in tables.items():
-        table_verdicts = [verdict_of[_text(row)] for row in rows]
+        table_verdicts, group = [verdict_of[_text(row)] for row in rows], controls_of[name]
         facts = {
             "tally": _tally(rows, table_verdicts),
             "unscored": _failures(table_verdicts),
-            "controls": _control_facts(built[name], [verdict_of[_control_text(control)] for control in built[name]]),
+            "controls": _control_facts(group, [verdict_of[_control_text(control)] for control in group]),
             "judge": run.config.judge.model,
             "identity": asdict(identity),
         }

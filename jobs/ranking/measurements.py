@@ -71,11 +71,11 @@ class Measurements:
             samples = [sample for sample in samples if sample.id not in self.failed][:1]
         sets = [self.key(removed) for removed in sets]
         self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)
-        known = self._rows[reading.measure]
-        whole = [sample for sample in samples if all((sample.id, removed) in known for removed in sets)]
+        rows_by_key = self._rows[reading.measure]
+        whole = [sample for sample in samples if all((sample.id, removed) in rows_by_key for removed in sets)]
         if not whole:
             raise RuntimeError(f"No question could be measured; the first failure: {next(iter(self.failed.values()))}")
-        table = [[known[sample.id, removed] for removed in sets] for sample in whole]
+        table = [[rows_by_key[sample.id, removed] for removed in sets] for sample in whole]
         return tabulate_losses(
             [[row[reading.column] for row in rows] for rows in table],
             [[row[reading.weights] if reading.weights else 1 for row in rows] for rows in table],
@@ -92,11 +92,11 @@ class Measurements:
         return [layer for (layer,), is_far in zip(singles, far, strict=True) if is_far]
 
     def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
-        known = self._read_rows(measure)
+        rows_by_key = self._read_rows(measure)
         if measure == "answers":  # all answers are compared with the whole model's
             sets = [self.whole, *sets]
         missing = {
-            sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in known]
+            sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in rows_by_key]
             for sample in samples
             if sample.id not in self.failed
         }
@@ -117,16 +117,16 @@ class Measurements:
                 self.failed[part[0].id] = outcome.error
                 LOG.warning(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}")
                 continue
-            new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in known]
+            new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in rows_by_key]
             self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
-            known.update(self._index_rows(new))
+            rows_by_key.update(self._index_rows(new))
 
     def _drafts(self, measure: str, part: list[Conversation], base: Removed):
-        known = self._rows[measure]
+        rows_by_key = self._rows[measure]
         needed = [((sample.id, self.whole), (sample.id, base)) for sample in part]
-        if measure != "answers" or not all(key in known for keys in needed for key in keys):
+        if measure != "answers" or not all(key in rows_by_key for keys in needed for key in keys):
             return None
-        return [DraftContext(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
+        return [DraftContext(rows_by_key[whole]["answer"], rows_by_key[draft]["token_ids"]) for whole, draft in needed]
 
     def _read_rows(self, measure: str) -> dict[tuple[str, Removed], dict]:
         if measure not in self._rows:

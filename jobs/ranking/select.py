@@ -70,14 +70,14 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             chosen = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
         pair = measured.losses(criterion, [chosen, ranked], label="against one shot")
     STEPS.write(folder, steps)
-    shown = CRITERIA[criterion].to_unit
+    to_unit = CRITERIA[criterion].to_unit
     score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(
         removed=list(chosen),
         one_shot=list(ranked),
-        score=shown(score),
-        one_shot_score=shown(one_shot_score),
+        score=to_unit(score),
+        one_shot_score=to_unit(one_shot_score),
         gain=gain,
         gain_interval=[low, high],
         sets_measured=len({tuple(step["removed"]) for step in steps}),

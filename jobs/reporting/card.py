@@ -46,12 +46,12 @@ def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dic
     history = _history(run, model)
     if step["kind"] == "prune":
         step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
-    made = {
+    origin = {
         "command": run.command or command(),
         "options": options(run.config),
         "versions": {name: version(name) for name in ("prunella", "transformers", "torch")},
     }
-    facts["history"] = [*history, {**step, "made": made}]
+    facts["history"] = [*history, {**step, "made": origin}]
     write(folder, facts)
 
 
@@ -133,10 +133,10 @@ def _public(value: Any) -> Any:
 def _describe_history(steps: Sequence[dict]) -> list[dict]:
     """Return how the steps were made, grouped by command; numbers count from 1."""
     sentences = []
-    for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
+    for origin, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
         numbers = [number for number, _ in group]
-        text = yaml.safe_dump(made["options"], sort_keys=False, allow_unicode=True, width=100) if made else None
-        sentences.append({**(made or {"command": None}), "numbers": numbers, "options": text})
+        text = yaml.safe_dump(origin["options"], sort_keys=False, allow_unicode=True, width=100) if origin else None
+        sentences.append({**(origin or {"command": None}), "numbers": numbers, "options": text})
     return sentences
 
 
@@ -170,7 +170,7 @@ def write(folder: Path, facts: dict, evaluation: Mapping | None = None, judged: 
         "steps": steps,
         "quantized": quantized,
         "own_reader": quantized and (method := METHODS.get(quantized["method"])) and method.layout.reader,
-        "made": _describe_history(steps),
+        "origins": _describe_history(steps),
         "facts": facts,
         "judged": judged and _describe_judge(judged),
         "metrics": evaluation and evaluation["metrics"],

@@ -129,9 +129,11 @@ def judge_given_name(rows: Sequence[AnswerRow], labels: Mapping[str, int | None]
         return None
     columns = {}
     for part, part_rows in by_name(rows).items():
-        known = {row["sample_id"]: label for row in part_rows if (label := labels.get(row["sample_id"])) is not None}
+        label_of = {row["sample_id"]: label for row in part_rows if (label := labels.get(row["sample_id"])) is not None}
         scored = [
-            {**row, "judge": known[row["sample_id"]] / TOP_LABEL} for row in part_rows if row["sample_id"] in known
+            {**row, "judge": label_of[row["sample_id"]] / TOP_LABEL}
+            for row in part_rows
+            if row["sample_id"] in label_of
         ]
         columns[part] = {"images": len({row["image"] for row in scored}), **mean("judge", scored)}
     return columns

@@ -99,8 +99,8 @@ def _row(
 ) -> SearchRow:
     evaluated = run.store.find(plan.evaluation.name)
     status, reason = ("done", None) if evaluated else end or ("open", None)
-    made = [stage for stage in plan.chain if run.store.find(stage.name)]
-    pruned = [stage for stage in made if stage.kind == "prune"]
+    finished = [stage for stage in plan.chain if run.store.find(stage.name)]
+    pruned = [stage for stage in finished if stage.kind == "prune"]
     model = plan.model
     row = {
         "method": method,
@@ -111,10 +111,10 @@ def _row(
         **_screen(run, plan),
         **_scores(run, plan, estimate_gib, status == "done"),
         "removed_layers": run.facts(pruned[0], PruneFacts)["removed"] if pruned else [],
-        "simulated": model in made and bool(run.store.manifest(model.name).get("simulated")),
+        "simulated": model in finished and bool(run.store.manifest(model.name).get("simulated")),
         "unpacked": _unpacked(plan),
-        "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in made), 1),
-        "gpu_hours_alone": _gpu_hours(run, made),
+        "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in finished), 1),
+        "gpu_hours_alone": _gpu_hours(run, finished),
         "checkpoint": f"artifacts/{model.name}" if isinstance(model, Stage) else run.config.model.path,
         "evaluation": plan.evaluation.name,
         "screen": plan.screen.name if plan.screen else None,
@@ -176,13 +176,13 @@ def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
 
 def judged_columns(run: Run, evaluation: Stage) -> dict:
     """Return what the judge says of an evaluation, as far as it is judged."""
-    made = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
-    if made is None or run.store.find(made.name) is None:
+    judgement = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
+    if judgement is None or run.store.find(judgement.name) is None:
         return {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
     return {
-        **judge.row(run, made),
-        "judge_identity": digest(run.facts(made, JudgeFacts)["identity"]),
-        "judgement": made.name,
+        **judge.row(run, judgement),
+        "judge_identity": digest(run.facts(judgement, JudgeFacts)["identity"]),
+        "judgement": judgement.name,
     }
 
 
@@ -223,14 +223,14 @@ def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
     facts, more = ([run.store.manifest(name) for name in names] for names in (stages_of_rows, others))
     seconds = sum(entry["seconds"] for entry in (*more, *measured))
     gpu: list[Any] = [row["gpu_hours_alone"] for row in rows]
-    known = None not in gpu and all("gpu_seconds" in entry for entry in (*facts, *more))
-    gpu_seconds = sum(entry["gpu_seconds"] for entry in (*more, *measured)) if known else 0.0
+    is_known = None not in gpu and all("gpu_seconds" in entry for entry in (*facts, *more))
+    gpu_seconds = sum(entry["gpu_seconds"] for entry in (*more, *measured)) if is_known else 0.0
     return {
         "stages": len(stages_of_rows | others),
         "seconds": sum(entry["seconds"] for entry in facts) + seconds,
         "seconds_apart": sum(row["seconds_alone"] for row in rows) + seconds,
-        "gpu_hours": (sum(entry["gpu_seconds"] for entry in facts) + gpu_seconds) / 3600 if known else None,
-        "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if known else None,
+        "gpu_hours": (sum(entry["gpu_seconds"] for entry in facts) + gpu_seconds) / 3600 if is_known else None,
+        "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if is_known else None,
         "busy_seconds": cover_time([(line["started"], line["seconds"]) for line in log]),
     }
 
@@ -272,9 +272,9 @@ def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:
             "table. The search that made them writes them again",
         )
     methods = {row["method"] for row in rows}
-    known = {_identity(row): row for row in alike}
-    merged = [_with_verdict(row, known.pop(_identity(row), None)) for row in rows]
-    others = [row for row in known.values() if row["status"] != "open" or row["method"] not in methods]
+    rows_before = {_identity(row): row for row in alike}
+    merged = [_with_verdict(row, rows_before.pop(_identity(row), None)) for row in rows]
+    others = [row for row in rows_before.values() if row["status"] != "open" or row["method"] not in methods]
     everything = sorted([*merged, *others], key=lambda row: row["method"] != "uniform")
     return ROWS.write(folder, _headlines(everything))
 

@@ -126,10 +126,10 @@ class StageMaker:
         with ExitStack() as stack:
             run = stack.enter_context(Run(config, parent_run=self._parent_run, beside_others=one_replica))
             stack.enter_context(into_file(logs / f"{name}.txt", self._flags))
-            made = run.store.find(name) is None
+            is_new = run.store.find(name) is None
             run.make(stage)
-        report_made = {"made": made, "pid": os.getpid(), **report}
+        result = {"made": is_new, "pid": os.getpid(), **report}
         if stage.kind == "evaluate":
             facts = run.facts(stage, EvaluateFacts)
-            report_made |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
-        return report_made
+            result |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
+        return result

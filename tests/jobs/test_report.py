@@ -96,7 +96,7 @@ def test_a_judge_that_passes_its_controls(folder, template):
 
 def test_the_markdown_says_which_differences_can_be_seen(folder):
     found = content(folder)
-    assert "find a difference of 6.1 to 9.0 points" in render_page(
+    assert "detect a difference of 6.1 to 9.0 points" in render_page(
         "report.md.j2", {**found, "detectable": "6.1 to 9.0"}
     )
     assert "find a difference" not in render_page("report.md.j2", found)

@@ -1,4 +1,4 @@
-"""Who loses in the screen, who is on the front, what a budget allows: from rows alone."""
+"""What is dominated in screening, what is on the front, what a budget allows: from rows alone."""
 
 from dataclasses import replace
 
