@@ -155,7 +155,7 @@ def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[
     judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
     lines = [judge_text.format_rows(judged), *judge_remarks(rows)] if judged else []
     if failure is not None:
-        lines.append(f"LLM judge: FAILED, so some answers have no score of it: {failure}")
+        lines.append(f"LLM judge: FAILED, some answers have no judge score: {failure}")
     return lines
 
 

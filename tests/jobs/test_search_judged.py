@@ -134,7 +134,7 @@ def test_a_judge_out_of_reach_ends_the_search_after_its_answer(factory, tmp_path
     rows = read_rows(new_run(tmp_path))
     assert len(names(rows, "done")) == 4 and not any(row["is_llm_judge"] for row in rows)
     said = capsys.readouterr().out
-    assert "LLM judge: FAILED, so some answers have no score of it: The judge" in said and "not run" not in said
+    assert "LLM judge: FAILED, some answers have no judge score: The judge" in said and "not run" not in said
     assert "answer for no limit: awq 4 bit: 100.0" in said and "(baseline, no LLM judge)" in said
     page = (tmp_path / "search" / "report.html").read_text()
     assert "The LLM judge failed:</strong> The judge" in page and "nobody listens" in page and "not run" not in page
