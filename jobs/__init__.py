@@ -1,1 +1,1 @@
-"""Decide: one file per command submitted with `ray job submit -- python -m jobs.<name>`."""
+"""Commands: one file each, submitted with `ray job submit -- python -m jobs.<name>`."""

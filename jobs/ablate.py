@@ -5,8 +5,8 @@
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet
 
 The score of layer b is the mean cosine between the sentence embeddings of the answers with and without it; the
-layer with the highest score is missed least and is removed first. --ablate.criterion ranks by something else, and
---ablate.compare says how far other criteria agree.
+layer with the highest score is missed least and is removed first. --ablate.criterion ranks by another measure, and
+--ablate.compare tells how far other criteria agree.
 """
 
 import logging
@@ -23,7 +23,7 @@ from jobs.core.command import main
 from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.core.text import score
+from jobs.core.text import format_score
 from jobs.figures.layers import importance_figure
 from jobs.ranking.calibration import calibration_settings, open_measurements
 from jobs.ranking.rows import AGREEMENT, SCORES, Agreement, LayerScore
@@ -49,7 +49,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
 
 
 def comparison_stage(run: Run, model: Stage | Source, data: Stage, scores: Stage) -> Stage:
-    """Return the stage that ranks the same layers by other criteria; nothing else is made from it."""
+    """Return the stage that ranks the same layers by other criteria, for the report alone."""
     config = run.config.ablate
     criteria = [criterion for criterion in dict.fromkeys(config.compare) if criterion != config.criterion]
     settings = {"criteria": criteria}
@@ -69,7 +69,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
         outliers: list[int] = []
         if config.candidates == "outliers":
             outliers = measured.outliers([(layer,) for layer in range(layers)])
-            LOG.info(f"ablate: layers {outliers} stay: perplexity without one of them is far off")
+            LOG.info(f"ablate: layers {outliers} stay: removing one raises perplexity far more than others")
         candidates = candidate_layers(config, layers, outliers)
         if not candidates:
             raise ValueError("No layer may be removed: set ablate.candidates to all or to a list of layers.")
@@ -98,7 +98,7 @@ def build_comparison(
 
 
 def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> list[int]:
-    """Return the zero-based layers that may go; ValueError names one that the model does not have."""
+    """Return the zero-based layers that may be removed; ValueError names one that the model does not have."""
     if isinstance(config.candidates, list):
         for layer in config.candidates:
             if not 0 <= layer < layers:
@@ -115,25 +115,24 @@ def candidate_layers(config: AblateConfig, layers: int, outliers: list[int]) -> 
 def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[LayerScore]:
     """Return one row per layer: loss, score in its label's unit, rank (1 goes first), 95 % intervals of the last two.
 
-    Of layers that lose the same the first goes first, and the intervals hold the ranks of all. A loss that is no
-    number is the largest. apart_from_next: the paired interval of the difference to the layer of the next rank does
-    not hold 0.
+    Ties are ranked by layer number, and each one's interval of ranks holds all of them. NaN is the largest loss.
+    apart_from_next: the paired interval of the difference to the layer of the next rank excludes 0.
     """
     reading = CRITERIA[criterion]
     ranking = rank_losses(losses, candidates)
-    order, means, lost = ranking.order, losses.means_K.tolist(), losses.ranked_K.tolist()
+    order, means, ranked = ranking.order, losses.means_K.tolist(), losses.ranked_K.tolist()
     rows: list[LayerScore] = []
     for k, layer in enumerate(candidates):
         rank = order.index(k)
-        shown = sorted((reading.to_unit(float(ranking.low_K[k])), reading.to_unit(float(ranking.high_K[k]))))
+        interval = sorted((reading.to_unit(float(ranking.low_K[k])), reading.to_unit(float(ranking.high_K[k]))))
         rows.append(
             {
                 "criterion": criterion,
                 "layer": layer,
-                "loss": lost[k],
+                "loss": ranked[k],
                 "score": reading.to_unit(means[k]),
-                "low": shown[0],
-                "high": shown[1],
+                "low": interval[0],
+                "high": interval[1],
                 "rank": rank + 1,
                 "rank_low": int(ranking.first_K[k]),
                 "rank_high": int(ranking.last_K[k]),
@@ -145,7 +144,7 @@ def score_rows(criterion: str, candidates: list[int], losses: Losses) -> list[La
 
 
 def agreement_rows(scores: Sequence[LayerScore]) -> list[Agreement]:
-    """Return Kendall's tau-b between the losses by every two criteria; None where one loses the same by all layers."""
+    """Return Kendall's tau-b between the losses by every two criteria; None where one of them has equal losses."""
     losses: dict[str, list[float]] = {}
     for row in scores:
         losses.setdefault(row["criterion"], []).append(row["loss"])
@@ -168,8 +167,10 @@ def job(run: Run) -> None:
     folder = Path(run.make(scored))
     print(f"rank  layer  {CRITERIA[criterion].label}, 95 % interval   (first = removed first)")
     for row in sorted(SCORES.read(folder), key=lambda row: row["rank"]):
-        interval = f"[{score(row['low'])}, {score(row['high'])}]  rank {row['rank_low']} to {row['rank_high']}"
-        print(f"{row['rank']:>4}  {row['layer']:>5}  {score(row['score'])}  {interval}")
+        interval = (
+            f"[{format_score(row['low'])}, {format_score(row['high'])}]  rank {row['rank_low']} to {row['rank_high']}"
+        )
+        print(f"{row['rank']:>4}  {row['layer']:>5}  {format_score(row['score'])}  {interval}")
     facts = run.facts(scored, AblateFacts)
     print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
     if run.config.ablate.compare:

@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python -m jobs.compress --config configs/llava-1.5-7b-dermnet.yaml \\
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet --prune.layers 7
 
-Every stage that exists already in run_dir is reused. The rows of the paper's Table 4 go to run_dir/summary.json.
+Stages that already exist in run_dir are reused. The rows of the paper's Table 4 go to run_dir/summary.json.
 """
 
 import logging
@@ -61,7 +61,7 @@ def scores_stage(run: Run) -> Stage | None:
 
 
 def comparison(run: Run) -> Stage | None:
-    """Return the comparison of other criteria with that ablation's ranking, None if none is wanted."""
+    """Return the stage that compares other criteria with the ablation; None without either of them."""
     scores = scores_stage(run)
     if scores is None or not run.config.ablate.compare:
         return None
@@ -83,7 +83,7 @@ def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
 
 
 def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[SummaryRow]:
-    """Return one row per method, from artifacts that exist; failure: what ended the judge, whose scores may lack."""
+    """Return one row per method, from existing artifacts; failure: the error that ended the judge, if any."""
     removed = run.facts(planned["prune"][0], PruneFacts)["removed"]
     rows: list[dict] = []
     original: dict[str, AnswerRow] = {}
@@ -91,8 +91,8 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
     classes = [kind.name for kind in run.config.data.classes]
     for method, (model, evaluated) in planned.items():
         facts = run.facts(evaluated, EvaluateFacts)
-        found, profile = facts["metrics"], facts["profile"]
-        metrics: Mapping = found
+        scores, profile = facts["metrics"], facts["profile"]
+        metrics: Mapping = scores
         quantized = "quant" in method
         answers = ANSWERS.by_sample(run.folder_of(evaluated))
         original = original or answers
@@ -110,9 +110,9 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
                 **{key: metrics[key] for key in _METRICS},
                 "controls": facts["controls"],
                 "retention": retention(list(original.values()), list(answers.values()), classes),
-                "images": found["images"],
-                "answers": found["answers"],
-                "unanswered": found["unanswered"],
+                "images": scores["images"],
+                "answers": scores["answers"],
+                "unanswered": scores["unanswered"],
                 "ms_per_token": profile["ms_per_token"],
                 "ms_per_token_p5_p95": profile["ms_per_token_p5_p95"],
                 "first_token_ms": profile["first_token_ms"],
@@ -131,7 +131,7 @@ def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Excep
 def _bits(run: Run, model: Stage | Source, profile: Profile) -> dict:
     """Return the bits of a decoder weight, also with its scales, and the checkpoint's bytes at those bits.
 
-    They are what is stored, unless `simulated`: then the rounded weights are stored in 16 bits.
+    If `simulated`, they are nominal: the rounded weights are stored in 16 bits.
     """
     if isinstance(model, Stage) and model.kind == "quantize":
         facts = run.facts(model, QuantizeFacts)
@@ -142,17 +142,19 @@ def _bits(run: Run, model: Stage | Source, profile: Profile) -> dict:
             "nominal_bytes": facts["nominal_bytes"],
         }
     stored = profile["stored_bits"]
-    known = {"simulated": False, "bits_per_weight": float(stored), "nominal_bytes": profile["weight_bytes"]}
-    return {"bits": stored, **known}
+    sizes = {"simulated": False, "bits_per_weight": float(stored), "nominal_bytes": profile["weight_bytes"]}
+    return {"bits": stored, **sizes}
 
 
 def _compare_methods(run: Run, tables: list[dict[str, AnswerRow]], judges: list[Stage]) -> list[dict]:
-    """Return what the judge says of every model, and the models' differences to the first; tables: by sample_id."""
+    """Return each model's judge columns and paired differences from the first model; tables: answers by sample_id."""
     groups = {s: row["group"] for s, row in tables[0].items()}
     baseline = differences([{s: row["baseline"] for s, row in rows.items()} for rows in tables], groups, 1.0)
-    named = name_tests([{s: r["verdict"] == "right" for s, r in rows.items() if r["verdict"]} for rows in tables])
+    name_p_values = name_tests(
+        [{s: r["verdict"] == "right" for s, r in rows.items() if r["verdict"]} for rows in tables]
+    )
     labels = [judge.labels(run, judgement) for judgement in judges] or [{} for _ in tables]
-    judged = differences(labels, groups, TOP_LABEL, "judge_difference")
+    judge_differences = differences(labels, groups, TOP_LABEL, "judge_difference")
     shares = [
         {
             "judge_retention": _judge_retention(labels[0], judgement, groups),
@@ -162,13 +164,15 @@ def _compare_methods(run: Run, tables: list[dict[str, AnswerRow]], judges: list[
     ]
     columns: Sequence[Mapping] = [judge.row(run, judgement) for judgement in judges] or [NOT_JUDGED for _ in tables]
     return [
-        {**column, **judgement, "name_p_holm": p, **other, **share}
-        for column, judgement, p, other, share in zip(columns, baseline, named, judged, shares, strict=True)
+        {**column, **difference, "name_p_holm": p, **judge_difference, **share}
+        for column, difference, p, judge_difference, share in zip(
+            columns, baseline, name_p_values, judge_differences, shares, strict=True
+        )
     ]
 
 
 def _judge_retention(first: dict[str, int | None], labels: dict[str, int | None], groups: dict) -> dict | None:
-    """Return what a model retains of the first one's labels; None where none are on both sides, or no headline is."""
+    """Return what a model retains of the first one's mean label; None if no answer has a label from both."""
     both = [(label, first[s], groups[s]) for s, label in labels.items() if None not in (label, first.get(s))]
     scores, before, images = zip(*both, strict=True) if both else ((), (), ())
     return compute_retention(scores, before, images) if both else None
@@ -193,12 +197,12 @@ def format_rows(rows: Sequence[SummaryRow]) -> str:
         f"{first['threads']} thread(s)" + ("" if judged or failure else "; LLM judge: not run")
     )
     if failure:
-        lines.append(f"LLM judge: FAILED, {'these are its older verdicts' if judged else 'no scores of it'}: {failure}")
+        lines.append(f"LLM judge: FAILED, {'its earlier verdicts are shown' if judged else 'no scores'}: {failure}")
     if judged:
         by_method = {row["method"]: row for row in rows}
         lines += [judge_text.format_rows(by_method, by_method), *remarks(rows)]
     if any(row["simulated"] for row in rows):
-        lines.append(f"* simulated: what it would be at {rows[-1]['bits']} bits; the rounded weights are stored in 16")
+        lines.append(f"* simulated: the size at {rows[-1]['bits']} bits; the rounded weights are stored in 16 bits")
     for row in rows:
         if row["unanswered"]:
             lines.append(f"{row['method']}: {row['unanswered']} questions could not be answered and are left out")
@@ -210,10 +214,10 @@ def _with_interval(value: float | None, interval: Interval | None) -> str:
 
 
 def job(run: Run) -> None:
-    """Make everything and write the summary."""
+    """Make all stages and write the summary."""
     planned = plan(run)
     if run.missing(judgements(run, planned)):
-        check_judge(run)  # a judge that cannot be is told of now, not after hours
+        check_judge(run)  # a judge that cannot start fails now, not after hours
     for model, evaluated in planned.values():
         run.make(evaluated)
         judge.refresh_card(run, model, evaluated)
@@ -228,7 +232,7 @@ def job(run: Run) -> None:
     path = SUMMARY.write(run.folder, rows)
     print(format_rows(rows), flush=True)
     if failure is not None:
-        LOG.info(f"compress: rows are in {path}; the same command goes on with the judge")
+        LOG.info(f"compress: rows are in {path}; the same command continues with the judge")
         raise failure
     LOG.info(f"compress: rows are in {path}; python -m jobs.report with the same options writes the report")
 

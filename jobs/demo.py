@@ -1,9 +1,9 @@
-"""The whole pipeline on the embedded derm-tiny: a private Ray, then the very jobs that a cluster user submits.
+"""Run the whole pipeline on the embedded derm-tiny: start a private Ray, then submit jobs to it as to a cluster.
 
     make demo
     python -m jobs.demo
 
-Results go to runs/derm-tiny. It takes minutes on two cores; a second run finds everything made and takes seconds.
+Results go to runs/derm-tiny. It takes minutes on two cores; a second run reuses everything and takes seconds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ What next? Describe your model and images in a copy of configs/llava-1.5-7b-derm
 
 
 def main() -> None:
-    """Run the demo from the command line; a second run finds everything made already and takes seconds."""
+    """Run the demo from the command line."""
     parse_and_configure(
         argparse.ArgumentParser(
             prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,11 +43,11 @@ def main() -> None:
 
 
 def demo() -> None:
-    """Make what does not exist yet, then print the table and where the report is."""
+    """Make the missing stages, then print the table and the path of the report."""
     started = time.monotonic()
     run_dir = str(Run(load_config(CONFIG, [])).folder)
     with Run(load_config(CONFIG, [("run_dir", run_dir)])) as run:
-        if _open_stages(run):
+        if _has_missing_stages(run):
             _submit_jobs(run_dir)
         else:
             LOG.info("demo: every artifact exists already; nothing to compute")
@@ -57,7 +57,7 @@ def demo() -> None:
     print(f"\nThe report: {run_dir}/{report.HTML}  (took {time.monotonic() - started:.0f} s)\n{NEXT}")
 
 
-def _open_stages(run: Run) -> bool:
+def _has_missing_stages(run: Run) -> bool:
     planned = compress.plan(run)
     return bool(run.missing([*(stage for pair in planned.values() for stage in pair), *compress.studies(run)]))
 
@@ -94,11 +94,13 @@ def _submit_jobs(run_dir: str) -> None:
                 tail.append(line)
                 relay(line)
             if process.wait() != 0:
-                raise RuntimeError(f"the job {name} failed; what was finished is kept. It said:\n{''.join(tail)}")
+                raise RuntimeError(
+                    f"the job {name} failed; what was finished is kept. The end of its log:\n{''.join(tail)}"
+                )
 
 
 def relay(line: str) -> None:
-    """Log a line of a job's log: a warning as one, a notice of a stage as a notice, anything else for debugging."""
+    """Relay a line of a job's log: a warning as a warning, a stage's line as info, all else as debug."""
     if match := _LINE.match(line):
         _, warning, text = match.groups()
         level = logging.WARNING if warning else logging.INFO if _STAGE.match(text) else logging.DEBUG

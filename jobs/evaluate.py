@@ -70,29 +70,29 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
     rows = test_rows(run, data)
     samples = questions(rows)
     table = PartTable(folder / "units")
-    given = {row["sample_id"]: row for row in table.all_rows()}
+    answer_of = {row["sample_id"]: row for row in table.all_rows()}
     blank: dict[str, dict] = {}
     failed: dict[str, str] = {}
     with run.workers.replicas(run.model_spec(model)) as pool:
         profile = merge_rounds([measure_round(pool, samples[0], evaluate, evaluate.timed_runs)])
         for part, answers in _answer_units(
-            run, pool, [each for each in samples if each.id not in given], "evaluate", failed
+            run, pool, [each for each in samples if each.id not in answer_of], "evaluate", failed
         ):
             table.add(digest([sample.id for sample in part]), answers)
-            given |= {row["sample_id"]: row for row in answers}
-        if not given:
+            answer_of |= {row["sample_id"]: row for row in answers}
+        if not answer_of:
             reason = list(failed.values())[-1]
-            raise RuntimeError(f"No question could be answered; the last one said: {reason}")
+            raise RuntimeError(f"No question could be answered; the last error: {reason}")
         if evaluate.controls:
             blank_image().save(folder / BLANK_IMAGE)
-            asked = blank_samples(rows, str(folder / BLANK_IMAGE))
-            for _, answers in _answer_units(run, pool, asked, "blank image", failed):
+            blank_questions = blank_samples(rows, str(folder / BLANK_IMAGE))
+            for _, answers in _answer_units(run, pool, blank_questions, "blank image", failed):
                 blank |= {row["sample_id"]: row for row in answers}
-    answered = [{**row, **given[row["sample_id"]]} for row in rows if row["sample_id"] in given]
+    answered = [{**row, **answer_of[row["sample_id"]]} for row in rows if row["sample_id"] in answer_of]
     scored = _score_answers(run, answered)
     ANSWERS.write(folder, scored)
     names = [kind.name for kind in run.config.data.classes]
-    facts["metrics"] = {**metrics(scored, names), "unanswered": len(samples) - len(given)}
+    facts["metrics"] = {**metrics(scored, names), "unanswered": len(samples) - len(answer_of)}
     facts["controls"] = None
     if evaluate.controls:
         controls = _score_answers(run, [*blank_rows(answered, blank), *swapped_rows(answered, run.config.seed)])
@@ -105,7 +105,7 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
 def _answer_units(
     run: Run, pool: "Pool", samples: list[Sample], label: str, failed: dict[str, str]
 ) -> Iterator[tuple[list[Sample], list[dict]]]:
-    """Yield units of samples with their rows as they come; what fails three times goes to `failed` instead."""
+    """Yield (unit, its answers) as they come; the error of a question that fails three times goes to `failed`."""
     units = whole_images(samples, UNIT)
     tokens = run.config.generation.max_new_tokens
     for part, outcome in in_units(pool, "answers", units, lambda part: (part, [()], tokens), label):
@@ -124,18 +124,18 @@ def test_rows(run: Run, data: Stage) -> list[ConversationRow]:
 
 
 def questions(rows: Sequence[ConversationRow]) -> list[Sample]:
-    """Return what a worker needs to know of conversations in order to answer them."""
+    """Return conversations as samples to answer: without their references."""
     return [Sample(row["sample_id"], row["image"], row["question"]) for row in rows]
 
 
 def measure_round(pool: "Pool", sample: Sample, evaluate: EvaluateConfig, timed_runs: int) -> dict:
-    """Return one round of measurements on one question, by the first process of a pool of replicas."""
+    """Measure memory and latency on one question, in the first process of a pool of replicas."""
     settings = (evaluate.warmup_runs, timed_runs, evaluate.timed_tokens, evaluate.decode)
     return pool.call("profile", sample, *settings)
 
 
 def choose_images(rows: Sequence[ConversationRow], limit: int | None) -> list[str]:
-    """Return at most `limit` images, the classes taking turns (None: all)."""
+    """Return at most `limit` images (None: all), by round robin over the classes."""
     by_class: dict[str, list[str]] = {}
     for image, label in sorted({(row["image"], row["class"]) for row in rows}):
         by_class.setdefault(label, []).append(image)
@@ -155,14 +155,14 @@ def _score_answers(run: Run, rows: Sequence[dict]) -> list:
 
 
 def job(run: Run) -> None:
-    """Evaluate the config's model and print what was found."""
+    """Evaluate the config's model and print metrics, controls and profile."""
     model = run.base_model()
-    made = stage(run, model, prepare.stage(run))
-    folder = run.make(made)
-    facts = run.facts(made, EvaluateFacts)
+    evaluation = stage(run, model, prepare.stage(run))
+    folder = run.make(evaluation)
+    facts = run.facts(evaluation, EvaluateFacts)
     card.refresh(Path(model.path), facts)
-    shown = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
-    print(json.dumps(shown, indent=1), flush=True)
+    results = {"metrics": facts["metrics"], "controls": facts["controls"], "profile": facts["profile"]}
+    print(json.dumps(results, indent=1), flush=True)
     LOG.info(f"evaluate: answers are in {folder}/{ANSWERS}")
 
 

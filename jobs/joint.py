@@ -1,19 +1,19 @@
-"""Choose for every decoder layer whether it is removed, and else its bits, under one memory budget.
+"""Choose for every decoder layer whether to remove it, or else its bits, under one memory budget.
 
     python -m jobs.joint --config configs/derm-tiny.yaml --prune.layers 3
     python -m jobs.joint --config configs/mine.yaml --joint.budget_gib 4.0 --joint.options '[0, 3, 4, 8, 16]'
 
-Every option of every layer is measured alone, an integer program finds the choices of least summed damage, they are
-measured as a whole, and again around the best (jobs.allocation.choice). The best few are built (removal, recovery,
-rounding), evaluated, judged if judge.engine is set, and compared with the best of the uniform settings that the budget
-allows: as many of them at each of the bits in joint.options, those that remove the fewest layers (up to half of all, or
-what search.depths says), by the same rounding and with the same recovery. What fails is a row with its reason. All rows
-go to run_dir/joint.json; those of what was built to the table of jobs.search, too, whose answer and report know them.
+Every option of every layer is measured alone. An integer program then finds the choices with the least summed damage,
+which are measured as a whole; later rounds search near the best one (jobs.allocation.choice). The best few are
+built (pruned, recovered, quantized), evaluated, judged if judge.engine is set, and compared with uniform settings
+within the budget: as many at each number of bits, those that remove the fewest layers (at most half of all, or as many
+as search.depths has), quantized and recovered in the same way. A choice that fails is a row with its reason. All rows
+go to run_dir/joint.json; the choices that were built also join the table, the answer and the report of jobs.search.
 
-The budget is what actors.estimate says, as jobs.search counts: weights, keys and values, working memory with an image
-in the prompt, model.dtype for what is not rounded; on GPUs their contexts. Several GPUs are counted together, where
-search.budget.memory_gib is of the fullest one. A reader that unpacks the weights, as
-transformers does, takes more, and as long for a token as with weights that were never rounded.
+Memory is estimated as in jobs.search: weights, key/value cache, working memory with an image in the prompt, model.dtype
+for weights that are not quantized, CUDA contexts. Several GPUs are counted together, while search.budget.memory_gib
+limits the fullest one. A reader that unpacks the weights, as transformers does, takes more memory, and as much time per
+token as for weights that were never quantized.
 """
 
 import logging
@@ -25,7 +25,7 @@ from typing import cast
 from actors.maths.ranks import compute_spearman_rho
 from jobs import ablate, judge, prepare, prune
 from jobs.allocation import mixed
-from jobs.allocation.build import UNIFORM, build, make_rows, pruning
+from jobs.allocation.build import UNIFORM, build, make_rows, with_pruning
 from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice, Memory, format_choice
 from jobs.core.command import main
 from jobs.core.facts import AblateFacts, SelectFacts
@@ -46,39 +46,36 @@ LOG = logging.getLogger("jobs")
 
 
 def memory_of(run: Run) -> Memory:
-    """Return what choices for the config's model take."""
+    """Return what estimates the memory of choices for the config's model."""
     shapes = shapes_of(run)
-    given = size_setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
-    return Memory(shapes, given, tuple(run.config.joint.options), given.devices * context_bytes(run.config))
+    setup = size_setting(run.config, "mixed", (WHOLE,) * len(shapes.layers))
+    return Memory(shapes, setup, tuple(run.config.joint.options), setup.devices * context_bytes(run.config))
 
 
 def removal_order(run: Run, base: Source, data: Stage, most: int) -> tuple[list[list[int]], list[Stage]]:
-    """Return the layers that uniform settings remove, for each number of them from 0 to at most `most`.
-
-    And the stages that were made to find them.
-    """
+    """Return (the layers that uniform settings remove, for each count up to `most`; the stages that chose them)."""
     order = run.config.prune.order
     if order is not None:
         return [sorted(order[:count]) for count in range(min(most, len(order)) + 1)], []
     scores = ablate.stage(run, base, data)
     run.make(scores)
     sets: list[list[int]] = [[]]
-    made = [scores]
+    stages = [scores]
     for count in range(1, min(most, len(run.facts(scores, AblateFacts)["order"])) + 1):
-        pruned_run = pruning(run, count)
+        pruned_run = with_pruning(run, count)
         if run.config.prune.search == "one_shot":
             sets.append(list(select.one_shot(pruned_run, scores)))
             continue
-        chosen = select.stage(pruned_run, base, data, scores)
+        selection = select.stage(pruned_run, base, data, scores)
         try:
-            pruned_run.make(chosen)
-        except NothingRanked:  # so deep a model says nothing, and deeper ones neither
+            pruned_run.make(selection)
+        except NothingRanked:  # with so many layers removed no loss is finite, nor with more
             if count == 1:
                 raise
             break
-        made.append(chosen)
-        sets.append(run.facts(chosen, SelectFacts)["removed"])
-    return sets, made
+        stages.append(selection)
+        sets.append(run.facts(selection, SelectFacts)["removed"])
+    return sets, stages
 
 
 def uniform_choice(removed: Sequence[int], bits: int, layers: int) -> Choice:
@@ -87,14 +84,14 @@ def uniform_choice(removed: Sequence[int], bits: int, layers: int) -> Choice:
 
 
 def budget_of(run: Run, memory: Memory, sets: Sequence[Sequence[int]]) -> int:
-    """Return the budget in bytes; ValueError: it is to be that of more layers than may go."""
+    """Return the budget in bytes. ValueError: prune.layers, which decides it, is more than may be removed."""
     wanted, layers = run.config.joint.budget_gib, len(memory.shapes.layers)
     if wanted is not None:
         return int(wanted * GIB)
     if run.config.prune.layers >= len(sets):
         raise ValueError(
             f"The budget is that of prune.layers {run.config.prune.layers} at 4 bits, but only {len(sets) - 1} layers "
-            "may go: set joint.budget_gib, or a smaller prune.layers."
+            "may be removed: set joint.budget_gib, or a smaller prune.layers."
         )
     return memory.total(uniform_choice(sets[run.config.prune.layers], 4, layers))
 
@@ -113,7 +110,7 @@ def uniform_choices(memory: Memory, sets: Sequence[Sequence[int]], budget: int, 
 def search(
     run: Run, base: Source, data: Stage, memory: Memory, budget: int, uniform: Sequence[Choice], before: Sequence[Stage]
 ) -> AllocationSearch:
-    """Measure on the calibration questions and choose. before: what was made for it, which the log is told."""
+    """Search on the calibration questions. before: the stages that were made for it, which go to the log."""
     config = run.config
     rounded = mixed.options_stage(run, base, data, [bits for bits in memory.options if bits not in (REMOVED, WHOLE)])
     critic = {
@@ -129,13 +126,13 @@ def search(
         allocation = AllocationSearch(measured, memory, budget, config.joint)
         allocation.run(uniform)
         allocation.measure_both([*named_choices(allocation, uniform, config.joint.candidates).values()])
-    took = {"started": started, "seconds": round(time.time() - started, 3), "gpu_seconds": round(pool.gpu_seconds, 3)}
+    timing = {"started": started, "seconds": round(time.time() - started, 3), "gpu_seconds": round(pool.gpu_seconds, 3)}
     write_log(
         run,
         {
             "event": MEASURED_FOR,
             "name": "joint",
-            **took,
+            **timing,
             "stages": [stage.name for stage in order_stages([rounded, *before])],
         },
     )
@@ -143,7 +140,7 @@ def search(
 
 
 def additivity(rows: Sequence[Mapping], damage: str) -> Additivity:
-    """Say how far predicted damages of the first round's choices are from measured ones (in the damage's unit)."""
+    """Compare predicted with measured damage over the first round's choices (in the damage's unit)."""
     first = [row for row in rows if row["round"] == 1 and row["predicted"] is not None and isfinite(row[damage])]
     pairs = [(row["predicted"], row[damage]) for row in first]
     predicted, measured = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
@@ -152,9 +149,9 @@ def additivity(rows: Sequence[Mapping], damage: str) -> Additivity:
 
 
 def format_rows(rows: Sequence[Mapping], damage: str, failure: Exception | None = None) -> str:
-    """Lay the choices that were built out for a terminal; failure: what ended the judge."""
+    """Return the choices that were built as a table for a terminal; failure: the error that ended the judge."""
     score = "judge %" if rows[0]["score_kind"] == "judge" else "baseline %"
-    lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "to best uniform", ""]]
+    lines = [["method", "predicted", f"measured {damage}", "estimate", "weights", score, "vs best uniform", ""]]
     lines[0].append("bits by layer (- removed)")
     for row in rows:
         done, interval = row["status"] == "done", row["difference_interval_pct"]
@@ -179,12 +176,12 @@ def format_rows(rows: Sequence[Mapping], damage: str, failure: Exception | None 
 
 
 def check_config(run: Run, memory: Memory) -> None:
-    """Refuse what cannot be before anything is measured. ValueError: method, package, budget, or the judge."""
+    """Check method, package, budget and judge before anything is measured. ValueError: what cannot be used."""
     mixed.check(run)
     if run.config.judge.engine != "none":
         check_judge(run)
     if run.config.joint.budget_gib is None and REMOVED in memory.options:
-        prune.stage(run, run.base_model())  # the budget is that of prune.layers removed: may so many go?
+        prune.stage(run, run.base_model())  # the budget is that of prune.layers removed: may so many be?
     if run.config.joint.budget_gib is not None:
         check_budget(memory, int(run.config.joint.budget_gib * GIB))
 
@@ -194,14 +191,14 @@ def check_budget(memory: Memory, budget: int) -> None:
     least = memory.least
     if memory.total(least) > budget:
         raise ValueError(
-            f"The budget is {budget / GIB:.4g} GiB, but the least that joint.options {list(memory.options)} can take "
-            f"is {memory.total(least) / GIB:.4g} GiB ({format_choice(least)}): raise joint.budget_gib, or allow "
+            f"The budget is {budget / GIB:.4g} GiB, but the smallest choice of joint.options {list(memory.options)} "
+            f"takes {memory.total(least) / GIB:.4g} GiB ({format_choice(least)}): raise joint.budget_gib, or allow "
             "fewer bits."
         )
 
 
 def named_choices(allocation: AllocationSearch, uniform: Sequence[Choice], candidates: int) -> dict[str, Choice]:
-    """Return what is built: the choices of least damage that are no uniform settings, and all uniform settings."""
+    """Return the choices to build, by name: those of least damage that are not uniform, and all uniform ones."""
     named = {}
     for number, choice in enumerate([each for each in allocation.best if each not in uniform][:candidates], 1):
         bits = set(choice) - {REMOVED}
@@ -210,7 +207,7 @@ def named_choices(allocation: AllocationSearch, uniform: Sequence[Choice], candi
 
 
 def job(run: Run) -> None:
-    """Search, build the best few, evaluate, compare, and write everything down."""
+    """Search, build the best few, evaluate and compare them, and write the rows."""
     memory = memory_of(run)
     check_config(run, memory)
     base, data, joint = run.base_model(), prepare.stage(run), run.config.joint
@@ -235,12 +232,12 @@ def job(run: Run) -> None:
     write_rows(
         run, joint_rows(run, [candidate.plan for candidate in built], sizes, [candidate.failure for candidate in built])
     )
-    added = additivity(list(allocation.tried.values()), joint.damage)
+    sums = additivity(list(allocation.tried.values()), joint.damage)
     content = {
         "budget_bytes": budget,
         "damage": joint.damage,
         **calibration.calibration_settings(run),
-        "additivity": added,
+        "additivity": sums,
         "candidates": rows,
         "singles": allocation.singles,
         "tried": list(allocation.tried.values()),
@@ -248,8 +245,8 @@ def job(run: Run) -> None:
     path = write_joint(run.folder, cast(JointFile, content))
     print(format_rows(rows, joint.damage, failure))
     print(
-        f"Predicted {joint.damage} of the first round's {added['choices']} choices: {added['mean_predicted']:.4f} on "
-        f"average, measured {added['mean_measured']:.4f}; rank correlation {added['spearman']}",
+        f"Predicted {joint.damage} of the first round's {sums['choices']} choices: {sums['mean_predicted']:.4f} on "
+        f"average, measured {sums['mean_measured']:.4f}; rank correlation {sums['spearman']}",
         flush=True,
     )
     LOG.info(f"joint: rows are in {path}")

@@ -4,11 +4,11 @@
     python -m jobs.judge --config configs/judge-qwen2.5-32b.yaml --agreement ratings.csv
     python -m jobs.judge --config configs/judge-qwen2.5-32b.yaml --serve
 
-A table has columns question, reference, answer, and as far as known sample_id, class, image, group; each gets
+A table has the columns question, reference, answer, and optionally sample_id, class, image, group. The verdicts go to
 <name>.judged.parquet and <name>.judged.json beside it, and tables with common sample_ids are compared with the first.
 Without tables the answers of model.path are judged, as jobs.compress does for its models when judge.engine is set.
---agreement compares it with people: a CSV of rating (0-4) and sample_id, or question, reference, answer; and rater.
---serve keeps the judge up as an OpenAI-compatible endpoint on this machine.
+--agreement compares the judge with people: a CSV with rating (0-4), sample_id or question, reference and answer, and
+rater if there are several. --serve keeps the judge up as an OpenAI-compatible endpoint on this machine.
 """
 
 import asyncio
@@ -48,11 +48,11 @@ from jobs.scoring.rows import ANSWERS, AnswerRow
 
 LOG = logging.getLogger("jobs")
 
-SHOWN = 5  # rows of a table that are printed with the reason why they were skipped; the summary has all
+SHOWN = 5  # skipped rows of a table that are printed with their reason; the summary has all
 
 
 def stage(run: Run, evaluated: Stage, judged: JudgedTable | None = None) -> Stage:
-    """Return the stage that judges an evaluation's answers; `judged`: they were judged together with others'."""
+    """Return the stage that judges an evaluation's answers; `judged`: its table, if it was judged with others."""
     settings = {
         "verdicts": verdict_key(identity_of(run), "", "", "", 0),
         "controls": run.config.judge.controls,
@@ -73,43 +73,43 @@ def build(run: Run, evaluated: Stage, judged: JudgedTable | None, folder: Path, 
 
 
 def make_all(run: Run, evaluated: Sequence[Stage]) -> list[Stage]:
-    """Judge several evaluations in one session, as far as they are not judged yet; return their stages.
+    """Judge the evaluations that are not judged yet, in one session; return the stages of all.
 
-    What lacks verdicts because the judge could not be reached is judged again.
+    Evaluations that lack verdicts because the judge could not be reached are judged again.
     """
     stages = [stage(run, evaluation) for evaluation in evaluated]
     todo = {
         evaluation.name: evaluation
-        for evaluation, made in zip(evaluated, stages, strict=True)
-        if run.missing([made]) or may_be_asked_again(run.facts(made, JudgeFacts))
+        for evaluation, judgement in zip(evaluated, stages, strict=True)
+        if run.missing([judgement]) or may_be_asked_again(run.facts(judgement, JudgeFacts))
     }
     if todo:
         judged = judged_tables(run, {name: answers(run, evaluation) for name, evaluation in todo.items()})[0]
         for name, evaluation in todo.items():
-            made = stage(run, evaluation, judged[name])
-            run.store.remove(made.name)
-            run.make(made)
+            judgement = stage(run, evaluation, judged[name])
+            run.store.remove(judgement.name)
+            run.make(judgement)
     return stages
 
 
 def judge_or_error(run: Run, evaluated: Sequence[Stage]) -> Exception | None:
-    """Judge several evaluations; return what ended it, for the job to raise when it has shown what was computed."""
+    """Judge several evaluations; return the error that ended it, which the job raises after showing its results."""
     try:
         make_all(run, evaluated)
-    except (ValueError, RuntimeError, ConnectionError) as error:  # those that are told in a sentence
+    except (ValueError, RuntimeError, ConnectionError) as error:  # those that a user sees as one sentence
         LOG.warning(f"judge: failed: {error}")
         return error
     return None
 
 
 def answers(run: Run, evaluated: Stage) -> list[AnswerRow]:
-    """Return the answers of an evaluation, made if it is not there yet."""
+    """Return the answers of an evaluation, which is made if it is missing."""
     return ANSWERS.read(run.make(evaluated))
 
 
-def row(run: Run, made: Stage) -> JudgedColumns:
+def row(run: Run, judgement: Stage) -> JudgedColumns:
     """Return the summary columns of an evaluation that is judged."""
-    facts = run.facts(made, JudgeFacts)
+    facts = run.facts(judgement, JudgeFacts)
     return summary_columns(facts, agreement.calibration(run, facts["identity"]))
 
 
@@ -117,80 +117,80 @@ def refresh_card(run: Run, model: Stage | Source, evaluated: Stage) -> None:
     """Write the scores of an evaluation, and the judge's if there are any, into the card of a checkpoint made here."""
     if isinstance(model, Source):
         return
-    made = stage(run, evaluated) if run.config.judge.engine != "none" else None
-    judged = row(run, made) if made and run.store.find(made.name) else None
+    judgement = stage(run, evaluated) if run.config.judge.engine != "none" else None
+    judged = row(run, judgement) if judgement and run.store.find(judgement.name) else None
     card.refresh(run.folder_of(model), run.facts(evaluated, EvaluateFacts), judged)
 
 
-def labels(run: Run, made: Stage) -> dict[str, int | None]:
+def labels(run: Run, judgement: Stage) -> dict[str, int | None]:
     """Return the labels of an evaluation that is judged, by sample_id; none where it has no headline."""
-    return JudgedTable(VERDICTS.read(run.folder_of(made)), run.facts(made, JudgeFacts)).labels
+    return JudgedTable(VERDICTS.read(run.folder_of(judgement)), run.facts(judgement, JudgeFacts)).labels
 
 
 def compare_tables(tables: Mapping[str, JudgedTable]) -> tuple[dict[str, dict], str]:
     """Compare all tables with the first, on common sample_ids with the same question and reference; or say why not."""
     if len(tables) < 2:
         return {}, ""
-    ids = {name: [row.get("sample_id") for row in made.rows] for name, made in tables.items()}
+    ids = {name: [row.get("sample_id") for row in table.rows] for name, table in tables.items()}
     for name, ids_of_table in ids.items():
         if None in ids_of_table or len(set(ids_of_table)) < len(ids_of_table):
-            return {}, f"not compared: {name} has rows without a sample_id, or one twice"
+            return {}, f"not compared: {name} has rows without a sample_id, or with the same one"
     first, *_ = tables.values()
-    asked = {row["sample_id"]: (row["question"], row["reference"]) for row in first.rows}
+    first_texts = {row["sample_id"]: (row["question"], row["reference"]) for row in first.rows}
     scores = []
-    for made in tables.values():
-        here = {row["sample_id"]: (row["question"], row["reference"]) for row in made.rows}
-        scores.append({s: label for s, label in made.labels.items() if here[s] == asked.get(s)})
-    groups = dict(zip(asked, clusters(first.rows)[0], strict=True))
+    for table in tables.values():
+        texts = {row["sample_id"]: (row["question"], row["reference"]) for row in table.rows}
+        scores.append({s: label for s, label in table.labels.items() if texts[s] == first_texts.get(s)})
+    groups = dict(zip(first_texts, clusters(first.rows)[0], strict=True))
     return dict(zip(tables, differences(scores, groups, TOP_LABEL, "judge_difference"), strict=True)), ""
 
 
 def judge_files(run: Run, tables: Sequence[AnswerTable], rated: AnswerTable | None) -> None:
-    """Judge files (and the answers that people rated), write what was found beside them, and print it."""
+    """Judge files (and the answers that people rated), write the verdicts beside the files, and print a summary."""
     rows: dict[str, Sequence[Mapping]] = {table.name: table.rows for table in tables}
     ratings: list[agreement.Rating] = []
     if rated is not None:
-        if agreement.by_text(rated.rows):
+        if agreement.has_texts(rated.rows):
             rows[f"ratings {rated.name}"] = rated.rows
         elif not rows:
             rows[run.config.model.path] = answers(run, evaluate.stage(run, run.base_model(), prepare.stage(run)))
-        ratings = agreement.resolved(rated, next(iter(rows.values())))
+        ratings = agreement.resolve_ratings(rated, next(iter(rows.values())))
     judged, verdicts, identity = judged_tables(run, rows)
     if rated is not None:
         measured = agreement.record(run, rated, ratings, verdicts, identity)
         print(f"judge: {agreement.sentence(measured)}", flush=True)
     calibration = agreement.calibration(run, asdict(identity))
-    shown = {name: summary_columns(made.facts, calibration) for name, made in judged.items()}
+    summaries = {name: summary_columns(judged_table.facts, calibration) for name, judged_table in judged.items()}
     differ, reason = compare_tables({table.name: judged[table.name] for table in tables})
     for table in tables:
-        made = judged[table.name]
-        write_table(table.parquet, made.rows)
+        judged_table = judged[table.name]
+        write_table(table.parquet, judged_table.rows)
         summary = {
             "table": table.name,
-            **shown[table.name],
+            **summaries[table.name],
             **differ.get(table.name, {}),
             "not_compared": reason or None,
         }
-        write_text(table.summary, json.dumps({**summary, **made.facts, "skipped": table.skipped}, indent=1))
-    show(shown, [made.facts for made in judged.values()], differ, reason)
+        write_text(table.summary, json.dumps({**summary, **judged_table.facts, "skipped": table.skipped}, indent=1))
+    print_tables(summaries, [judged_table.facts for judged_table in judged.values()], differ, reason)
     for table in [*tables, *([rated] if rated is not None else [])]:
-        for left in table.skipped[:SHOWN]:
-            LOG.warning(f"{table.name}: row {left['row']} skipped: {left['reason']}")
+        for row in table.skipped[:SHOWN]:
+            LOG.warning(f"{table.name}: row {row['row']} skipped: {row['reason']}")
         if len(table.skipped) > SHOWN:
             LOG.warning(f"{table.name}: {len(table.skipped)} rows skipped in all")
     for table in tables:
         LOG.info(f"judge: verdicts are in {table.parquet}, the summary is in {table.summary}")
 
 
-def show(
+def print_tables(
     rows: Mapping[str, Mapping], facts: Sequence[Mapping], differ: Mapping[str, Mapping], reason: str = ""
 ) -> None:
-    """Print judged tables with all that has to be said about them."""
+    """Print judged tables, with the units of their intervals and all remarks."""
     lines = [format_rows(rows, differ)]
     for name, table_facts in zip(rows, facts, strict=True):
-        counted = table_facts["tally"]
-        unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each for itself)"}
-        lines.append(f"{name}: 95 % interval over {counted['clusters']} {unit[counted['unit']]}")
+        tally = table_facts["tally"]
+        unit = {"group": "series of images", "image": "images", "answer": "answers (no image column: each is a unit)"}
+        lines.append(f"{name}: 95 % interval over {tally['clusters']} {unit[tally['unit']]}")
     print("\n".join([*lines, *remarks(list(rows.values())), *([reason] if reason else [])]), flush=True)
 
 
@@ -223,16 +223,16 @@ def job(run: Run) -> None:
         return serve(run)
     rated = agreement.read_ratings(config.agreement) if config.agreement is not None else None
     if config.tables or rated is not None:
-        return judge_files(run, distinct([read_answers(path) for path in config.tables]), rated)
+        return judge_files(run, check_names([read_answers(path) for path in config.tables]), rated)
     evaluated = evaluate.stage(run, run.base_model(), prepare.stage(run))
-    (made,) = make_all(run, [evaluated])
-    card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, made))
-    show({run.config.model.path: row(run, made)}, [run.facts(made, JudgeFacts)], {}, "")
-    LOG.info(f"judge: verdicts are in {run.folder_of(made) / VERDICTS}")
+    (judgement,) = make_all(run, [evaluated])
+    card.refresh(Path(run.config.model.path), run.facts(evaluated, EvaluateFacts), row(run, judgement))
+    print_tables({run.config.model.path: row(run, judgement)}, [run.facts(judgement, JudgeFacts)], {}, "")
+    LOG.info(f"judge: verdicts are in {run.folder_of(judgement) / VERDICTS}")
 
 
-def distinct(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
-    """Return the tables; ValueError if two would be written to one file, or one over another, or go by one name."""
+def check_names(tables: Sequence[AnswerTable]) -> list[AnswerTable]:
+    """Return the tables; ValueError: two share a name or an output file, or one's output would overwrite another."""
     for table in tables:
         for other in tables:
             if table.parquet.resolve() == other.path.resolve():

@@ -1,4 +1,4 @@
-"""Rebuild the embedded model derm-tiny from nothing: draw, train, plant outliers, test, save.
+"""Rebuild the embedded model derm-tiny from scratch: draw, train, plant outliers, test, save.
 
 python -m jobs.make_derm_tiny                      # into actors/derm_tiny/checkpoint, about 8 minutes on two cores
 python -m jobs.make_derm_tiny --out my-derm-tiny

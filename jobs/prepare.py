@@ -68,7 +68,7 @@ def stage(run: Run) -> Stage:
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
     if not data.classes or not data.questions:
-        raise ValueError("data.classes and data.questions are empty: see configs/derm-tiny.yaml for how they look.")
+        raise ValueError("data.classes or data.questions is empty: see configs/derm-tiny.yaml for an example.")
     files = {
         path.relative_to(root).as_posix(): run.sources.fingerprints.file(path)
         for path in sorted(root.rglob("*"))
@@ -121,15 +121,15 @@ def build(run: Run, folder: Path, facts: dict) -> None:
 
 
 def _report_shares(shares: Mapping[str, Mapping[str, int]], wanted: float | None) -> None:
-    """Say what share of each class is in the test split, and warn where whole groups miss `wanted` (None: given)."""
+    """Log each class's share in the test split; warn if it is far from `wanted` (None: the splits were given)."""
     for label, counts in shares.items():
         share = counts["test_images"] / counts["images"] if counts["images"] else 0.0
         words = (
             f"prepare: class {label}: {counts['test_images']} of {counts['images']} images ({100 * share:.1f} %) and "
-            f"{counts['test_groups']} of {counts['groups']} groups are test"
+            f"{counts['test_groups']} of {counts['groups']} groups are test data"
         )
         if wanted is not None and abs(share - wanted) > FAR:
-            LOG.warning(f"{words}; data.test_fraction wants {100 * wanted:.1f} %, which whole groups do not reach")
+            LOG.warning(f"{words}; data.test_fraction is {100 * wanted:.1f} %, which whole groups cannot reach")
         else:
             LOG.info(words)
 
@@ -180,7 +180,7 @@ def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
     except OSError as error:
         raise ValueError(f"Cannot read data.annotations {str(path)!r}: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.annotations {str(path)!r} is no CSV file ({error}).") from None
+        raise ValueError(f"data.annotations {str(path)!r} is not a CSV file ({error}).") from None
     columns = canonical_columns(rows[0] if rows else (), ANNOTATION_COLUMNS, str(path))
     lacking = [name for name in ANNOTATION_COLUMNS if name not in columns.values()]
     if lacking:
@@ -198,7 +198,9 @@ def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | No
     texts = {"name": kind.name, **kind.texts}
     lacking = {key for _, key, _, _ in string.Formatter().parse(question.answer) if key} - set(texts)
     if lacking:
-        raise ValueError(f"Class {kind.name!r} lacks texts.{min(lacking)}, which question {question.id!r} asks for.")
+        raise ValueError(
+            f"Class {kind.name!r} lacks texts.{min(lacking)}, which the answer to question {question.id!r} needs."
+        )
     return question.answer.format(**texts)
 
 

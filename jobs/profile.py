@@ -1,11 +1,11 @@
-"""Compare the memory and latency of checkpoints on this hardware, and try which fit in a given memory.
+"""Compare the memory and latency of checkpoints on this hardware, and test which fit into a given memory.
 
     python -m jobs.profile --config configs/derm-tiny.yaml
     python -m jobs.profile --config configs/llava-1.5-7b-dermnet.yaml --evaluate.decode static \\
         --profile.models '[llava-hf/llava-1.5-7b-hf, RUN_DIR/artifacts/quantize-...]' --cap-gib 6
 
-The checkpoints take turns: each round of each is a fresh process that has the device to itself. Processes that stayed
-alive would share one GPU's memory, so that none could be measured alone. The rows go to run_dir/profile.json.
+The checkpoints take turns: every round runs each in a fresh process that has the device to itself. Processes that
+stayed alive would share the GPU's memory, so that none could be measured alone. The rows go to run_dir/profile.json.
 """
 
 import json
@@ -28,13 +28,13 @@ ROWS = "profile.json"
 
 
 def sources(run: Run) -> list[Source]:
-    """Return the checkpoints to compare; ValueError: one is not there."""
+    """Return the checkpoints to compare; ValueError: one does not exist."""
     models = run.config.profile.models
     return [run.source(path, "profile.models") for path in models] or [run.base_model()]
 
 
 def samples(run: Run) -> list[Sample]:
-    """Return the test questions; without data the probe, which is drawn into the run folder."""
+    """Return the test questions; without data, one about a probe image, which is drawn into the run folder."""
     data = run.config.data
     if data.root or data.classes:
         return evaluate.questions(evaluate.test_rows(run, prepare.stage(run)))
@@ -46,7 +46,7 @@ def samples(run: Run) -> list[Sample]:
 
 
 def turns(models: Sequence[Source], rounds: int) -> list[int]:
-    """Return whose turn it is: every model's number once in each round."""
+    """Return the order of the measurements: every model's number once per round."""
     return [number for _ in range(rounds) for number in range(len(models))]
 
 
@@ -101,12 +101,12 @@ def format_rows(rows: Sequence[dict]) -> str:
     text += [
         f"Memory: {kinds[-1]} before loading ({before}), peak while loading; then peaks of the runs.",
         f"{first['device']}, {first['threads']} thread(s), {first['decode']} decoding, {first['timed_tokens']} tokens, "
-        f"batch 1; medians of {first['timed_runs']} runs, {first['rounds']} process(es) each, in turn.",
+        f"batch 1; medians of {first['timed_runs']} runs in {first['rounds']} process(es) each, in turn.",
     ]
     if any(takes_more_unpacked(row, first) for row in rows):
         text.append("* smaller weights, but more memory than the first: they are unpacked while the model computes.")
     if not all(row["peak_restarted"] for row in rows):
-        text.append("This system cannot restart the resident peak: the runs' peaks include loading.")
+        text.append("This system cannot reset the peak of resident memory: the runs' peaks include loading.")
     return "\n".join(text)
 
 
@@ -132,13 +132,13 @@ def job(run: Run) -> None:
     if cap is not None and config.replicas.gpus not in (0, 1):
         raise ValueError(f"profile.cap_gib caps one whole GPU, or the CPU: replicas.gpus is {config.replicas.gpus:g}.")
     models = sources(run)
-    asked = samples(run)
-    rows = compare_models(run, models, asked[0])
+    questions = samples(run)
+    rows = compare_models(run, models, questions[0])
     write_text(run.folder / ROWS, json.dumps(rows, indent=1))
     print(format_rows(rows), flush=True)
     if cap is not None:
         for row, model in zip(rows, models, strict=True):
-            row["cap"] = run_capped(run, model, asked, cap)
+            row["cap"] = run_capped(run, model, questions, cap)
             write_text(run.folder / ROWS, json.dumps(rows, indent=1))
             print(verdict(row), flush=True)
     LOG.info(f"profile: rows are in {run.folder / ROWS}")

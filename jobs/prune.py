@@ -28,18 +28,18 @@ LOG = logging.getLogger("jobs")
 def stage(run: Run, model: Stage | Source) -> Stage | Source:
     """Return the stage that prunes `model`; with 0 layers to remove, `model` itself.
 
-    ValueError: more layers than there are, or than may go, as far as the config and the model's config.json tell.
+    ValueError: more layers than the model has or may lose, as far as the config and its config.json tell.
     """
     if run.config.prune.layers == 0:
         return model
-    made = _stage(run, model)
-    if run.missing([made]):
+    pruned = _stage(run, model)
+    if run.missing([pruned]):
         _check(run)
-    return made
+    return pruned
 
 
 def _check(run: Run) -> None:
-    """Refuse what the config.json of the base model shows to be impossible, before hours of ablation."""
+    """Check the layers against the base model's config.json, before hours of ablation."""
     from actors.checkpoint.config import check_llava
 
     prune, layers = run.config.prune, check_llava(run.base_config()).text_config.num_hidden_layers
@@ -71,8 +71,8 @@ def _stage(run: Run, model: Stage | Source) -> Stage:
             settings, parents = {"layers": prune.layers}, (model, scores)
             choose = lambda run: select.one_shot(run, scores)  # noqa: E731
         else:
-            chosen = select.stage(run, model, data, scores)
-            settings, parents, choose = {}, (model, chosen), lambda run: run.facts(chosen, SelectFacts)["removed"]
+            search = select.stage(run, model, data, scores)
+            settings, parents, choose = {}, (model, search), lambda run: run.facts(search, SelectFacts)["removed"]
     return Stage("prune", 3, settings, parents, lambda r, f, facts: _write(r, model, choose(r), f, facts))
 
 
@@ -89,7 +89,7 @@ def _write(run: Run, model: Stage | Source, removed: Sequence[int], folder: Path
 def _describe_choice(run: Run) -> str:
     prune, criterion = run.config.prune, run.config.ablate.criterion
     if prune.order is not None:
-        return "a list that was given"
+        return "a given list"
     return f"{criterion}, layer by layer" if prune.search == "one_shot" else f"{prune.search} search by {criterion}"
 
 

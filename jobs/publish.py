@@ -2,12 +2,12 @@
 
     python -m jobs.publish --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/quantize-... \\
         --publish.to /models/mine
-    ... --publish.to s3://bucket/mine       # or gs://, hdfs://: what pyarrow knows, with the credentials it finds
+    ... --publish.to s3://bucket/mine       # or gs://, hdfs://: any that pyarrow reads, with the credentials it finds
     ... --publish.to hf://owner/name        # a private repository; needs a token (HF_TOKEN, or hf auth login)
 
-Takes what jobs.prune, jobs.recover or jobs.quantize made, and only if it passes jobs.verify again with the tensors that
-were made. Weights, config, processor and model card travel; prunella.json has the sums of the tensors. Nothing is ever
-overwritten.
+Only checkpoints of jobs.prune, jobs.recover or jobs.quantize are published, if they pass jobs.verify again with
+unchanged tensors. Weights, config, processor and model card are copied; prunella.json has the SHA-256 of every tensor.
+Nothing is ever overwritten.
 """
 
 import json
@@ -29,7 +29,7 @@ from jobs.core.run import Run
 from jobs.reporting import card
 
 HUB = "hf://"
-KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")
+COPIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def job(run: Run) -> None:
@@ -38,13 +38,13 @@ def job(run: Run) -> None:
     if target is None:
         raise ValueError("publish.to is unset: give a folder, a storage URI, or hf://owner/name.")
     folder = verify.require_folder(run)
-    if verify.known_sums(folder) is None or not (folder / card.CARD).is_file():
+    if verify.recorded_sums(folder) is None or not (folder / card.CARD).is_file():
         raise ValueError(
-            f"{str(folder)!r} is not what Prunella made: publish a folder that jobs.prune, jobs.recover or "
+            f"{str(folder)!r} was not made by Prunella: publish a folder that jobs.prune, jobs.recover or "
             "jobs.quantize printed."
         )
     place = _place(target)
-    place.refuse_what_is_there()
+    place.check_empty()
     sums = verify.verify_checkpoint(run, folder)["sums"]
     with tempfile.TemporaryDirectory() as text:
         staged = Path(text)
@@ -56,10 +56,10 @@ def job(run: Run) -> None:
 def stage(folder: Path, staged: Path, sums: dict[str, str]) -> None:
     """Fill `staged` with links to what others need of a checkpoint, and with its record."""
     for file in sorted(folder.iterdir()):
-        if file.name == card.CARD or (file.suffix in KEPT and file.name not in (MANIFEST, card.RECORD)):
+        if file.name == card.CARD or (file.suffix in COPIED_SUFFIXES and file.name not in (MANIFEST, card.RECORD)):
             (staged / file.name).symlink_to(file)
-    made = {"history": card.record(folder)["history"], "sums": sums}
-    (staged / card.RECORD).write_text(json.dumps(made, indent=1, ensure_ascii=False))
+    record = {"history": card.record(folder)["history"], "sums": sums}
+    (staged / card.RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _place(target: str) -> "Folder | Storage | Hub":
@@ -82,8 +82,8 @@ class Folder:
     def __init__(self, path: Path):
         self._path = path
 
-    def refuse_what_is_there(self) -> None:
-        """ValueError: the folder holds something, or is none."""
+    def check_empty(self) -> None:
+        """ValueError: the path is a file, or a folder that is not empty."""
         if self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
             raise ValueError(f"publish.to {str(self._path)!r} is not empty: choose a folder that does not exist yet.")
 
@@ -94,8 +94,8 @@ class Folder:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(staged, temporary)
             temporary.chmod(0o755)
-            os.rename(temporary, self._path)  # an empty folder gives way, any other does not
-        except OSError as error:  # shutil.Error, too, which has no strerror
+            os.rename(temporary, self._path)  # replaces an empty folder, and fails at any other
+        except OSError as error:  # also shutil.Error, which has no strerror
             reason = error.strerror or error
             raise ValueError(f"publish.to {str(self._path)!r} cannot be written ({reason}): choose another.") from None
         finally:
@@ -103,25 +103,25 @@ class Folder:
 
 
 class Storage:
-    """A folder of an object store; the record comes last, so that what lacks it is known to be incomplete."""
+    """A folder of an object store; the record is written last, so that a copy without it is known to be incomplete."""
 
     def __init__(self, uri: str):
         self._uri = uri
         try:
             self._system, self._path = fs.FileSystem.from_uri(uri)
         except (pa.ArrowException, OSError) as error:
-            raise self._refused(error) from None
+            raise self._explain_error(error) from None
 
-    def _refused(self, error: Exception) -> ValueError:
+    def _explain_error(self, error: Exception) -> ValueError:
         reason = " ".join(str(error).split())
         return ValueError(f"publish.to {self._uri!r} cannot be used ({reason}): check the address and the credentials.")
 
-    def refuse_what_is_there(self) -> None:
+    def check_empty(self) -> None:
         """ValueError: something is there, or the store does not answer."""
         try:
             entries = self._system.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
         except (pa.ArrowException, OSError) as error:
-            raise self._refused(error) from None
+            raise self._explain_error(error) from None
         if entries:
             raise ValueError(f"publish.to {self._uri!r} is not empty ({entries[0].base_name}): choose another place.")
 
@@ -133,7 +133,7 @@ class Storage:
                 with open(file, "rb") as source, self._system.open_output_stream(f"{self._path}/{file.name}") as out:
                     shutil.copyfileobj(source, out, 2**22)
         except (pa.ArrowException, OSError) as error:
-            raise self._refused(error) from None
+            raise self._explain_error(error) from None
 
 
 class Hub:
@@ -143,15 +143,15 @@ class Hub:
         from huggingface_hub import HfApi, get_token
 
         if repository.count("/") != 1:
-            raise ValueError(f"publish.to {HUB}{repository} is no repository: give hf://owner/name.")
+            raise ValueError(f"publish.to {HUB}{repository} is not a repository: give hf://owner/name.")
         if get_token() is None:
             raise ValueError("There is no token for the hub: set HF_TOKEN, or log in with `hf auth login`.")
         self._repository, self._api = repository, HfApi()
 
     @contextmanager
     def _explain_hub_errors(self) -> Iterator[None]:
-        """ValueError: the hub refuses what is asked of it in the block, or does not answer."""
-        from huggingface_hub.errors import HTTPError  # that of the client underneath, which hub versions change
+        """Raise ValueError if the hub refuses a request of the block, or does not answer."""
+        from huggingface_hub.errors import HTTPError  # of the HTTP client, which differs between versions of the hub
 
         try:
             yield
@@ -162,13 +162,13 @@ class Hub:
                 "the connection."
             ) from None
 
-    def refuse_what_is_there(self) -> None:
+    def check_empty(self) -> None:
         """ValueError: the repository holds files, or the hub refuses."""
         with self._explain_hub_errors():
             exists = self._api.repo_exists(self._repository)
             files = self._api.list_repo_files(self._repository) if exists else []
-        if found := [name for name in files if name != ".gitattributes"]:
-            raise ValueError(f"publish.to {HUB}{self._repository} is not empty ({found[0]}): choose another name.")
+        if others := [name for name in files if name != ".gitattributes"]:
+            raise ValueError(f"publish.to {HUB}{self._repository} is not empty ({others[0]}): choose another name.")
 
     def receive(self, staged: Path) -> None:
         """Upload everything in one commit. ValueError: the hub refuses."""

@@ -33,7 +33,7 @@ QUANTIZER = "actors.quantizers.quantizer:Quantizer"
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
-    """Return the stage that quantizes `model` (`model` itself for method none); calibrated methods look at the data.
+    """Return the stage that quantizes `model` (`model` itself for method none); calibrated methods depend on the data.
 
     ValueError: the method cannot do this, as far as the config and the base model's config.json tell.
     """
@@ -48,7 +48,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     if method.calibrated:
         parents = (model, data)
         settings |= {"awq_search": quantize.awq_search, **calibration_settings(run)}
-    made = Stage(
+    quantized = Stage(
         "quantize",
         3,
         settings,
@@ -56,13 +56,13 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
         lambda r, folder, facts: build(r, model, data, settings, folder, facts),
         resume=settings.get("awq_search") == "layerwise",
     )
-    if run.missing([made]):
+    if run.missing([quantized]):
         check(run, chosen)
-    return made
+    return quantized
 
 
 def calibration_settings(run: Run) -> dict:
-    """Return what decides what a calibrated method finds out, besides bits and groups."""
+    """Return the settings that decide a calibrated method's result, besides bits and groups."""
     quantize = run.config.quantize
     return {
         "calibration_samples": quantize.calibration_samples,
@@ -84,7 +84,7 @@ def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
 
 
 def calibration_note(run: Run, data: Stage, calibration: Sequence[Conversation]) -> dict | None:
-    """Return what a model card tells of the calibration."""
+    """Return the model card's entry on the calibration; None without calibration."""
     if not calibration:
         return None
     ids = [c.id for c in calibration]
@@ -92,13 +92,13 @@ def calibration_note(run: Run, data: Stage, calibration: Sequence[Conversation])
 
 
 def chosen_settings(run: Run) -> QuantizeSettings:
-    """Return what crosses to the worker; ValueError: bits or a group size that the method does not have."""
+    """Return the settings for the worker; ValueError: bits or a group size that the method does not have."""
     q = run.config.quantize
     return QuantizeSettings(q.method, q.bits, q.group_size, q.clip, q.awq_search)
 
 
 def check(run: Run, settings: QuantizeSettings) -> None:
-    """Refuse what the config.json of the base model shows to be impossible, before hours of other stages."""
+    """Check the settings against the base model's config.json, before hours of other stages."""
     from actors.quantizers.structure import check_quantizable
 
     check_quantizable(run.base_config(), settings)
@@ -113,7 +113,7 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
     count = run.workers.count_workers() if shared else 1
     with run.workers.worker(QUANTIZER, count) as workers:
         if count > 1:
-            facts.update(searched_by(workers, count, spec, chosen_settings(run), calibration, folder))
+            facts.update(quantize_in_shares(workers, count, spec, chosen_settings(run), calibration, folder))
         else:
             facts.update(workers.call("quantize", spec, chosen_settings(run), calibration, str(folder)))
     facts["gate"] = verify.verify_change(run, folder, model, Change.ROUNDED)
@@ -133,11 +133,13 @@ def build(run: Run, model: Stage | Source, data: Stage, settings: dict, folder: 
     )
 
 
-def searched_by(workers: "Pool", count: int, spec, settings: QuantizeSettings, calibration, folder: Path) -> dict:
+def quantize_in_shares(
+    workers: "Pool", count: int, spec, settings: QuantizeSettings, calibration, folder: Path
+) -> dict:
     """Quantize with AWQ's search divided among `count` workers by layers; returns what one worker would.
 
-    Every finished layer is a file in `folder`/searched: a worker that replaces a dead one, or a job that goes on, finds
-    it there. RuntimeError: a worker's share failed three times.
+    Every finished layer is a file in `folder`/searched: a worker that replaces a dead one, or a job that continues,
+    finds it there. RuntimeError: a worker's share failed three times.
     """
     searched = folder / "searched"
     searched.mkdir(exist_ok=True)

@@ -2,7 +2,7 @@
 
     python -m jobs.recover --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-...
 
-heals a pruned checkpoint (paper, section 3.3). Run on a general LLaVA, the same job is the paper's first step,
+recovers a pruned checkpoint (paper, section 3.3). Run on a general LLaVA, the same job is the paper's first step,
 fine-tuning to the domain:
 
     ray job submit --working-dir . -- python -m jobs.recover --config configs/llava-1.5-7b-dermnet.yaml \\
@@ -52,7 +52,7 @@ def training_conversations(folder: str) -> list[Conversation]:
 
 
 def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
-    """Train, note the loss of every step, write the merged checkpoint."""
+    """Train, record the loss of every step, write the merged checkpoint."""
     settings = LoraSettings(**run.config.recover.model_dump(), seed=run.config.seed)
     conversations = training_conversations(run.make(data))
     spec = run.model_spec(model)

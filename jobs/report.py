@@ -2,7 +2,7 @@
 
     python -m jobs.report --config configs/derm-tiny.yaml
 
-Reads what jobs.compress with the same options made; opens offline.
+Reads the results of jobs.compress with the same options. The page needs no network.
 """
 
 import json
@@ -57,10 +57,10 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
     losses = recover.LOSSES.read(run.folder_of(planned["prune+sft"][0]))
     original = rows[0]
-    by_method = {method: ANSWERS.by_sample(run.folder_of(made)) for method, (_, made) in planned.items()}
-    judged = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
-    verdicts = {method: VERDICTS.read(run.folder_of(made)) for method, made in judged}
-    metrics = {method: run.facts(made, EvaluateFacts)["metrics"] for method, (_, made) in planned.items()}
+    by_method = {method: ANSWERS.by_sample(run.folder_of(evaluated)) for method, (_, evaluated) in planned.items()}
+    judgements = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
+    verdicts = {method: VERDICTS.read(run.folder_of(judgement)) for method, judgement in judgements}
+    metrics = {method: run.facts(evaluated, EvaluateFacts)["metrics"] for method, (_, evaluated) in planned.items()}
     return {
         "title": f"{run.folder.name}: what compression cost",
         "model": run.config.model.path,
@@ -135,7 +135,7 @@ def _ranges(run: Run, recorded: Stage) -> dict:
 
 
 def format_row(row: Mapping, original: Mapping | None = None) -> dict:
-    """Format one row; a difference to the original is unresolved unless its interval and its p value exclude 0."""
+    """Format one row; a difference to the original is unresolved unless interval and p value both show it."""
     unpacked = original is not None and takes_more_unpacked(row, original)
     finding = row["difference_finding"]  # None: the original itself, or nothing to compare
     name = row["name_accuracy_interval"]
@@ -156,7 +156,7 @@ def format_row(row: Mapping, original: Mapping | None = None) -> dict:
 
 
 def _detectable(rows: Sequence[SummaryRow]) -> str:
-    """Return the smallest and the largest difference that the images resolve, "" where all models answer alike."""
+    """Return the range over models of the detectable difference (points), "" where all answer alike."""
     differences = [row["difference_detectable_pct"] for row in rows if row["difference_detectable_pct"] is not None]
     return f"{min(differences):.1f} to {max(differences):.1f}" if differences else ""
 
@@ -178,7 +178,7 @@ def _count(number: int) -> str:
 
 
 def _weights(row: Mapping) -> str:
-    """Tell the size of the weights; of simulated ones the size that they would have, and the one they have."""
+    """Write the size of the weights; of simulated ones the nominal size, and the stored one."""
     if row["simulated"]:
         return f"{size(row['nominal_bytes'])} ({size(row['weight_bytes'])} stored)"
     return size(row["weight_bytes"])

@@ -6,19 +6,18 @@
     ray job submit --working-dir . -- python -m jobs.search --config configs/llava-1.5-7b-dermnet.yaml \\
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet --search.budget.memory_gib 4
 
-Settings share stages, and every stage is made once. A setting whose estimated memory misses the budget is listed, not
+Settings share stages, and every stage is made once. A setting whose estimated memory is over the budget is listed, not
 run. If more than search.max_trials settings remain, Optuna suggests that many of them, each once.
-With search.screen_images the search first evaluates every setting on a part of the test images. A setting that another
-one dominates there is stopped: the other one scores better with the same kernels, no fewer layers removed and no more
-memory. The other settings are evaluated on all test images, and judged if judge.engine is set. A setting that fails is
-a row with its reason.
+With search.screen_images the search first evaluates every setting on a part of the test images. Dominated settings stop
+there: another one scores better with the same kernels, no fewer layers removed and no more memory. The other settings
+are evaluated on all test images, and judged if judge.engine is set. A setting that fails is a row with its reason.
 
-The memory of a row is the driver's number for the GPU (of several GPUs: the fullest one). On a CPU a process is mostly
-interpreter, so the memory is the estimate. There a checkpoint of jobs.joint is counted packed but timed unpacked, so it
-is no answer where time is limited, too. The search writes its rows to run_dir/search/rows.json, its report to
-run_dir/search/report.html, and the times of its stages to run_dir/search/log.jsonl. Checkpoints of jobs.joint and rows
-of earlier searches in the same run_dir take part. After any stop the same command continues; finished stages are not
-made again. --resolve-only answers for another budget from the rows.
+The memory of a row is the peak that the GPU's driver reports (of several GPUs: of the fullest one). On a CPU a process
+is mostly interpreter, so the memory is the estimate. There a checkpoint of jobs.joint is counted packed but timed
+unpacked, so it is never the answer to a limit of time. The search writes its rows to run_dir/search/rows.json, its
+report to run_dir/search/report.html, and the times of its stages to run_dir/search/log.jsonl. Checkpoints of jobs.joint
+and rows of earlier searches in the same run_dir take part. After any stop the same command continues; finished stages
+are not made again. --resolve-only answers for another budget from the rows.
 """
 
 import logging
@@ -29,7 +28,7 @@ from collections.abc import Sequence
 from jobs import judge
 from jobs.core.command import main
 from jobs.core.facts import EvaluateFacts
-from jobs.core.logs import given_flags
+from jobs.core.logs import current_flags
 from jobs.core.progress import Progress
 from jobs.core.run import Run
 from jobs.core.stage import Stage
@@ -37,7 +36,15 @@ from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.reporting import card
 from jobs.reporting.search import write_report
-from jobs.searching.budget import Entrant, compare_rows, dominated, format_answer, judge_lines, pareto_front, resolve
+from jobs.searching.budget import (
+    Entrant,
+    compare_rows,
+    find_dominated,
+    format_answer,
+    judge_lines,
+    pareto_front,
+    resolve,
+)
 from jobs.searching.rows import EVENTS, answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import SEARCH, Plan, plans
@@ -50,14 +57,14 @@ Key = tuple[str, ...]
 
 
 class SettingSearch:
-    """A search in progress: what is planned, what failed, who lost."""
+    """A search in progress: its plans, failures and dominated settings."""
 
     def __init__(self, run: Run):
         self.run = run
         self.settings = space(run.config)
         self.plans = plans(run, self.settings)
         if run.config.judge.engine != "none":
-            check_judge(run)  # a judge that cannot be is told of now, not after hours
+            check_judge(run)  # a judge that cannot start fails now, not after hours
         self.sizes = estimates(run, self.plans)
         limit = run.config.search.budget.memory_gib
         within = [limit is None or size <= limit for size in self.sizes]
@@ -67,24 +74,24 @@ class SettingSearch:
         if self.sampled and run.config.search.screen_images is None:
             raise ValueError(
                 f"{len(self.open)} settings are to be tried, more than search.max_trials "
-                f"({run.config.search.max_trials}): Optuna needs a cheap score to suggest some, so set "
+                f"({run.config.search.max_trials}): Optuna needs a cheap score to choose from them, so set "
                 "search.screen_images, or raise search.max_trials."
             )
         self.failures: dict[Key, str] = {}
-        self.lost: dict[Key, dict] = {}
+        self.dominated: dict[Key, dict] = {}
 
     def rows(self) -> list[SearchRow]:
         """Return the table as it is now."""
-        rows = rows_of(self.run, self.plans, self.sizes, self.failures, self.lost)
+        rows = rows_of(self.run, self.plans, self.sizes, self.failures, self.dominated)
         return [row for row in rows if row["status"] != "open" or row["screen_pct"] is not None or not self.sampled]
 
     def build(self) -> None:
-        """Make the checkpoints, and their first, cheap evaluations: all, or those that Optuna suggests."""
+        """Make the checkpoints and their screening evaluations: of all settings, or those that Optuna suggests."""
         work = {plan.setting.key: (plan, plan.first) for plan in self.open}
         self._rung("screen" if self._screens else "build", work, parallel=_count_makers(self.run), sampled=self.sampled)
 
     def narrow(self) -> None:
-        """Screen and evaluate; again where a setting failed that others had lost to, for it is no rival any more."""
+        """Screen and evaluate; again after a failure, since a failed setting no longer dominates others."""
         failed = None
         while failed != len(self.failures):
             failed = len(self.failures)
@@ -93,31 +100,32 @@ class SettingSearch:
             self.evaluate()
 
     def screen(self) -> None:
-        """Compare the cheap evaluations, and note who loses."""
+        """Compare the screening evaluations, and record which settings are dominated."""
         left = [plan for plan in self.within if plan.setting.key not in self.failures]
-        seen = [plan for plan in left if plan.screen and self.run.store.find(plan.screen.name)]
+        screened = [plan for plan in left if plan.screen and self.run.store.find(plan.screen.name)]
         size = {plan.setting.key: size for plan, size in zip(self.plans, self.sizes, strict=True)}
-        tables = {plan.setting.key: answers(self.run, plan.screen.name) for plan in seen if plan.screen}
+        tables = {plan.setting.key: answers(self.run, plan.screen.name) for plan in screened if plan.screen}
         groups = {sample: row["group"] for table in tables.values() for sample, row in table.items()}
         entrants = [
             Entrant(p.setting, size[p.setting.key], {s: r["baseline"] for s, r in tables[p.setting.key].items()})
-            for p in seen
+            for p in screened
         ]
-        self.lost = dominated(entrants, groups)
-        self.open = [plan for plan in seen if plan.setting.key not in self.lost]
+        self.dominated = find_dominated(entrants, groups)
+        self.open = [plan for plan in screened if plan.setting.key not in self.dominated]
         LOG.info(
-            f"search: {len(self.lost)} of {len(seen)} settings are dominated in the screen, {len(self.open)} go on"
+            f"search: {len(self.dominated)} of {len(screened)} settings are dominated in screening, "
+            f"{len(self.open)} continue"
         )
 
     def evaluate(self) -> None:
-        """Evaluate who is left on all images; on a CPU one at a time, so that no other work disturbs the clocks."""
+        """Evaluate the remaining settings on all images; on a CPU one at a time, so that timing is undisturbed."""
         left = [plan for plan in self.open if plan.setting.key not in self.failures]
         work = {plan.setting.key: (plan, [plan.evaluation]) for plan in left}
         wanted = self.run.config.replicas
         self._rung("evaluate", work, parallel=_count_makers(self.run) if wanted.gpus >= 1 else 1)
 
     def judge(self) -> Exception | None:
-        """Let one session of the judge score all that were evaluated, whenever that was; return what ended it."""
+        """Judge all evaluated settings, earlier ones too, in one session; return the error that ended it."""
         done = [plan.evaluation for plan in self.plans if self.run.store.find(plan.evaluation.name)]
         return judge.judge_or_error(self.run, done) if self.run.config.judge.engine != "none" and done else None
 
@@ -126,10 +134,10 @@ class SettingSearch:
         return self.run.config.search.screen_images is not None
 
     def _rung(self, name: str, work: dict[Key, tuple[Plan, list[Stage]]], parallel: int, sampled: bool = False) -> None:
-        """Make what is missing of every setting's stages, as trials of Ray Tune."""
+        """Make every setting's missing stages, as trials of Ray Tune."""
         missing = {key: self.run.missing(stages) for key, (_, stages) in work.items()}
         waiting = [key for key, stages in missing.items() if stages]
-        LOG.info(f"search: {name}, {len(work) - len(waiting)} of {len(work)} settings have it already")
+        LOG.info(f"search: {name}, {len(work) - len(waiting)} of {len(work)} settings have theirs already")
         if not waiting:
             return
         from cluster.tuning import Maker, Sampled, Task, run_trials
@@ -140,28 +148,28 @@ class SettingSearch:
             fields = {name: getattr(plan.setting, name) for name in Setting.__dataclass_fields__}
             return Task(stage.name, (fields, parallel > 1, {"memory_gib": size[plan.setting.key]}))
 
-        chosen = list(work) if sampled else waiting  # Optuna is told again what is finished: it suggests the same
+        chosen = list(work) if sampled else waiting  # Optuna gets finished trials again, to suggest the same
         chains = {key: [task(work[key][0], s) for s in missing[key] or work[key][1][-1:]] for key in chosen}
         config = self.run.config
         trials = Sampled(config.search.max_trials, OBJECTIVES, config.seed) if sampled else None
-        self.run.sources.fingerprints.save()  # those who make the stages need not read the weights again
+        self.run.sources.fingerprints.save()  # so that the makers of stages need not read the weights again
         kwargs = {
             "config": self.run.resolved().model_dump(mode="json"),
             "command": card.command(),
             "address": os.environ.get("RAY_ADDRESS"),
-            "flags": given_flags(),
+            "flags": current_flags(),
         }
         maker = Maker("jobs.searching.stages:StageMaker", kwargs, parallel)
         folder = self.run.folder / SEARCH
         with Progress(f"search: {name}", trials.trials if trials else len(waiting)) as progress:
             finished = {key: stages[-1] for key, (_, stages) in work.items() if stages and not missing[key]}
-            heard = _TrialListener(self, progress, finished)
-            ends = run_trials(chains, maker, folder / name, folder / EVENTS, heard, config.search.loggers, trials)
+            listener = _TrialListener(self, progress, finished)
+            ends = run_trials(chains, maker, folder / name, folder / EVENTS, listener, config.search.loggers, trials)
         self.failures |= {key: end["error"] for key, end in ends.items() if end.get("error")}
 
 
 class _TrialListener:
-    """Says in one line what happened, and keeps the table up to date."""
+    """Logs each event in one line, and keeps the table up to date."""
 
     def __init__(self, search: SettingSearch, progress: Progress, finished: dict[Key, Stage]):
         self._search, self._progress = search, progress
@@ -199,7 +207,7 @@ class _TrialListener:
 
 
 def _count_makers(run: Run) -> int:
-    """Return how many stages are made at a time: as many as there is room for workers, or replicas are asked for."""
+    """Return how many stages are made at a time: replicas.count, or, if auto, as many workers as fit."""
     from cluster.connection import room
 
     run.workers.connect()
@@ -210,7 +218,7 @@ def _count_makers(run: Run) -> int:
 
 
 def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> str:
-    """Lay the rows out for a terminal; failure: what ended the judge."""
+    """Return the rows as a table for a terminal; failure: the error that ended the judge."""
     fronts = {cost: {row["setting"] for row in pareto_front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
     for row in rows:
@@ -232,28 +240,28 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
         text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
     for row in [row for row in rows if row["status"] == "done"][:1]:
         kind = {"judge": "LLM judge", "baseline": "baseline score"}[row["score_kind"]]
-        kind += "" if any(row_shown["is_llm_judge"] for row_shown in rows) or failure else ", LLM judge: not run"
+        kind += "" if any(other["is_llm_judge"] for other in rows) or failure else ", LLM judge: not run"
         text.append(
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
-            f"{row['memory_kind']}; *: none has a better score with as little"
+            f"{row['memory_kind']}; *: on the Pareto front"
         )
     text += judge_lines({row["setting"]: row for row in rows}, failure)
     if any(row["simulated"] for row in rows):
-        text.append("simulated: its rounded weights are stored in 16 bits; counted as if they were not, and no answer")
+        text.append("simulated: stored in 16 bits, but counted at the nominal bits; never the answer")
     if any(row["unpacked"] for row in rows):
-        text.append("unpacked: transformers unpacks its weights when it loads them; ms/token is that of 16-bit weights")
+        text.append("unpacked: transformers unpacks the weights when it loads them; ms/token is that of 16-bit weights")
     explained = [row for row in rows if row["status"] in ("failed", "screened out")]
     return "\n".join(text + [f"{row['setting']} {row['status']}: {row['reason']}" for row in explained])
 
 
 def job(run: Run) -> None:
-    """Search, or solve again; print the table and the answer."""
+    """Search, or only resolve the budget again; print the table and the answer."""
     config, recorded, failure = run.config.search, read_rows(run), None
     if (config.resume or config.resolve_only) and not recorded:
         raise ValueError(f"There is no search in run_dir {str(run.folder)!r}: give the run_dir of one, or start it.")
     if not config.resolve_only:
-        new_rows, failure = searched(run)
-        recorded = read_rows(run)  # those of the joint choice are among them
+        new_rows, failure = run_search(run)
+        recorded = read_rows(run)  # those of jobs.joint are among them
     resolved = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
     print(format_rows(recorded, failure))
     print(format_answer(resolved, config.budget), flush=True)
@@ -271,8 +279,8 @@ def check_any(rows: Sequence[SearchRow]) -> None:
         raise RuntimeError(f"All {len(failed)} settings that were tried failed; the first: {failed[0]['reason']}")
 
 
-def searched(run: Run) -> tuple[list[SearchRow], Exception | None]:
-    """Do what is not done yet; write the rows, and return them, with what ended the judge."""
+def run_search(run: Run) -> tuple[list[SearchRow], Exception | None]:
+    """Make what is missing and write the rows; return them, and the error that ended the judge."""
     started = time.monotonic()
     search = SettingSearch(run)
     path = write_rows(run, search.rows())
@@ -290,8 +298,8 @@ def searched(run: Run) -> tuple[list[SearchRow], Exception | None]:
     sums = totals(run, rows)
     LOG.info(
         f"search: took {time.monotonic() - started:.0f} s now. All {sums['stages']} stages took "
-        f"{sums['seconds']:.0f} s; settings that share nothing would take {sums['seconds_apart']:.0f} s, even without "
-        "the evaluations that the screen saved"
+        f"{sums['seconds']:.0f} s; without sharing they would take {sums['seconds_apart']:.0f} s, not counting the "
+        "evaluations that screening saved"
     )
     return rows, failure
 

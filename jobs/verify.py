@@ -1,11 +1,11 @@
-"""Try a checkpoint as others will use it: does plain transformers load it, and is it what it says?
+"""Check a checkpoint as others will use it: does plain transformers load it, and is it what its config says?
 
     python -m jobs.verify --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-...
     python -m jobs.verify --model.path /models/any-llava --model.dtype float16
 
-Takes any folder that holds a LLaVA checkpoint; exits 0 if it passes, 1 if it is refused, and then says in one sentence
-which tensor, module or file is wrong. Tensors are compared with their sums where the folder tells them (artifacts and
-published copies do). After prune, recover and quantize it runs by itself, before their checkpoint is published.
+Takes any folder that holds a LLaVA checkpoint. Exits 0 if it passes; 1 if it is refused, with one sentence that names
+the wrong tensor, module or file. Tensors are compared with their SHA-256 if the folder records it (artifacts and
+published copies do). prune, recover and quantize run the same check on every checkpoint that they make.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jobs.reporting import card
 
 
 def verify_change(run: Run, folder: Path, parent: Stage | Source, change: Change, removed: Sequence[int] = ()) -> dict:
-    """Return what the gate found out about a new checkpoint, to be noted in its manifest; RuntimeError: it is refused.
+    """Return the gate's findings on a new checkpoint, for its manifest; RuntimeError: it is refused.
 
     change: how it was made from `parent`; removed: the layers that pruning took, zero-based.
     """
@@ -27,21 +27,21 @@ def verify_change(run: Run, folder: Path, parent: Stage | Source, change: Change
 
 
 def verify_checkpoint(run: Run, folder: Path) -> dict:
-    """Return what the gate finds out about a checkpoint that exists, its sums included; RuntimeError: it is refused."""
-    return _verify(run, folder, None, None, (), known_sums(folder), False)
+    """Return the gate's findings on an existing checkpoint, its sums included; RuntimeError: it is refused."""
+    return _verify(run, folder, None, None, (), recorded_sums(folder), False)
 
 
-def known_sums(folder: Path) -> dict[str, str] | None:
-    """Return the sums of a checkpoint's tensors as its folder tells them."""
-    made = card.record(folder)
-    return made.get("gate", made).get("sums")
+def recorded_sums(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of a checkpoint's tensors by name, as its folder records them; None: it does not."""
+    record = card.record(folder)
+    return record.get("gate", record).get("sums")
 
 
 def require_folder(run: Run) -> Path:
-    """Return the folder model.path; ValueError: it is none."""
+    """Return the folder model.path; ValueError: it is not a folder."""
     folder = Path(run.config.model.path).expanduser().resolve()
     if not folder.is_dir():
-        raise ValueError(f"model.path {run.config.model.path!r} is no folder: give one that holds a checkpoint.")
+        raise ValueError(f"model.path {run.config.model.path!r} is not a folder: give one that holds a checkpoint.")
     return folder
 
 
@@ -56,10 +56,10 @@ def _verify(run: Run, folder: Path, *arguments) -> dict:
 
 
 def job(run: Run) -> None:
-    """Check the folder `model.path` and print what was found."""
+    """Check the folder `model.path` and print the findings."""
     folder = require_folder(run)
     findings = verify_checkpoint(run, folder)
-    findings["sums"] = "those that were published" if known_sums(folder) else "nothing to compare with"
+    findings["sums"] = "equal to the recorded ones" if recorded_sums(folder) else "none recorded"
     for check, finding in findings.items():
         print(f"{check:<10} {finding}")
     print(f"verify: {folder} passes", flush=True)

@@ -77,13 +77,14 @@ def verify_drafts(
 
 
 def drafts_pay(
-    pace: Pace, prompts: Sequence[torch.Tensor], base_L: torch.Tensor, keep_VL: torch.Tensor, tokens: int
+    pace: Pace, prompts: Sequence[torch.Tensor], guessed: bool, base_L: torch.Tensor, keep_VL: torch.Tensor, tokens: int
 ) -> bool:
     """Tell whether finding the base's answers first, as drafts, is expected to cost less than answering all at once."""
     shares = [_share(base_L, row) for row in keep_VL if not row.equal(base_L)]
     variants = [bytes(row.tolist()) for row in keep_VL if not row.equal(base_L)]
     widths = dict(zip(variants, shares, strict=True))
-    return pace.drafts_pay(widths, len(prompts), sum(map(len, prompts)) / len(prompts), tokens)
+    base = bytes(base_L.tolist()) if guessed else None
+    return pace.drafts_pay(base, widths, len(prompts), sum(map(len, prompts)) / len(prompts), tokens)
 
 
 def _share(base_L: torch.Tensor, keep_L: torch.Tensor) -> float:

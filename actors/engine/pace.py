@@ -83,22 +83,26 @@ class Pace:
             saved += fixed * _expected(1 - (1 - wrong) ** rows, best)
         return best if saved > fixed + width * best else 0
 
-    def drafts_pay(self, widths: Mapping[bytes, float], inputs: int, prompt: float, room: int) -> bool:
+    def drafts_pay(
+        self, base: bytes | None, widths: Mapping[bytes, float], inputs: int, prompt: float, room: int
+    ) -> bool:
         """Tell whether to decode the base first, and check its answers as drafts, or base and variants at once.
 
-        widths: by variant, what a token costs where it follows, in tokens of the whole model. prompt: tokens of one of
-        the `inputs`. room: most tokens of an answer. Drafts save the layers that variants share with their base; they
-        cost the prompts a second time, the drafts' tokens in the base's rows, and steps for the base alone.
+        base: the base as a variant of its own guesses, None without guesses. widths: by variant, what a token costs
+        where it follows, in tokens of the whole model. prompt: tokens of one of the `inputs`. room: most tokens of an
+        answer. Both ways are counted in tokens, but for what they have in common.
         """
         tokens, fixed = self._answer_tokens / self._answers if self._answers else room, self.fixed_tokens()
         rates = {variant: self.wrong_rate(variant) for variant in widths}
         followed = {variant: min(tokens, _expected(rate, tokens)) for variant, rate in rates.items()}
-        saved = inputs * sum(followed[variant] * (1 - width) for variant, width in widths.items())
+        at_once = fixed * tokens + inputs * sum(followed.values())
+        guessed = 0.0 if base is None else min(tokens, _expected(self.wrong_rate(base), tokens))
         none_leaves = 1.0
         for rate in rates.values():
             none_leaves *= (1 - rate) ** (tokens * inputs)
-        spent = inputs * (prompt + max(followed.values())) + fixed * (PIECES + tokens * (1 - none_leaves))
-        return saved > spent
+        first = inputs * prompt + fixed * (tokens - guessed)
+        check = inputs * (max(followed.values()) + sum(followed[variant] * width for variant, width in widths.items()))
+        return first + check + fixed * (PIECES + tokens * (1 - none_leaves)) < at_once
 
 
 def _expected(wrong: float, length: float) -> float:

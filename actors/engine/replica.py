@@ -101,7 +101,7 @@ class LlavaReplica:
         limits = Limits(max_new_tokens, tuple(self._stops))
         prompts = [self._prompt(sample) for sample in samples]
         self.plan(max(map(len, prompts)) + max_new_tokens)
-        if choose and not drafts_pay(self._pace, prompts, base_L, keep_VL, max_new_tokens):
+        if choose and not drafts_pay(self._pace, prompts, bool(guesses), base_L, keep_VL, max_new_tokens):
             drafts = [[] for _ in prompts]
         token_ids: dict[tuple[int, int], list[int]] = {}
         open_variants = list(range(len(keep_VL)))

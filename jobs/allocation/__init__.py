@@ -1,1 +1,1 @@
-"""Bits or removal, layer by layer, under one budget."""
+"""The joint choice: removal or bits for every layer, under one budget."""

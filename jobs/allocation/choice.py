@@ -1,7 +1,7 @@
-"""Choosing one option per layer under a memory budget: single changes are measured, an integer program adds them up.
+"""Choose one option per layer under a memory budget: measure single changes, and combine them by an integer program.
 
-Damages do not simply add up, so what the program proposes is measured as a whole, and a later round starts from the
-best choice so far: every single change of it is measured again, and the program looks near it.
+Damages do not simply add up, so the choices that the program proposes are measured as a whole. A later round starts
+from the best choice so far: it measures every single change of it, and the program searches near it.
 """
 
 import logging
@@ -24,7 +24,7 @@ BOTH: tuple[Damage, ...] = get_args(Damage)
 
 @dataclass(frozen=True)
 class Memory:
-    """What a choice takes by actors.estimate, its rounded weights as the compressed-tensors layout stores them.
+    """The memory of choices by actors.estimate, with quantized weights as the compressed-tensors layout stores them.
 
     shapes: actors.estimate's Architecture; setting: its Setting, of method "mixed", whose bits are not read; context:
     what the devices hold beside the model (bytes). Several devices are counted together.
@@ -36,7 +36,7 @@ class Memory:
     context: int
 
     def moments(self, choice: Choice) -> list[int]:
-        """Return the bytes of the weights and of what each moment of the work holds beside them, a moment each."""
+        """Return the bytes that each moment of the work holds: weights, contexts, and what it needs beside them."""
         from actors.estimate import estimate
 
         sizes = estimate(self.shapes, replace(self.setting, bits=choice))
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def least(self) -> Choice:
-        """The choice that takes least: all layers at the fewest bits, or, where layers may go, one of them alone."""
+        """The smallest choice: all layers at the fewest bits, or, if layers may be removed, only one of them."""
         layers, fewest = len(self.shapes.layers), next(bits for bits in self.options if bits)
         if REMOVED not in self.options:
             return (fewest,) * layers
@@ -58,10 +58,10 @@ class Memory:
         return min(singles, key=self.total)
 
     def program(self, budget: int) -> tuple[Array, list[int]]:
-        """Return bytes_MLO of every option and what each moment leaves for the layers (`tabulate_bytes`).
+        """Return bytes_MLO of every option, and the bytes that each moment leaves for the layers (`tabulate_bytes`).
 
-        What does not depend on a layer alone (a linear while it is unpacked) is taken as it is with all layers at the
-        fewest bits, where it is largest.
+        Memory that depends on several layers (a linear while it is unpacked) is counted with all layers at the fewest
+        bits, where it is largest.
         """
         fewest = next(bits for bits in self.options if bits)
         base = (fewest,) * len(self.shapes.layers)
@@ -103,16 +103,16 @@ class AllocationSearch:
 
     @property
     def best(self) -> list[Choice]:
-        """The choices that were tried, least measured damage first; of equals, the one that takes less.
+        """The measured choices, least damage first; of equals, the smaller one first.
 
-        One that says nothing, whose damage is no finite number, is not among them.
+        Choices whose damage is not finite are left out.
         """
         damage: Damage = self._joint.damage
-        known = [choice for choice, row in self.tried.items() if isfinite(row[damage])]
-        return sorted(known, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
+        finite = [choice for choice, row in self.tried.items() if isfinite(row[damage])]
+        return sorted(finite, key=lambda choice: (self.tried[choice][damage], self._memory.total(choice)))
 
     def run(self, uniform: Sequence[Choice]) -> None:
-        """Do all rounds; the `uniform` choices are measured and predicted in the first one, too."""
+        """Run all rounds; the first one also measures and predicts the `uniform` choices."""
         centre: Choice = self._measured.whole
         for number in range(1, self._joint.rounds + 1):
             proposed = self._round(number, centre, uniform if number == 1 else ())
@@ -124,10 +124,10 @@ class AllocationSearch:
     def _round(self, number: int, centre: Choice, others: Sequence[Choice]) -> int:
         changes, label = single_changes(centre, self._options), f"round {number}"
         damage: Damage = self._joint.damage
-        at, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
-        check_ranked(damage, [at])
+        centre_loss, *losses = self.losses([centre, *changes.values()], damage, f"{label}, single changes")
+        check_ranked(damage, [centre_loss])
         check_ranked(damage, losses)
-        damage_LO = tabulate_damage(at, dict(zip(changes, losses, strict=True)), centre, self._options)
+        damage_LO = tabulate_damage(centre_loss, dict(zip(changes, losses, strict=True)), centre, self._options)
         if number == 1:
             self._note_singles(changes)
         nothing = (self._options.index(REMOVED),) * len(centre) if REMOVED in self._options else None
@@ -137,7 +137,9 @@ class AllocationSearch:
         )
         choices = [tuple(self._options[option] for option in picked) for picked in picks]
         choices += [choice for choice in others if choice not in choices]
-        sums = {choice: predict_damage(at, damage_LO, [*map(self._options.index, choice)]) for choice in choices}
+        sums = {
+            choice: predict_damage(centre_loss, damage_LO, [*map(self._options.index, choice)]) for choice in choices
+        }
         predicted = {choice: total for choice, total in sums.items() if isfinite(total)}
         if number > 1:
             choices += [changed for changed in changes.values() if self.fits(changed) and changed not in choices]
@@ -157,16 +159,16 @@ class AllocationSearch:
         return len(choices)
 
     def measure_both(self, choices: Sequence[Choice]) -> None:
-        """Measure these by the other damage, too."""
-        for each in BOTH:
-            for choice, value in zip(choices, self.losses(choices, each, f"{each} of the best"), strict=True):
-                self.tried[choice][each] = value
+        """Measure both damages of choices that were tried."""
+        for damage in BOTH:
+            for choice, value in zip(choices, self.losses(choices, damage, f"{damage} of the best"), strict=True):
+                self.tried[choice][damage] = value
 
     def _note_singles(self, changes: dict[tuple[int, int], Choice]) -> None:
-        values = {each: self.losses(list(changes.values()), each, f"{each} of single changes") for each in BOTH}
+        values = {damage: self.losses([*changes.values()], damage, f"{damage} of single changes") for damage in BOTH}
         for place, (layer, option) in enumerate(changes):
             row: dict = {"layer": layer, "option": self._options[option]}
-            row |= {each: values[each][place] for each in BOTH}
+            row |= {damage: values[damage][place] for damage in BOTH}
             self.singles.append(cast(SingleRow, row))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose decoder layers have bits of their own, and the rounded layers that choices are measured with."""
+"""Checkpoints with a number of bits per decoder layer, and the quantized layers that measure choices."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ QUANTIZER = "actors.quantizers.mixed:MixedQuantizer"
 
 
 def check(run: Run) -> None:
-    """ValueError: the config's method cannot do it, for this model or at all, or the layout's package is missing."""
+    """ValueError: the method cannot mix bits, or not for this model, or the layout's package is missing."""
     from actors.quantizers.mixed import packer
 
     _check_method(run)
@@ -28,7 +28,7 @@ def check(run: Run) -> None:
 def stage(run: Run, model: Stage | Source, data: Stage, bits: Sequence[int]) -> Stage | Source:
     """Return the stage that rounds `model`'s decoder layers to `bits` (one per layer); `model` if all keep 16.
 
-    ValueError: a method that cannot give layers bits of their own.
+    ValueError: the method cannot give each layer its own bits.
     """
     if set(bits) == {16}:
         return model
@@ -46,7 +46,7 @@ def _check_method(run: Run) -> None:
     mixing = [name for name, method in METHODS.items() if method.mixes]
     if run.config.quantize.method not in mixing:
         raise ValueError(
-            f"quantize.method {run.config.quantize.method} cannot give layers bits of their own: choose "
+            f"quantize.method {run.config.quantize.method} cannot give each layer its own bits: choose "
             f"{' or '.join(mixing)}."
         )
 

@@ -6,7 +6,7 @@ from jobs.config.section import Count, Section
 
 
 class EstimateConfig(Section):
-    """What a setting takes before a GPU is used; all combinations of removed and quantizer."""
+    """Estimating the memory of settings: all combinations of removed and quantizer."""
 
     removed: int | list[int | list[int]] | None = Field(
         None,
@@ -18,7 +18,7 @@ class EstimateConfig(Section):
     )
     json_rows: bool = Field(False, description="print one JSON object per setting in place of a table")
     architecture: str | None = Field(
-        None, description="config.json that stands for model.path's own, or a folder that holds one"
+        None, description="config.json to read in place of model.path's, or a folder that holds one"
     )
     width: float = Field(
         1.0, gt=0, le=1, description="share of MLP channels and attention heads that are kept (fraction)"
@@ -27,15 +27,15 @@ class EstimateConfig(Section):
     images: int = Field(
         0,
         ge=0,
-        description="images of each prompt; 0: as in the papers' tables, and a column tells what one adds (images)",
+        description="images in each prompt; 0: as in the papers' tables, and a column has the total with one (images)",
     )
     context: Count | None = Field(
-        None, description="a prompt's length, images included (tokens); unset: the images' and 64 of text"
+        None, description="prompt length, images included (tokens); unset: the images and 64 tokens of text"
     )
-    decode_tokens: Count | None = Field(None, description="answer's length (tokens); unset: generation.max_new_tokens")
+    decode_tokens: Count | None = Field(None, description="answer length (tokens); unset: generation.max_new_tokens")
     devices: Count | None = Field(
         None, description="GPUs that the model is spread over (GPUs); unset: replicas.gpus, at least 1"
     )
     cuda_context_gib: float = Field(
-        0.5, ge=0, description="what a CUDA context takes on every GPU besides; never in a total (GiB)"
+        0.5, ge=0, description="memory of the CUDA context on every GPU; not part of the totals (GiB)"
     )

@@ -8,31 +8,33 @@ from jobs.config.section import Count, Section
 
 
 class JointConfig(Section):
-    """Choosing for every layer whether it goes, and else its bits, under one memory budget."""
+    """Choosing removal or bits for every layer, under one memory budget."""
 
     budget_gib: float | None = Field(
         None,
         gt=0,
-        description="what the estimate of the whole model may take, on all its devices together (GiB); unset: as much "
-        "as prune.layers removed and the rest at 4 bits",
+        description="limit of the whole model's estimate, on all its devices together (GiB); unset: that of the model "
+        "with prune.layers removed and the rest at 4 bits",
     )
     options: list[Literal[0, 3, 4, 8, 16]] = Field(
         [0, 4, 8, 16],
         description="what a layer may become: 0 removed, 3, 4 or 8 bits, 16 as it is (YAML list); vLLM does not read 3",
     )
     damage: Literal["kl", "answer_similarity"] = Field(
-        "kl", description="what is made least, measured on the calibration questions; both are recorded"
+        "kl", description="the damage to minimise, measured on the calibration questions; both are recorded"
     )
     rounds: Count = Field(
         2,
-        description="times that every single change is measured: of the whole model, then of the best choice (rounds)",
+        description="rounds; each measures every single change, of the whole model, then of the best choice (rounds)",
     )
-    changes: Count = Field(4, description="layers in which a later round's choices differ from the best one (layers)")
+    changes: Count = Field(
+        4, description="most layers in which a later round's choices differ from the best one (layers)"
+    )
     proposed: Count = Field(8, description="choices of least predicted damage that a round measures (choices)")
     candidates: Count = Field(
         3,
-        description="choices that are built, recovered and evaluated; as many uniform settings at each number of bits "
-        "are, too (choices)",
+        description="choices to build, recover and evaluate, beside as many uniform settings at each number of bits "
+        "(choices)",
     )
 
     @field_validator("options")

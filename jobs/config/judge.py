@@ -17,7 +17,7 @@ class JudgeConfig(Section):
     revision: str | None = Field(None, description="hub commit, tag or branch; unset: the newest")
     dtype: Dtype = Field("bfloat16", description="compute type of the judge's weights")
     trust_remote_code: bool = Field(False, description="run code that the judge's checkpoint brings along")
-    url: str | None = Field(None, description="openai: the endpoint, up to and with /v1")
+    url: str | None = Field(None, description="openai: the endpoint, up to and including /v1")
     key_variable: str | None = Field(None, description="openai: environment variable that holds the key; unset: none")
     logprobs: bool = Field(True, description="openai: whether the endpoint gives token probabilities")
     timeout: float = Field(120.0, gt=0, description="longest wait for one call (s)")
@@ -32,7 +32,7 @@ class JudgeConfig(Section):
     tables: list[str] = Field(
         [], description="answers to score: CSV, Parquet or JSONL with question, reference, answer (YAML list)"
     )
-    controls: Count = Field(8, description="questions whose controls are judged, too (questions)")
+    controls: Count = Field(8, description="questions for which controls are judged, too (questions)")
     agreement: str | None = Field(None, description="CSV of people's ratings to compare the verdicts with")
     serve: bool = Field(False, description="keep the judge up as an OpenAI-compatible endpoint on this machine")
     port: int = Field(8000, ge=1, le=65535, description="port of that endpoint, on loopback")

@@ -29,7 +29,9 @@ class ClassConfig(Section):
     """One class of the image collection."""
 
     name: str = Field(description="the disease as answers spell it")
-    match: list[str] = Field([], description="patterns of paths below data.root (* and ?); unset: a folder so named")
+    match: list[str] = Field(
+        [], description="patterns of paths below data.root (* and ?); unset: a folder of that name"
+    )
     synonyms: list[str] = Field([], description="other spellings that count as the name")
     texts: dict[str, str] = Field({}, description="texts for the questions' templates, e.g. about: ...")
 
@@ -51,11 +53,13 @@ class DataConfig(Section):
     classes: list[ClassConfig] = Field([], description="the classes (YAML list)")
     questions: list[QuestionConfig] = Field([], description="the questions (YAML list)")
     splits: dict[str, list[str]] = Field(
-        {}, description="train and test patterns of the collection's own split; empty: made here"
+        {}, description="train and test patterns of the collection's own split; empty: Prunella splits"
     )
     test_fraction: float = Field(0.1, gt=0, lt=1, description="share of images for the test split (fraction)")
     group_pattern: str | None = Field(None, description="regular expression; group 1 of a file name is its series")
-    near_duplicate_bits: int = Field(2, ge=-1, le=32, description="perceptual-hash distance of a group (bits); -1: off")
+    near_duplicate_bits: int = Field(
+        2, ge=-1, le=32, description="largest perceptual-hash distance of near-duplicates (bits); -1: off"
+    )
 
 
 class ReplicasConfig(Section):
@@ -63,7 +67,7 @@ class ReplicasConfig(Section):
 
     count: Count | Literal["auto"] = Field("auto", description="replicas; auto: as many as the cluster can hold")
     gpus: float = Field(
-        0, ge=0, description="GPUs of each replica; 0: CPU; a fraction shares one; 2: half the layers each"
+        0, ge=0, description="GPUs of each replica; 0: CPU; a fraction: a shared one; 2: half the layers on each"
     )
     cpus: float = Field(1, gt=0, description="cores (and threads) of each replica")
     max_rows: Count = Field(1024, description="most answers in one batch (rows); fewer where memory is short")
@@ -90,10 +94,12 @@ class AblateConfig(Section):
     samples: Count = Field(64, description="calibration questions from the training split (questions)")
     per_image: Count | None = Field(
         None,
-        description="draw images, and at most so many questions about each: they share the reading of the image, but "
+        description="draw images, and at most this many questions about each: they share the image's prefill, but "
         "fewer images make wider intervals; unset: draw questions one by one (questions)",
     )
-    unit: Count = Field(4, description="most questions of one unit of work, of whole images if they fit (questions)")
+    unit: Count = Field(
+        4, description="most questions of one unit of work, which keeps those about one image together (questions)"
+    )
     criterion: Criterion = Field("answer_similarity", description="what ranks the layers (paper: answer_similarity)")
     compare: list[Criterion] = Field(
         ["perplexity", "kl", "block_influence", "block_influence_image", "block_influence_text", "magnitude+"],
@@ -101,7 +107,7 @@ class AblateConfig(Section):
     )
     candidates: Literal["outliers", "paper", "all"] | list[int] = Field(
         "outliers",
-        description="layers that may go, zero-based; outliers: all but those whose removal costs far more "
+        description="layers that may be removed, zero-based; outliers: all but those whose removal costs far more "
         "perplexity than the others'; paper: all but 0, 1 and the last",
     )
     embedder: str = Field(
@@ -120,19 +126,19 @@ class PruneConfig(Section):
     )
     beam_width: Count = Field(3, description="beam: sets kept in every round (sets)")
     generations: Count = Field(8, description="evolution: rounds of mutation and selection (rounds)")
-    offspring: Count = Field(16, description="evolution: mutated sets of a round, compared by KL (sets)")
-    survivors: Count = Field(4, description="evolution: sets of a round that are compared by the criterion (sets)")
+    offspring: Count = Field(16, description="evolution: mutated sets per round, compared by KL (sets)")
+    survivors: Count = Field(4, description="evolution: sets per round that are compared by the criterion (sets)")
 
 
 class RecoverConfig(Section):
     """LoRA / QLoRA fine-tuning on the training split, merged into the weights."""
 
-    method: Recovery = Field("qlora", description="qlora: the frozen weights are in NF4 meanwhile")
+    method: Recovery = Field("qlora", description="qlora: the frozen weights are in NF4 while training")
     rank: Count = Field(16, description="LoRA rank r")
     alpha: Count = Field(8, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout (fraction)")
     epochs: float = Field(1.0, gt=0, description="passes over the training conversations (epochs)")
-    batch: Count = Field(16, description="conversations of one step (conversations)")
+    batch: Count = Field(16, description="conversations per step (conversations)")
     micro_batch: Count = Field(16, description="conversations in memory at once (conversations)")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; cosine decay, 3 % warm-up")
 
@@ -196,24 +202,25 @@ class EvaluateConfig(Section):
     timed_tokens: int = Field(128, ge=2, description="new tokens of each measured run (tokens)")
     decode: Literal["plain", "static"] = Field(
         "plain",
-        description="what is timed: plain generate, or static: a static cache and a step that is captured once (a CUDA "
-        "graph on a GPU, torch.compile on a CPU); the answers are always plain's",
+        description="the decoding that is timed: plain generate, or static: a static cache and a step that is captured "
+        "once (a CUDA graph on a GPU, torch.compile on a CPU); the answers are always those of plain",
     )
     embedder: str | None = Field(None, description="sentence-transformer of the baseline; unset: ablate.embedder")
     controls: bool = Field(
-        True, description="score the answers to a blank image, and to one of another class: does the model still look?"
+        True,
+        description="score the answers to a blank image, and to one of another class: does the model use the image?",
     )
 
 
 class ProfileConfig(Section):
-    """Comparing the memory and latency of checkpoints; how each run is measured stands in evaluate."""
+    """Comparing the memory and latency of checkpoints; evaluate says how each run is measured."""
 
     models: list[str] = Field([], description="checkpoint folders or hub ids (YAML list); empty: model.path")
-    rounds: Count = Field(3, description="fresh processes of each checkpoint, which take turns (processes)")
+    rounds: Count = Field(3, description="fresh processes of each checkpoint; the checkpoints take turns (processes)")
     cap_gib: float | None = Field(
         None,
         gt=0,
-        description="memory in which each answers the test questions, or not (GiB, with interpreter or context)",
+        description="memory in which each tries to answer the test questions (GiB, with interpreter or CUDA context)",
     )
 
 

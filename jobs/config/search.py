@@ -8,7 +8,7 @@ from jobs.config.section import Bits, Count, Quantizer, Recovery, Section
 
 
 class BudgetConfig(Section):
-    """What the model may take where it is used; unset: no limit."""
+    """Limits of the model in use; unset: no limit."""
 
     memory_gib: float | None = Field(None, gt=0, description="memory of the fullest device, see jobs.search (GiB)")
     ms_per_token: float | None = Field(None, gt=0, description="time of a token, batch 1 (ms)")
@@ -21,7 +21,7 @@ class SearchConfig(Section):
         [0, 2, 4, 7], min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"
     )
     recoveries: list[Literal["none"] | Recovery] = Field(
-        ["none", "qlora"], min_length=1, description="fine-tuning after it: none, lora, qlora (YAML list)"
+        ["none", "qlora"], min_length=1, description="fine-tuning after removal: none, lora, qlora (YAML list)"
     )
     quantizers: list[Quantizer] = Field(
         ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"
@@ -32,14 +32,14 @@ class SearchConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     screen_images: Count | None = Field(
         None,
-        description="test images of a first, cheap evaluation: a setting that loses there to one that takes no more is "
-        "not evaluated on the others (images); unset: none",
+        description="test images of a first, cheap evaluation: a setting that is dominated on them is not evaluated on "
+        "the others (images); unset: no screening",
     )
     max_trials: Count = Field(
-        64, description="settings up to which all are tried; of more, so many are suggested by Optuna (settings)"
+        64, description="most settings to try; if there are more, Optuna suggests this many of them (settings)"
     )
-    resume: bool = Field(False, description="go on with the search in run_dir; an error if there is none")
+    resume: bool = Field(False, description="continue the search in run_dir; an error if there is none")
     resolve_only: bool = Field(False, description="answer from the rows of the search in run_dir; computes nothing")
     loggers: list[Literal["tensorboard", "mlflow"]] = Field(
-        [], description="what Ray Tune writes into run_dir/search besides (YAML list)"
+        [], description="further logs that Ray Tune writes into run_dir/search (YAML list)"
     )

@@ -1,4 +1,4 @@
-"""What the sections of the configuration are made of."""
+"""The base class of the configuration's sections, and the types of their fields."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

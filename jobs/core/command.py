@@ -23,7 +23,7 @@ LOG = logging.getLogger("jobs.core")
 USAGE = """{doc}
 
 Options:
-  --config FILE        YAML file with any of the fields below (default: the defaults)
+  --config FILE        YAML file with any of the fields below (default: none)
   --<field> VALUE      override one field, e.g. --prune.layers 7; a BOOL alone means true
 {shorthands}{flags}  --help               this text
 
@@ -41,8 +41,8 @@ def main(
 ) -> None:
     """Run one job from the command line; exits 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C.
 
-    shorthands: the job's own options, each a short name of a field. records: whether the config is that of results, and
-    goes into the run folder.
+    shorthands: the job's own options, each a short name of a field. records: whether the config belongs to results, and
+    is written into the run folder.
     """
     spec = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
     name = (spec.name if spec else job.__module__).split(".")[-1]
@@ -63,7 +63,7 @@ def main(
 
 @contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """Turn what ends the block into one sentence and an exit code; PRUNELLA_DEBUG=1 shows tracebacks."""
+    """Turn an exception of the block into one sentence and an exit code; PRUNELLA_DEBUG=1 shows tracebacks."""
     debug = os.environ.get("PRUNELLA_DEBUG") == "1"
     interrupt_on_sigterm()
     try:
@@ -95,9 +95,9 @@ _PARTIAL = re.compile(r"(/artifacts/[a-z]+-[0-9a-f]{16})(?:\.[^/'\"\s]*)?\.parti
 
 
 def explain(error: Exception) -> str | None:
-    """Put a user's mistake, or a failure that a user can mend, in one sentence; None for a fault of our own.
+    """Put a user's mistake, or a failure that a user can fix, in one sentence; None for a bug of ours.
 
-    A folder in which an artifact was being built has the artifact's name.
+    The folder of an unfinished artifact is given under the artifact's final name.
     """
     sentence = _explain(error)
     return None if sentence is None else _PARTIAL.sub(r"\1", sentence)
@@ -152,10 +152,10 @@ def _shorthand_help(shorthands: Mapping[str, str]) -> str:
 def _field_help() -> str:
     lines = []
     for key, kind, default, text in fields():
-        shown = "unset" if default is None else "required" if default is PydanticUndefined else default
+        value = "unset" if default is None else "required" if default is PydanticUndefined else default
         option = f"  {key}" if "[]" in key else f"  --{key}"
         lines.append(f"{option} {kind.upper() if ' ' not in kind else '{' + kind.replace(' ', '') + '}'}")
-        lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {shown})")
+        lines.append(f"        {text.replace('(', '[').replace(')', ']') if '(' in text else text} (default: {value})")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What each kind of stage notes in its manifest: written by `Run.make`, read by `Run.facts`. Percent is 0 to 100."""
+"""What each kind of stage records in its manifest: written by `Run.make`, read by `Run.facts`. Percent is 0 to 100."""
 
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
@@ -11,9 +11,9 @@ class Facts(TypedDict):
 
     name: str
     recipe: dict[str, Any]  # kind, version, settings, names of the parents
-    seconds: float  # to make it, all legs together
+    seconds: float  # to make it, interrupted attempts included
     files: NotRequired[dict[str, list[Any]]]  # by path: bytes and SHA-256; absent in artifacts of older code
-    gpu_seconds: NotRequired[float]  # GPUs times seconds; absent where a killed leg held an unknown part
+    gpu_seconds: NotRequired[float]  # GPUs times seconds; absent where a killed attempt held an unknown part
 
 
 class PrepareFacts(Facts):
@@ -29,8 +29,8 @@ class AblateFacts(Facts):
     """Of the scores of single layers."""
 
     order: list[int]  # zero-based layers, first removed first
-    outliers: list[int]  # layers that stay, since perplexity without them is far off
-    pairs_apart: int  # pairs of layers whose paired interval does not hold 0
+    outliers: list[int]  # layers that stay, since removing one raises perplexity far more than others
+    pairs_apart: int  # pairs of layers whose paired interval excludes 0
     pairs: int
     failed: dict[str, str]  # reason by sample_id
 
@@ -42,7 +42,7 @@ class SelectFacts(Facts):
     one_shot: list[int]  # the layers of the best single scores
     score: float
     one_shot_score: float
-    gain: float  # loss that the search saves, in the criterion's own unit
+    gain: float  # loss that the search saves against one shot, in the criterion's own unit
     gain_interval: Interval
     sets_measured: int
     failed: dict[str, str]  # reason by sample_id
@@ -120,7 +120,7 @@ class Metrics(TypedDict):
 
 
 class Profile(TypedDict):
-    """What a model takes, measured by fresh processes (actors.footprint, actors.profiler). Times: median, batch 1."""
+    """Memory and latency, measured in fresh processes (actors.footprint, actors.profiler). Times: median, batch 1."""
 
     device: str
     threads: int
@@ -133,7 +133,7 @@ class Profile(TypedDict):
     weight_bytes: int
     decode: str  # plain or static
     timed_tokens: int  # of each run
-    peak_restarted: bool  # False: the peak of the runs is with loading
+    peak_restarted: bool  # False: the peak of the runs includes loading
     peak_memory_bytes: int
     peak_memory_kind: str
     baseline_bytes: dict[str, int]  # by kind, before the model was loaded
@@ -195,6 +195,6 @@ FACTS: dict[str, type] = {
 
 
 def check_facts(kind: str, noted: Mapping[str, Any]) -> None:
-    """Assert that a stage notes nothing that facts of its kind do not have."""
+    """Assert that a stage records nothing but the facts of its kind."""
     unknown = noted.keys() - FACTS[kind].__annotations__.keys() if kind in FACTS else ()
     assert not unknown, f"{FACTS[kind].__name__} has no {sorted(unknown)}"

@@ -1,4 +1,4 @@
-"""What jobs say of their work goes to standard error through `logging`, one logger per room; results are printed.
+"""Jobs log to standard error through `logging`, one logger per room; results are printed to standard output.
 
 A terminal gets rich's lines above the progress bars, anything else plain lines or, if asked for, JSON.
 """
@@ -21,9 +21,9 @@ from tqdm import tqdm
 ROOTS = ("actors", "cluster", "jobs")
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has
 FLAGS = {
-    "quiet": "say nothing but warnings and errors; no progress",
-    "verbose": "say more (debug)",
-    "log_json": "say it as JSON, an object a line: time, level, logger, message, numbers",
+    "quiet": "log only warnings and errors; no progress",
+    "verbose": "log more (debug)",
+    "log_json": "log as JSON, an object a line: time, level, logger, message, numbers",
 }
 _flags = dict.fromkeys(FLAGS, False)  # of this process
 
@@ -71,7 +71,7 @@ class _Json(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what sys.stderr is at that moment."""
+    """Writes to the current sys.stderr."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -83,7 +83,7 @@ class _Stderr(logging.StreamHandler):
 
 
 def configure(quiet: bool = False, verbose: bool = False, log_json: bool = False) -> None:
-    """Send what the rooms say to standard error from now on; `quiet` wins over `verbose`."""
+    """Send the rooms' logs to standard error from now on; `quiet` wins over `verbose`."""
     _flags.update(quiet=quiet, verbose=verbose, log_json=log_json)
     handler: logging.Handler
     if sys.stderr.isatty() and not log_json:
@@ -98,7 +98,7 @@ def configure(quiet: bool = False, verbose: bool = False, log_json: bool = False
         logger.setLevel(level)
 
 
-def given_flags() -> dict[str, bool]:
+def current_flags() -> dict[str, bool]:
     """Return the flags that this process was configured with, for processes that work for it."""
     return dict(_flags)
 
@@ -110,10 +110,10 @@ def shows_bars() -> bool:
 
 @contextmanager
 def into_file(path: Path, flags: Mapping[str, bool]) -> Iterator[None]:
-    """Append what the rooms say in the block, and what is printed, to a file; nothing else hears of it."""
+    """Send the logs and the printed output of the block to the end of a file, and nowhere else."""
     loggers = [logging.getLogger(name) for name in ROOTS]
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    flags_before = given_flags()
+    flags_before = current_flags()
     with open(path, "a") as file, redirect_stdout(file), redirect_stderr(file):
         configure(**flags)
         try:
@@ -136,6 +136,6 @@ def parse_and_configure(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def split_flags(arguments: list[str]) -> tuple[dict[str, bool], list[str]]:
     """Return the flags of FLAGS that the arguments hold, and the other arguments."""
-    given = {word: word[2:].replace("-", "_") for word in arguments if word.startswith("--")}
-    flags = {name for name in given.values() if name in FLAGS}
-    return dict.fromkeys(flags, True), [word for word in arguments if given.get(word) not in flags]
+    names = {word: word[2:].replace("-", "_") for word in arguments if word.startswith("--")}
+    flags = {name for name in names.values() if name in FLAGS}
+    return dict.fromkeys(flags, True), [word for word in arguments if names.get(word) not in flags]

@@ -65,8 +65,8 @@ def _set(values: dict, key: str, text: str) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     path = list(first["loc"])
-    known = set(valid_keys())
-    while len(path) > 1 and ".".join(map(str, path[:-1])) in known and not isinstance(path[-1], int):
+    keys = set(valid_keys())
+    while len(path) > 1 and ".".join(map(str, path[:-1])) in keys and not isinstance(path[-1], int):
         path.pop()  # pydantic names the member of a union that did not fit
     key = ".".join(map(str, path))
     if first["type"] == "value_error":
@@ -96,8 +96,8 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
             rows += fields(kind, f"{prefix}{name}.")
             continue
         choice = next((each for each in field.metadata if isinstance(each, OneOf)), None)
-        shown = " | ".join(map(str, choice.names())) if choice else _kind(kind)
-        rows.append((prefix + name, shown, field.default, field.description or ""))
+        kind_text = " | ".join(map(str, choice.names())) if choice else _kind(kind)
+        rows.append((prefix + name, kind_text, field.default, field.description or ""))
         for item in get_args(kind):
             if isinstance(item, type) and issubclass(item, BaseModel):
                 rows += fields(item, f"{prefix}{name}[].")

@@ -18,7 +18,7 @@ Maybe: TypeAlias = T | Any  # T, or None where nothing was measured: the row's s
 class Rows(Generic[Row]):
     """A file of rows in a folder: Parquet, or JSON where its name ends so. `kind`: the TypedDict of a row.
 
-    It stands for its name in paths: `folder / ANSWERS`. schema: of the columns, for Parquet files that may be empty.
+    In paths it is its name: `folder / ANSWERS`. schema: of the columns, for Parquet files that may be empty.
     """
 
     def __init__(self, name: str, kind: type[Row], schema: pa.Schema | None = None):

@@ -34,7 +34,7 @@ class Run:
     ):
         self.config = config
         self.command: str | None = command or (parent_run.command if parent_run else None)
-        self.folder = checked_run_dir(config.run_dir)
+        self.folder = resolve_run_dir(config.run_dir)
         self.store = ArtifactStore(self.folder / "artifacts")
         cache = self.folder / "artifacts" / "fingerprints.json"
         seen = self.folder / "artifacts" / "inputs.json"
@@ -62,29 +62,29 @@ class Run:
         """Return the stage's folder (a source's path), computing what does not exist yet."""
         if isinstance(stage, Source):
             return stage.path
-        folder_made = self.store.verify(stage.name)
-        if folder_made is None:
+        folder = self.store.verify(stage.name)
+        if folder is None:
             for parent in stage.parents:
                 self.make(parent)
             with exclusive(
                 self.store.root / f".{stage.name}.lock", partial(self._is_made, stage), self._waiting(stage)
             ):
-                folder_made = self.store.verify(stage.name) or self._build(stage)
+                folder = self.store.verify(stage.name) or self._build(stage)
         elif stage.name not in self._seen:
             LOG.info(f"{stage.kind}: {stage.name} exists, reused", extra={"artifact": stage.name})
         self._seen.add(stage.name)
-        return str(folder_made)
+        return str(folder)
 
     def _build(self, stage: Stage) -> Path:
         """Compute a stage; other jobs on this folder wait for it meanwhile."""
         LOG.info(f"{stage.kind}: computing {stage.name}", extra={"artifact": stage.name})
         began = time.monotonic()
-        goes_on = stage.resume and self.store.begun(stage.name)
+        is_resumed = stage.resume and self.store.begun(stage.name)
         with self.store.create(stage.name, stage.recipe, stage.resume) as (folder, facts):
             with self.workers.meter() as meter:
                 stage.build(self, folder, facts)
             check_facts(stage.kind, facts)
-            if not goes_on:  # what killed legs held is not known
+            if not is_resumed:  # what killed attempts held is not known
                 facts["gpu_seconds"] = round(meter.gpu_seconds, 3)
         LOG.debug(f"{stage.kind}: {stage.name} is made after {time.monotonic() - began:.1f} s")
         return self.store.root / stage.name
@@ -116,11 +116,11 @@ class Run:
         return self.source(self.config.model.path, "model.path", self.config.model.revision)
 
     def source(self, path: str, field: str, revision: str | None = None) -> Source:
-        """Return a folder, named by its content, or a hub id at a commit; ValueError, with the field: no checkpoint."""
+        """Return a folder, named by its content, or a hub id at a commit; ValueError names `field`: no checkpoint."""
         return self.sources.find(path, field, revision)
 
     def resolved(self) -> Config:
-        """Return the config for other processes of this run: with its whole run_dir and the base model's commit."""
+        """Return the config for other processes of this run: with the absolute run_dir and the base model's commit."""
         model = self.config.model
         if (commit := self.base_model().revision) is not None:
             model = model.model_copy(update={"revision": commit})
@@ -134,9 +134,9 @@ class Run:
         return read_config(base.path, base.revision, trusted)
 
     def model_spec(self, stage: Stage | Source, gpus: float = 1):
-        """Return how a worker with `gpus` GPUs, if there are any, loads a stage's checkpoint; it is made first.
+        """Return how a worker with `gpus` GPUs, if there are any, loads a stage's checkpoint, which is made first.
 
-        A source is looked at once, before anything is computed with it. ValueError: what is wrong with it.
+        A source is inspected once, before anything is computed with it. ValueError: what is wrong with it.
         """
         from actors.specs import ModelSpec
 
@@ -147,12 +147,12 @@ class Run:
             with self.workers.worker("actors.checkpoint.intake:Intake") as worker:
                 completed = worker.call("look", spec)["completed"]
             if completed:
-                LOG.info(f"{stage.path}: the processor's files lack {', '.join(completed)}; config.json tells")
+                LOG.info(f"{stage.path}: the processor's files lack {', '.join(completed)}; taken from config.json")
             self.sources.note_seen(stage)
         return spec
 
     def embedder_identity(self, name: str) -> str:
-        """Return what names a sentence-transformer in a recipe: its content where it is here, else its hub id."""
+        """Return what names a sentence-transformer in a recipe: its content if it is a folder here, else its hub id."""
         from actors.embedder import embedder_path
 
         folder = Path(embedder_path(name))
@@ -161,7 +161,7 @@ class Run:
         return f"{name}@{digest([self.sources.fingerprints.file(p) for p in sorted(folder.rglob('*')) if p.is_file()])}"
 
 
-def checked_run_dir(text: str) -> Path:
+def resolve_run_dir(text: str) -> Path:
     """Return the run folder; ValueError if it is a URI, or relative inside a submitted job."""
     if "://" in text:
         raise ValueError(f"run_dir {text!r} is a URI: give a folder that all nodes see, e.g. a network mount.")

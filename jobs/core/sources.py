@@ -11,7 +11,7 @@ from jobs.core.stage import Source
 class Sources:
     """The checkpoints that a run was given. Files are read once, and the hub is asked once.
 
-    seen: the file that lists those that were looked at before, and found to be whole.
+    seen: the file that lists those that were inspected before, and are complete.
     """
 
     def __init__(self, fingerprints: Fingerprints, seen: Path):
@@ -37,11 +37,11 @@ class Sources:
         return Source(f"model-{digest([path, commit])}", path, commit)
 
     def was_seen(self, source: Source) -> bool:
-        """Tell whether a checkpoint of this content was looked at before."""
+        """Tell whether a checkpoint of this content was inspected before."""
         return source.name in self._read_seen()
 
     def note_seen(self, source: Source) -> None:
-        """Remember that a checkpoint was looked at."""
+        """Remember that a checkpoint was inspected."""
         self._seen.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._seen, json.dumps(sorted({*self._read_seen(), source.name})))
 
@@ -76,6 +76,6 @@ def hub_commit(repository: str, revision: str | None) -> str:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
     except (LocalEntryNotFoundError, OSError):
         raise ValueError(
-            f"model.path {repository!r} is no folder here, the hub did not answer for it ({reason}), and it is not in "
-            "the hub's cache: check the spelling and the network, or give a local folder."
+            f"model.path {repository!r} is not a local folder, the hub did not answer for it ({reason}), and it is not "
+            "in the hub's cache: check the spelling and the network, or give a local folder."
         ) from None

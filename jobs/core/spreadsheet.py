@@ -15,7 +15,7 @@ _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codec
 
 
 def read_csv(path: Path) -> list[dict[str, str | None]]:
-    """Return the rows of a CSV file by its column names. ValueError: it is no text in any of these encodings.
+    """Return the rows of a CSV file by its column names. ValueError: it is not text in any of these encodings.
 
     OSError, csv.Error: it cannot be read.
     """
@@ -29,19 +29,19 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
 
 
 def canonical_columns(columns: Collection[str], known: Collection[str], file: str) -> dict[str, str]:
-    """Return {column: its name in `known`} of those that are known but for case, spaces and underscores.
+    """Return {column: its name in `known`} of the columns in `known`; case, spaces, - and _ make no difference.
 
-    ValueError: two columns are the same one.
+    ValueError: two columns have the same name.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for column in columns:
         name = "_".join(str(column).replace("_", " ").replace("-", " ").split()).casefold()
         if name in known:
-            if name in found.values():
-                twice = [key for key, value in found.items() if value == name]
+            if name in names.values():
+                twice = [key for key, value in names.items() if value == name]
                 raise ValueError(f"{file} has the column {name} twice: {twice[0]!r} and {column!r}. Rename one.")
-            found[column] = name
-    return found
+            names[column] = name
+    return names
 
 
 def _decode(path: Path) -> tuple[str, str]:
@@ -61,7 +61,7 @@ def _decode(path: Path) -> tuple[str, str]:
 
 
 def _separator(text: str) -> tuple[str, int]:
-    """Return what separates columns, and how many letters to skip before the names: Excel may write a line `sep=;`."""
+    """Return the columns' separator, and how many letters precede the header: Excel may write a line `sep=;`."""
     first = text.partition("\n")[0].rstrip("\r")
     if first.lower().startswith("sep=") and first[4:] and first[4] in SEPARATORS:
         return first[4], text.index("\n") + 1 if "\n" in text else len(text)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Stage:
     """One artifact to make: what it is made from, with which settings, by which version of the code.
 
-    `build(run, folder, facts)` fills `folder` and notes `facts` in its manifest. Two stages of one name are the
+    `build(run, folder, facts)` fills `folder` and records `facts` in its manifest. Two stages of one name are the
     same artifact.
     """
 

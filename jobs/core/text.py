@@ -10,7 +10,7 @@ def size(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"
 
 
-def score(value: float) -> str:
+def format_score(value: float) -> str:
     """Write a number of any unit: with four decimals, or four digits where it is so small that these would hide it."""
     return f"{value:#.4g}" if 0 < abs(value) < 0.1 else f"{value:.4f}"
 

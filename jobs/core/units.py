@@ -1,4 +1,4 @@
-"""Questions in units of work: a failed unit is tried again one by one, so that only broken questions are left out."""
+"""Questions in units of work: those of a failed unit are retried singly, so that only broken ones are left out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +14,7 @@ S = TypeVar("S", Sample, Conversation)
 
 
 def whole_images(samples: Sequence[S], most: int) -> list[list[S]]:
-    """Put samples into units of at most `most`: those about one image together, as they share its reading."""
+    """Put samples into units of at most `most`: those about one image together, as they share its prefill."""
     by_image: dict[str | None, list[S]] = {}
     for sample in samples:
         by_image.setdefault(sample.image, []).append(sample)

@@ -22,7 +22,7 @@ REPLICA = "actors.engine.replica:LlavaReplica"
 EMBEDDER = "actors.embedder:Embedder"
 _TOO_SMALL = (
     "A worker needs {:g} cores and {:g} GPUs on one node; there are {:g} and {:g} in all: lower replicas.cpus / "
-    "replicas.gpus, add nodes, or, on a cluster that grows by itself, say how many replicas you want (replicas.count)."
+    "replicas.gpus, add nodes, or, on a cluster that grows by itself, set replicas.count."
 )
 
 
@@ -41,8 +41,8 @@ class Meter:
 class Workers:
     """Hosts the workers of one run.
 
-    parent: the workers of a run that goes on meanwhile; its connection and its sentence-transformers are shared, and a
-    worker then has replicas.cpus cores in place of a whole node's. beside_others: replicas of other runs are on the
+    parent: the workers of a run in progress; its connection and its sentence-transformers are shared, and a worker
+    then has replicas.cpus cores in place of a whole node's. beside_others: replicas of other runs are on the
     same machines.
     """
 
@@ -71,7 +71,7 @@ class Workers:
 
     @contextmanager
     def meter(self) -> Iterator[Meter]:
-        """Measure the pools hosted in the block, but for those of a block inside: they belong to the inner stage."""
+        """Measure the pools hosted in the block, except those of a block inside, which belong to the inner stage."""
         self._meters.append(Meter())
         try:
             yield self._meters[-1]
@@ -95,7 +95,7 @@ class Workers:
         return self._host(target, kwargs, Resources(wanted.cpus, wanted.gpus, wanted.count))
 
     def worker(self, target: str, count: int = 1, **kwargs) -> "Pool":
-        """Return workers with one GPU each; without GPUs one has all cores of one node, several have replicas.cpus."""
+        """Return workers with one GPU each; without GPUs one gets all cores of a node, several get replicas.cpus."""
         from cluster.connection import capacity, is_private, largest_node
         from cluster.pool import Resources
 
@@ -103,15 +103,15 @@ class Workers:
         wanted = self._wanted
         shares = self._parent is not None or wanted.gpus or count > 1
         cpus = wanted.cpus if shares else max(wanted.cpus, largest_node())
-        there = capacity()
-        if cpus > there[0] or (wanted.gpus and there[1] < 1):
+        available = capacity()
+        if cpus > available[0] or (wanted.gpus and available[1] < 1):
             if is_private():
-                raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *there))
+                raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *available))
             LOG.warning(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}")
         return self._host(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
 
     def count_workers(self) -> int:
-        """Return how many workers with one GPU each the replicas' GPUs make; without GPUs replicas.count, 1 if auto."""
+        """Return how many workers with one GPU each the replicas allow; without GPUs replicas.count, 1 if auto."""
         from cluster.connection import is_private, room
 
         wanted = self._wanted

@@ -17,7 +17,7 @@ BLUE, GREY, RED = "#2b6cb0", "#718096", "#c05621"  # each 3:1 on white or more (
 
 
 def svg(figure) -> str:
-    """Return a figure as an SVG element, and forget the figure."""
+    """Return a figure as an SVG element, and close the figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -106,10 +106,10 @@ def tradeoff_figure(rows: Sequence[Mapping]) -> str:
 
 
 def _label(axes, rows: Sequence[Mapping]) -> None:
-    """Write each method beside its point or at an end of its interval, where it covers nothing else if it can."""
-    axes.figure.draw_without_rendering()  # limits and sizes are settled only then
+    """Write each method beside its point or at an end of its interval, where it covers nothing if possible."""
+    axes.figure.draw_without_rendering()  # limits and sizes are final only then
     places = [(row["nominal_bytes"] / 2**20, row["baseline_pct"], *row["baseline_interval_pct"]) for row in rows]
-    taken = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3) for x, _, low, high in places]
+    occupied = [Bbox(axes.transData.transform([(x, low), (x, high)])).padded(3) for x, _, low, high in places]
     for row, (x, centre, low, high) in zip(rows, places, strict=True):
         beside = [
             (centre, (7, -3), "left"),
@@ -123,8 +123,8 @@ def _label(axes, rows: Sequence[Mapping]) -> None:
             )
             box = label.get_window_extent()
             inside = axes.bbox.x0 < box.x0 and all(axes.figure.bbox.contains(x, y) for x, y in (box.min, box.max))
-            if inside and not any(box.overlaps(other) for other in taken):
+            if inside and not any(box.overlaps(other) for other in occupied):
                 break
             label.set_visible(False)
         label.set_visible(True)
-        taken.append(box)
+        occupied.append(box)

@@ -1,4 +1,4 @@
-"""The search's figures as SVG text: score against a cost, and what the joint choice makes of every layer."""
+"""The search's figures as SVG text: score against a cost, and the bits of every layer in the joint choices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from matplotlib.patches import Rectangle
 from actors.quantizers.table import METHODS
 from jobs.figures.layers import BLUE, GREY, RED, plt, svg
 
-_NEAR = 1.5  # a budget of more than so many times the largest cost would leave the settings no room in the figure
+_NEAR = 1.5  # a budget above this many times the largest cost would leave the settings no room in the figure
 _SHADES = {0: "#ffffff", 3: "#bee3f8", 4: "#90cdf4", 8: "#63b3ed", 16: BLUE}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One setting in a figure: its number in the table, cost, score (%) with its interval, and what rounds it."""
+    """One setting in a figure: its number in the table, cost, score (%) with its interval, and quantizer."""
 
     number: int
     cost: float
@@ -33,10 +33,10 @@ def front_figure(
     published: Sequence[tuple[float, float]],
     unit: str,
 ) -> str:
-    """Score against a cost, the front in blue with the numbers of the table; beside it the paper's points.
+    """Score against a cost, the Pareto front in blue with the numbers of the table; beside it the paper's points.
 
-    limit: the budget, a dashed line, or an arrow to where it lies far off; published: (cost in `unit`, score %) of the
-    paper. They have an axis of their own, for another model, other images and another judge made them.
+    limit: the budget, a dashed line, or an arrow if it lies far off; published: (cost in `unit`, score %) of the paper,
+    on an axis of their own, since model, images and judge were others.
     """
     figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 1.4))
     for mark in sorted(marks, key=lambda mark: mark.on_front):
@@ -50,14 +50,14 @@ def front_figure(
             markersize=9 if mark.quantizer == "mixed" else 6,
             lw=1,
         )
-    first = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
-    ours.step([mark.cost for mark in first], [mark.score for mark in first], where="post", color=BLUE, lw=1)
+    front = sorted((mark for mark in marks if mark.on_front), key=lambda mark: mark.cost)
+    ours.step([mark.cost for mark in front], [mark.score for mark in front], where="post", color=BLUE, lw=1)
     if limit is not None:
         costs = [mark.cost for mark in marks] or [limit]
         near = limit <= _NEAR * max(costs)
         if near:
             ours.axvline(limit, color=RED, ls="--", lw=1.2)
-        left = 2 * limit > min(costs) + max(costs)  # of the line is the text
+        left = 2 * limit > min(costs) + max(costs)  # the text is left of the line
         ours.annotate(f"budget {limit:.4g}" + ("" if near else " →"), (limit if near else 1, 1), color=RED, fontsize=8,
                      xycoords=("data" if near else "axes fraction", "axes fraction"), ha="right" if left else "left",
                      xytext=(-4 if left else 4, 0), textcoords="offset points", va="top")  # fmt: skip
@@ -74,28 +74,28 @@ def front_figure(
     ours.set_yticks([tick for tick in ours.get_yticks() if lowest - 10 <= tick <= 100])
     theirs.set_ylim(-3, 103)
     ours.margins(x=0.08)
-    _number(ours, first, marks)
+    _number(ours, front, marks)
     for axes in (ours, theirs):
         axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
 
 
 def _number(axes, front: Sequence[Mark], marks: Sequence[Mark]) -> None:
-    """Write the front's numbers above it, each as low as the numbers before it and all marks leave room."""
-    axes.figure.draw_without_rendering()  # limits are settled only then
-    points = 72 / axes.figure.dpi  # of a pixel
+    """Write the front's numbers above it, each as low as the marks and the numbers before it allow."""
+    axes.figure.draw_without_rendering()  # limits are final only then
+    points = 72 / axes.figure.dpi  # per pixel
 
     def place(cost: float, score: float) -> tuple[float, float]:
         x, y = axes.transData.transform((cost, score))
         return points * x, points * y
 
-    taken = [(x, y - 5, 8.0) for x, y in (place(mark.cost, mark.score) for mark in marks)]  # middle, foot, width
+    occupied = [(x, y - 5, 8.0) for x, y in (place(mark.cost, mark.score) for mark in marks)]  # middle, foot, width
     for mark in front:
         middle, top = place(mark.cost, mark.high)
         foot, width = top + 6, 6.0 * len(str(mark.number))
-        while any(abs(middle - x) < (width + w) / 2 + 2 and abs(foot - y) < 10 for x, y, w in taken):
+        while any(abs(middle - x) < (width + w) / 2 + 2 and abs(foot - y) < 10 for x, y, w in occupied):
             foot += 1
-        taken.append((middle, foot, width))
+        occupied.append((middle, foot, width))
         axes.annotate(
             str(mark.number), (mark.cost, mark.high), textcoords="offset points", xytext=(0, foot - top), ha="center",
             fontsize=9,

@@ -1,4 +1,4 @@
-"""The judge against people: ratings of answers, weighted kappa and signed error, kept beside the verdicts."""
+"""The judge's agreement with people: ratings of answers, weighted kappa and signed error, kept in run_dir."""
 
 import json
 from collections import Counter
@@ -22,10 +22,10 @@ FILE = "agreement.json"
 
 @dataclass(frozen=True)
 class Rating:
-    """What one person (`rater`) gave one answer (`item`), 0-4.
+    """The rating (0-4) of one answer (`item`) by one person (`rater`).
 
-    An answer is its text under its sample_id or image: several models answer one question. `cluster` is the series or
-    image, or else the sample_id, or else the answer itself.
+    An item is the answer's text with its sample_id or image, since several models answer one question. `cluster` is the
+    series, else the image, else the sample_id, else the item.
     """
 
     item: Hashable
@@ -38,59 +38,59 @@ class Rating:
 def read_ratings(path: str) -> AnswerTable:
     """Read ratings: columns rating and either sample_id or question, reference, answer; rater, image, group if known.
 
-    ValueError: a column is missing, or a rating is no whole number from 0 to 4.
+    ValueError: a column is missing, or a rating is not a whole number from 0 to 4.
     """
     table = read_table_of(path, ("rating",), optional=(*REQUIRED, "sample_id", "rater", "image", "group", "class"))
-    if not by_text(table.rows) and any(row.get("sample_id") is None for row in table.rows):
-        raise ValueError(f"{path} has to say which answer is rated: sample_id, or {', '.join(REQUIRED)}, in every row.")
+    if not has_texts(table.rows) and any(row.get("sample_id") is None for row in table.rows):
+        raise ValueError(f"{path} must say which answer is rated: sample_id, or {', '.join(REQUIRED)}, in every row.")
     for number, row in enumerate(table.rows):
         try:
             value = float(row["rating"])
         except ValueError:
             value = -1.0
         if value not in range(TOP_LABEL + 1):
-            raise ValueError(f"{path}, rating {number + 1}: {row['rating']!r} is no whole number, 0 to {TOP_LABEL}.")
+            raise ValueError(f"{path}, rating {number + 1}: {row['rating']!r} is not a whole number, 0 to {TOP_LABEL}.")
     return table
 
 
-def by_text(rows: Sequence[Mapping]) -> bool:
-    """Tell whether the ratings bring the answers along."""
+def has_texts(rows: Sequence[Mapping]) -> bool:
+    """Tell whether the rows of ratings hold the answers' texts."""
     return all(row.get(key) is not None for row in rows for key in REQUIRED)
 
 
-def resolved(rated: AnswerTable, answers: Sequence[Mapping]) -> list[Rating]:
-    """Return the ratings with the answers that they are of, from `answers` (by sample_id) unless they bring them along.
+def resolve_ratings(rated: AnswerTable, answers: Sequence[Mapping]) -> list[Rating]:
+    """Return the ratings with the answers' texts, taken from `answers` by sample_id unless the ratings hold them.
 
-    ValueError: an answer is not there, or its sample_id stands for several; or one person gave it two ratings.
+    ValueError: an answer is missing, its sample_id stands for several, or one person gave it two ratings.
     """
-    made: dict[tuple[Hashable, str], Rating] = {}
-    brought = by_text(rated.rows)
+    ratings: dict[tuple[Hashable, str], Rating] = {}
+    holds_texts = has_texts(rated.rows)
     by_id = {row["sample_id"]: row for row in answers if row.get("sample_id") is not None}
     several = {id_ for id_, count in Counter(row.get("sample_id") for row in answers).items() if count > 1}
     for number, row in enumerate(rated.rows):
-        if not brought and row["sample_id"] in several:
+        if not holds_texts and row["sample_id"] in several:
             raise ValueError(
                 f"{rated.path} rates sample_id {row['sample_id']!r}, which several of the judged answers have: "
                 f"give {', '.join(REQUIRED)} with the ratings, too."
             )
-        if not brought and row["sample_id"] not in by_id:
+        if not holds_texts and row["sample_id"] not in by_id:
             raise ValueError(
                 f"{rated.path} rates sample_id {row['sample_id']!r}, which is not among the judged answers."
             )
-        answer = row if brought else by_id[row["sample_id"]]
+        answer = row if holds_texts else by_id[row["sample_id"]]
         question, reference, candidate = (answer[key] for key in REQUIRED)
         text, rater = (question, reference, candidate), str(row.get("rater") or "")
         item = (row.get("sample_id") or row.get("image"), text)
         rating = int(float(row["rating"]))
-        if (item, rater) in made and made[item, rater].rating != rating:  # equal: two models answered alike
+        if (item, rater) in ratings and ratings[item, rater].rating != rating:  # equal: two models answered alike
             raise ValueError(
-                f"{rated.path}, rating {number + 1}: this answer was rated before by {rater or 'the only rater'}, and "
-                f"{made[item, rater].rating} then; name different people in a column rater."
+                f"{rated.path}, rating {number + 1}: this answer was rated before, {ratings[item, rater].rating} by "
+                f"{rater or 'the only rater'}; name different people in a column rater."
             )
         units = [unit for unit in ("group", "image", "sample_id") if answer.get(unit) is not None]
         cluster = f"{units[0]} {answer[units[0]]}" if units else str(item)
-        made[item, rater] = Rating(item, text, rating, rater, cluster)
-    return list(made.values())
+        ratings[item, rater] = Rating(item, text, rating, rater, cluster)
+    return list(ratings.values())
 
 
 def record(
@@ -103,7 +103,7 @@ def record(
     """Compare the verdicts with the ratings, write run_dir/agreement.json, and return what it says."""
     labels = {rating.item: verdicts[rating.text].verdict.label for rating in ratings}
     measured = {
-        **_who(identity),
+        **_identity_columns(identity),
         "ratings": rated.name,
         "sha256": file_sha256(rated.path),
         "raters": len({rating.rater for rating in ratings}),
@@ -135,9 +135,9 @@ def measure_agreement(ratings: Sequence[Rating], labels: Mapping[Hashable, int])
     )
     judge = [(labels[r.item], r.rating, r.rater, r.cluster) for r in scored]
     pairs = [
-        (given[rater], given[second_rater], f"{rater}\n{second_rater}", cluster[item])
-        for item, given in people.items()
-        for rater, second_rater in combinations(sorted(given), 2)
+        (by_rater[rater], by_rater[second_rater], f"{rater}\n{second_rater}", cluster[item])
+        for item, by_rater in people.items()
+        for rater, second_rater in combinations(sorted(by_rater), 2)
     ]
     return {
         "answers": len(items),
@@ -158,7 +158,7 @@ def _kappa(name: str, entries: Sequence[tuple[int, int, str, str]]) -> dict:
     return {name: None if undefined else value, f"{name}_interval": None if undefined else [low, high]}
 
 
-def _who(identity: JudgeIdentity) -> dict:
+def _identity_columns(identity: JudgeIdentity) -> dict:
     return {"identity": asdict(identity), "rubric": RUBRIC_VERSION}
 
 
@@ -173,7 +173,7 @@ def calibration(run: Run, identity: Mapping) -> dict | None:
 
 
 def sentence(measured: Mapping | None) -> str:
-    """Say how far the judge agrees with people; None: nobody knows."""
+    """Say how far the judge agrees with people; None: it was never measured."""
     if measured is None:
         return "uncalibrated: its agreement with people is unknown (jobs.judge --agreement)"
     low, high = measured["signed_error_interval"]

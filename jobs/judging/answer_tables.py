@@ -1,4 +1,4 @@
-"""Anyone's tables: CSV, Parquet or JSONL files, read as rows of text; what is broken is listed with the reason."""
+"""Anyone's tables: CSV, Parquet or JSONL files, read as rows of text; broken rows are listed with the reason."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ MAY_BE_EMPTY = ("answer",)
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """A file's usable rows (all values are text, or None where an optional one is missing), and the others' reasons."""
+    """A file's usable rows (text, or None where an optional value is missing), and the reasons of the skipped ones."""
 
     path: Path
     rows: list[dict]
@@ -44,7 +44,7 @@ class AnswerTable:
 def read_answers(text: str) -> AnswerTable:
     """Read a table of answers: columns question, reference, answer, and those of OPTIONAL that it has.
 
-    ValueError: no such file, no format that is known, a missing column, or no row that can be used.
+    ValueError: no such file, an unknown format, a missing column, or no row that can be used.
     """
     return read_table_of(text, REQUIRED, OPTIONAL)
 
@@ -64,7 +64,7 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
     try:
         records = list(_READERS[path.suffix.lower()](path))
     except KeyError:
-        raise ValueError(f"{text!r} is none of {', '.join(_READERS)}.") from None
+        raise ValueError(f"{text!r} has no known suffix: {', '.join(_READERS)}.") from None
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"{text!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
     columns = list(dict.fromkeys(key for row in records if isinstance(row, dict) for key in row))
@@ -92,7 +92,7 @@ def read_table_of(text: str, required: Sequence[str], optional: Sequence[str]) -
 
 
 def _reason(row: dict | str, required: Sequence[str]) -> str:
-    """Say what is wrong with a row; empty: nothing."""
+    """Return what is wrong with a row; empty: nothing."""
     if isinstance(row, str):
         return row
     for name in required:
@@ -100,7 +100,7 @@ def _reason(row: dict | str, required: Sequence[str]) -> str:
         if value is None:
             return f"{name} is null"
         if not isinstance(value, str) and name in REQUIRED:
-            return f"{name} is no text but {type(value).__name__}"
+            return f"{name} is not text but {type(value).__name__}"
         if not str(value).strip() and name not in MAY_BE_EMPTY:
             return f"{name} is empty"
     return ""

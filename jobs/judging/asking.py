@@ -1,7 +1,7 @@
-"""Verdicts for many answers: each different one is asked for once, a bounded number at a time, and kept as it comes.
+"""Verdicts on many answers: each different answer is judged once, a bounded number at a time.
 
-Scored verdicts live in run_dir/verdicts, shared by all models and jobs of the run folder; failures are tried again by
-the next job.
+Scored verdicts are kept in run_dir/verdicts as they come, for all models and jobs of the run folder; the next job
+retries failures.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ Text = tuple[str, str, str]  # question, reference, candidate
 
 FOLDER = "verdicts"
 SAVE_EVERY, SAVE_EVERY_S = 500, 5.0  # verdicts, seconds: what a killed job loses at most
-GIVE_UP = 100  # failures in a row after which nobody is asked any more
+GIVE_UP = 100  # failures in a row after which the judge is not asked any more
 BAD_OUTPUT = "bad_output"
-_identities: WeakKeyDictionary[Run, JudgeIdentity] = WeakKeyDictionary()  # an entry goes with its run
+_identities: WeakKeyDictionary[Run, JudgeIdentity] = WeakKeyDictionary()  # an entry ends with its run
 PROBE = ("What is the name of this disease?", "This is psoriasis.", "This is psoriasis.")
 
 
@@ -53,41 +53,41 @@ class VerdictStore:
         self._parts = PartTable(folder)
         self._unsaved: list[VerdictColumns] = []
         self._saved_at = time.monotonic()
-        self.known = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
+        self.scored = {row["judge_key"]: _from_row(row) for row in self._parts.all_rows()}
 
     def add(self, judged: KeyedVerdict) -> None:
-        """Keep a verdict if it is scored; it reaches the disk now and then, and with `save`."""
+        """Keep a verdict if it is scored; it is written to disk now and then, and by `save`."""
         if not may_be_cached(judged.verdict):
             return
-        self.known[judged.key] = judged
+        self.scored[judged.key] = judged
         self._unsaved.append(judge_columns(judged))
         if len(self._unsaved) >= SAVE_EVERY or time.monotonic() - self._saved_at >= SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
-        """Write what came since the last time."""
+        """Write the verdicts added since the last time."""
         if self._unsaved:
             self._parts.add(uuid.uuid4().hex, self._unsaved)
         self._unsaved, self._saved_at = [], time.monotonic()
 
 
 def verdicts(run: Run, texts: Iterable[Text]) -> tuple[dict[Text, KeyedVerdict], JudgeIdentity]:
-    """Return a verdict for every text, and whose they are; the judge is started only if one is missing.
+    """Return a verdict for every text, and the judge's identity; the judge is started only if one is missing.
 
     ValueError: the judge refuses the first call (key, model, URL). RuntimeError: it cannot be reached at all.
     """
     identity = identity_of(run)
     keys = {text: verdict_key(identity, *text, 0) for text in dict.fromkeys(texts)}
     store = VerdictStore(run.folder / FOLDER)
-    missing = {key: text for text, key in keys.items() if key not in store.known}
+    missing = {key: text for text, key in keys.items() if key not in store.scored}
     LOG.info(f"judge: {len(keys)} different answers, {len(keys) - len(missing)} of them judged before")
     failed: dict[str, KeyedVerdict] = {}
     if missing:
         try:
             failed = run_async(_session(run, missing, store))
-        except ExceptionGroup as errors:  # of a group of workers: the first is what the user is told
+        except ExceptionGroup as errors:  # of a group of tasks: the user sees the first
             raise errors.exceptions[0] from errors
-    return {text: store.known.get(key) or failed[key] for text, key in keys.items()}, identity
+    return {text: store.scored.get(key) or failed[key] for text, key in keys.items()}, identity
 
 
 def identity_of(run: Run) -> JudgeIdentity:
@@ -100,7 +100,7 @@ def identity_of(run: Run) -> JudgeIdentity:
 
 
 def check_judge(run: Run) -> None:
-    """ValueError: the run's judge cannot be, as far as that shows without starting it."""
+    """ValueError: the run's judge cannot start, as far as that shows without starting it."""
     from jobs.judging.engine import check
 
     check(run)
@@ -115,7 +115,7 @@ async def _session(run: Run, missing: Mapping[str, Text], store: VerdictStore) -
 
 
 async def probe(ask: JudgeCall, name: str) -> None:
-    """Judge one known answer, so that what no answer would survive ends the job before all of them fail."""
+    """Judge one fixed answer, so that a judge that cannot answer at all ends the job at once."""
     first = await judge_one(ask, "", PROBE)
     if first.failure in ("refused", "denied"):
         raise ValueError(
@@ -131,8 +131,8 @@ async def ask_all(
 ) -> dict[str, KeyedVerdict]:
     """Judge every text, `concurrency` at a time; scored verdicts go to the store, the others are returned.
 
-    A worker that waits before it asks again keeps its place: an endpoint that asks for patience gets fewer calls.
-    What is refused for its own sake (too long) says nothing of the judge, neither that it is there nor that it is gone.
+    A task that waits before it asks again keeps its place, so an endpoint that limits its rate gets fewer calls.
+    A text that is refused (too long) neither adds to the failures in a row nor ends them.
     """
     waiting = iter(missing.items())
     failed: dict[str, KeyedVerdict] = {}
@@ -141,7 +141,7 @@ async def ask_all(
     async def work(progress: Progress) -> None:
         for key, text in waiting:
             if len(in_a_row) >= GIVE_UP:
-                judged = _not_asked(key, in_a_row[GIVE_UP - 1])
+                judged = _skip_call(key, in_a_row[GIVE_UP - 1])
             else:
                 judged = await judge_one(ask, key, text)
                 if judged.failure in (None, BAD_OUTPUT):
@@ -164,21 +164,21 @@ async def ask_all(
 
 
 async def judge_one(ask: JudgeCall, key: str, text: Text) -> KeyedVerdict:
-    """Climb the ladder for one text."""
+    """Judge one text, with retries (actors.judge.ladder)."""
     last: Reply | Failure | None = None
 
-    async def remembered(request: Request) -> Reply | Failure:
+    async def ask_and_keep(request: Request) -> Reply | Failure:
         nonlocal last
         last = await ask(request)
         return last
 
-    verdict = await judge(remembered, *text)
+    verdict = await judge(ask_and_keep, *text)
     if verdict.scored:
         return KeyedVerdict(key, verdict)
     return KeyedVerdict(key, verdict, last.kind if isinstance(last, Failure) else BAD_OUTPUT)
 
 
-def _not_asked(key: str, last: KeyedVerdict) -> KeyedVerdict:
+def _skip_call(key: str, last: KeyedVerdict) -> KeyedVerdict:
     reason = f"not asked: the judge failed {GIVE_UP} times in a row, at last {last.verdict.reason}"
     return KeyedVerdict(key, Verdict(None, reason, None, None, (), 0), last.failure)
 

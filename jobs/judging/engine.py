@@ -1,4 +1,4 @@
-"""The judge that the config names: how it is asked, and what names it in the verdicts' keys."""
+"""The judge that the config names: how it is called, and its identity in the verdicts' keys."""
 
 import asyncio
 import hashlib
@@ -33,10 +33,10 @@ _NONE = (
 
 @asynccontextmanager
 async def judge_engine(run: Run) -> AsyncIterator[tuple[JudgeCall, JudgeIdentity]]:
-    """Yield what asks the configured judge, and its identity; the judge goes with the block, unless judge.keep.
+    """Yield a function that calls the configured judge, and its identity; unless judge.keep, it ends with the block.
 
-    Asking returns a Failure where no answer came, and never raises. ValueError: the config names no judge, or one
-    that cannot be; RuntimeError: it did not come up.
+    The function returns a Failure where no answer came, and never raises. ValueError: the config names no judge, or
+    one that cannot start; RuntimeError: it did not start.
     """
     settings = run.config.judge
     identity = judge_identity(run)
@@ -44,24 +44,24 @@ async def judge_engine(run: Run) -> AsyncIterator[tuple[JudgeCall, JudgeIdentity
         if settings.engine == "openai":
             yield (await stack.enter_async_context(_remote(settings))).ask, identity
             return
-        hosted = _ServedJudge(run)
+        served = _ServedJudge(run)
         if settings.engine == "vllm":
-            yield await stack.enter_async_context(hosted.vllm()), identity
+            yield await stack.enter_async_context(served.vllm()), identity
         else:
-            yield await stack.enter_async_context(hosted.transformers()), identity
+            yield await stack.enter_async_context(served.transformers()), identity
 
 
 def check(run: Run) -> None:
-    """Refuse what shows without starting the judge, before hours of other stages. ValueError: as of judge_engine."""
+    """Check the judge without starting it, before hours of other stages. ValueError: as of judge_engine."""
     settings = run.config.judge
     judge_identity(run)
     if settings.engine == "openai":
         _remote(settings)
         return
-    hosted = _ServedJudge(run)
-    hosted.scale()
+    served = _ServedJudge(run)
+    served.scale()
     if settings.engine == "vllm":
-        hosted.vllm_model()
+        served.vllm_model()
 
 
 def _remote(settings: JudgeConfig) -> "OpenAIJudge":
@@ -74,7 +74,7 @@ def _remote(settings: JudgeConfig) -> "OpenAIJudge":
 async def endpoint(run: Run) -> AsyncIterator[str]:
     """Serve the configured judge as an OpenAI-compatible endpoint on 127.0.0.1:judge.port; yield its URL up to /v1.
 
-    It goes with the block, whatever judge.keep says. ValueError: as of judge_engine; engine openai is one already.
+    It ends with the block, whatever judge.keep says. ValueError: as of judge_engine; engine openai is one already.
     """
     settings = run.config.judge
     if settings.engine == "openai":
@@ -85,7 +85,7 @@ async def endpoint(run: Run) -> AsyncIterator[str]:
 
 
 def judge_identity(run: Run) -> JudgeIdentity:
-    """Return what names the configured judge; ValueError if it is none, or not a checkpoint that can chat."""
+    """Return the configured judge's identity; ValueError: there is none, or its checkpoint cannot chat."""
     settings = run.config.judge
     if settings.engine == "none":
         raise ValueError(_NONE)
@@ -111,7 +111,9 @@ def judge_identity(run: Run) -> JudgeIdentity:
 
 def _url(settings: JudgeConfig) -> str:
     if not settings.url:
-        raise ValueError("judge.engine openai needs judge.url, the endpoint up to and with /v1 (http://host:8000/v1).")
+        raise ValueError(
+            "judge.engine openai needs judge.url, the endpoint up to and including /v1 (http://host:8000/v1)."
+        )
     return settings.url
 
 
@@ -215,7 +217,7 @@ class _ServedJudge:
                 yield
 
     def _connect(self) -> None:
-        with keep_handler():  # ray.init takes SIGTERM for itself, which run_async has a use for
+        with keep_handler():  # ray.init replaces the handler of SIGTERM, which run_async needs
             self.run.workers.connect()
 
     def _kwargs(self) -> dict:
@@ -250,14 +252,14 @@ class _ServedJudge:
         )
 
     def scale(self) -> "Scale":
-        """Return how far the judge spreads; ValueError: fewer replicas at most than at least."""
+        """Return the judge's replicas and their resources; ValueError: judge.max_replicas is below judge.replicas."""
         from cluster.serving.service import Scale
 
         settings = self.settings
         most = settings.max_replicas or settings.replicas
         if most < settings.replicas:
             raise ValueError(f"judge.max_replicas is {most}, below judge.replicas {settings.replicas}: raise it.")
-        # Two batches at a time: the next one waits beside the one that is answered. vLLM makes its own batches.
+        # Two batches at a time: one waits while the other is answered. vLLM makes its own batches.
         at_once = settings.concurrency if settings.engine == "vllm" else 2 * settings.batch
         return Scale(settings.cpus, settings.gpus, settings.replicas, most, at_once)
 

@@ -7,13 +7,13 @@ from jobs.core.rows import Rows
 
 
 class VerdictColumns(TypedDict):
-    """What the judge said of one answer."""
+    """The judge's verdict on one answer."""
 
     judge_label: int | None  # 0 to 4; None: unscored
     judge_reason: str
     judge_expected: float | None  # mean label by the probabilities, 0 to 4; None: the engine gives none
     judge_label_mass: float | None  # probability of the five labels together, 0 to 1
-    judge_raw: list[str]  # what it wrote, a text for each try
+    judge_raw: list[str]  # its output, a text for each try
     judge_tries: int
     judge_key: str  # hash of judge, prompt and texts
 
@@ -35,7 +35,7 @@ JudgedAnswer = TypedDict(
 
 
 class VerdictRow(JudgedAnswer, VerdictColumns):
-    """One answer with its verdict; what a table does not say of its answers is no column."""
+    """One answer with its verdict; columns that the table of answers lacks are absent."""
 
 
 class JudgedColumns(TypedDict):
@@ -45,7 +45,7 @@ class JudgedColumns(TypedDict):
     judge: str | None  # its name
     judge_pct: float | None  # mean label / 4; None: more than 2 % are unscored
     judge_interval_pct: Interval | None
-    judge_bounds_pct: Interval | None  # whatever the unscored ones were
+    judge_bounds_pct: Interval | None  # with all unscored answers at 0, and at 4
     judge_expected_pct: float | None  # from judge_expected
     judge_scored: int | None  # answers
     judge_total: int | None

@@ -1,4 +1,4 @@
-"""Tables of answers with their verdicts: the columns, what a table may claim, and the controls of the run."""
+"""Tables of answers with their verdicts: their columns, their headline (the judge's percentage), their controls."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from jobs.judging.agreement import sentence
 from jobs.judging.asking import BAD_OUTPUT, KeyedVerdict, Text, judge_columns, verdicts
 from jobs.judging.rows import JudgedColumns, VerdictRow
 
-KEPT = ("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer")
+ANSWER_COLUMNS = ("sample_id", "question_id", "image", "group", "class", "question", "reference", "answer")
 NOT_JUDGED = {**dict.fromkeys(JudgedColumns.__annotations__), "is_llm_judge": False}
 
 
@@ -39,25 +39,25 @@ def judged_tables(
 ) -> tuple[dict[str, JudgedTable], dict[Text, KeyedVerdict], JudgeIdentity]:
     """Judge all rows of all tables, and the controls of each, in one session.
 
-    The judge is told question, reference and answer, nothing else. Returns the tables, every verdict, and whose.
+    The judge sees question, reference and answer, nothing else. Returns the tables, every verdict, and the judge.
     """
-    built = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
-    texts = [_control_text(control) for made in built.values() for control in made]
+    controls_of = {name: controls(rows, run.config.judge.controls, run.config.seed) for name, rows in tables.items()}
+    texts = [_control_text(control) for group in controls_of.values() for control in group]
     texts += [_text(row) for rows in tables.values() for row in rows]
     verdict_of, identity = verdicts(run, texts)
     judged = {}
     for name, rows in tables.items():
-        table_verdicts = [verdict_of[_text(row)] for row in rows]
+        table_verdicts, group = [verdict_of[_text(row)] for row in rows], controls_of[name]
         facts = {
             "tally": _tally(rows, table_verdicts),
             "unscored": _failures(table_verdicts),
-            "controls": _control_facts(built[name], [verdict_of[_control_text(control)] for control in built[name]]),
+            "controls": _control_facts(group, [verdict_of[_control_text(control)] for control in group]),
             "judge": run.config.judge.model,
             "identity": asdict(identity),
         }
-        columns = [{key: row[key] for key in KEPT if key in row} for row in rows]
+        columns = [{key: row[key] for key in ANSWER_COLUMNS if key in row} for row in rows]
         judged_rows = [
-            cast(VerdictRow, row | judge_columns(control)) for row, control in zip(columns, table_verdicts, strict=True)
+            cast(VerdictRow, row | judge_columns(verdict)) for row, verdict in zip(columns, table_verdicts, strict=True)
         ]
         judged[name] = JudgedTable(judged_rows, facts)
     return judged, verdict_of, identity
@@ -66,8 +66,8 @@ def judged_tables(
 def may_be_asked_again(facts: Mapping) -> bool:
     """Tell whether a table lacks verdicts that another try may bring.
 
-    What the judge wrote wrongly it writes again, and a call that was refused (too long) is refused again; but where so
-    many were that there is no headline, the judge may take longer prompts by now.
+    The judge would repeat bad output, and refuse again what it refused (too long). But where so many were refused that
+    there is no headline, it may accept longer prompts by now.
     """
     final = {BAD_OUTPUT} if facts["tally"]["judge_pct"] is None else {BAD_OUTPUT, "refused"}
     return bool({*facts["unscored"], *facts["controls"]["unscored"]} - final)
@@ -78,7 +78,7 @@ def _failures(judged: Sequence[KeyedVerdict]) -> dict[str, int]:
 
 
 def clusters(rows: Sequence[Mapping]) -> tuple[list[str], str]:
-    """Return what each row's verdict shares with others: its series, else its image, else nothing; and what most do."""
+    """Return each row's cluster (its series, else its image, else itself), and the kind that most clusters have."""
     units = [next((unit for unit in ("group", "image") if row.get(unit) is not None), "answer") for row in rows]
     names = []
     for number, (unit, row) in enumerate(zip(units, rows, strict=True)):
@@ -95,7 +95,7 @@ def _control_text(control: Control) -> Text:
 
 
 def _tally(rows: Sequence[Mapping], verdicts_N: Sequence[KeyedVerdict]) -> dict:
-    """Return the tally of labels with its interval, which like the percentage is None where there is no headline."""
+    """Return the tally of labels with its interval, which is None where there is no headline."""
     labels = [keyed.verdict.label for keyed in verdicts_N]
     summary = tally(labels)
     names, unit = clusters(rows)
@@ -105,7 +105,7 @@ def _tally(rows: Sequence[Mapping], verdicts_N: Sequence[KeyedVerdict]) -> dict:
         points = to_percent([label for label, _ in scored], TOP_LABEL)
         interval = list(bootstrap_mean(points, number_names([name for _, name in scored]))[1:])
         means = [keyed.verdict.expected for keyed in verdicts_N if keyed.verdict.expected is not None]
-        if len(means) == len(scored):  # of all scored answers, or of none: no mean over a part that chose itself
+        if len(means) == len(scored):  # of all scored answers, or none: a mean over a part would be biased
             expected = 100 / TOP_LABEL * average(means)
     return {
         **summary,
@@ -133,16 +133,16 @@ def _control_facts(built: Sequence[Control], judged: Sequence[KeyedVerdict]) -> 
 
 def summary_columns(facts: Mapping, calibration: dict | None) -> JudgedColumns:
     """Return what a table of results says about one judged table."""
-    counted = facts["tally"]
+    counts = facts["tally"]
     return {
         "is_llm_judge": True,
         "judge": facts["judge"],
-        "judge_pct": counted["judge_pct"],
-        "judge_interval_pct": counted["judge_interval_pct"],
-        "judge_bounds_pct": counted["judge_bounds_pct"],
-        "judge_expected_pct": counted["judge_expected_pct"],
-        "judge_scored": counted["scored"],
-        "judge_total": counted["total"],
+        "judge_pct": counts["judge_pct"],
+        "judge_interval_pct": counts["judge_interval_pct"],
+        "judge_bounds_pct": counts["judge_bounds_pct"],
+        "judge_expected_pct": counts["judge_expected_pct"],
+        "judge_scored": counts["scored"],
+        "judge_total": counts["total"],
         "judge_unscored": facts["unscored"],
         "judge_flagged": facts["controls"]["missed"] > 0,
         "judge_controls": {key: value for key, value in facts["controls"].items() if key != "misses"},
@@ -166,20 +166,20 @@ def flag(row: Mapping) -> str:
 
 
 def by_baseline(rows: Mapping[str, Mapping]) -> list[str]:
-    """Say which judged rows (by name) have no headline, for which all rows are compared by the baseline; none: []."""
+    """Say which judged rows (by name) have no headline, so that all rows are compared by the baseline; or []."""
     without = [name for name, row in rows.items() if row["is_llm_judge"] and row["judge_pct"] is None]
-    return [f"no headline for {', '.join(without)}: so all are compared by the baseline"] if without else []
+    return [f"no headline for {', '.join(without)}, so all are compared by the baseline"] if without else []
 
 
 def remarks(rows: Sequence[Mapping]) -> list[str]:
-    """Return the sentences that have to stand below every table of judged rows."""
+    """Return the sentences that belong below every table of judged rows."""
     lines = [f"LLM judge: {rows[0]['judge']}, {sentence(rows[0]['judge_agreement'])}"]
     if any(row["judge_pct"] is None for row in rows):
         lines.append("none: more than 2 % of the answers are UNSCORED, so there are only bounds")
     reasons = sum((Counter(row["judge_unscored"]) for row in rows), Counter())
     if reasons:
         lines.append("UNSCORED: " + ", ".join(f"{count} {kind}" for kind, count in sorted(reasons.items())))
-    worst: dict[str, dict] = {}  # the tables' controls are mostly the same ones: they are not added up
+    worst: dict[str, dict] = {}  # most tables have the same controls, so they are not added up
     for row in rows:
         for kind, counts in row["judge_controls"]["by_kind"].items():
             worst[kind] = max(worst.get(kind, counts), counts, key=lambda kind_counts: kind_counts["missed"])

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 
-from jobs.judging.tables import (
-    percent,
-)
+from jobs.judging.tables import percent
 
 
 def format_rows(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping] | None = None) -> str:
-    """Lay judged tables out for a terminal; `compared`: their differences to the first."""
+    """Return judged tables as text for a terminal; `compared`: their differences to the first."""
     width = max(16, *map(len, rows))
     layout = f"{{:<{width}}} {{:>11}} {{:>16}} {{:>14}} {{:>10}}  {{}}"
     heads = ("answers", "scored", "judge %", "bounds", "expected %", "against the first" if compared else "")
@@ -30,5 +28,5 @@ def finding(difference: Mapping) -> str:
     low, high = difference["judge_difference_interval_pct"]
     words = f"{outcome}: {difference['judge_difference_pct']:+.1f} [{low:+.1f}, {high:+.1f}]"
     words += f", p {difference['judge_difference_p_holm']:.2g}"
-    able = difference["judge_difference_detectable_pct"]
-    return words + (f", detectable {able:.1f}" if able is not None else "")
+    detectable = difference["judge_difference_detectable_pct"]
+    return words + (f", detectable {detectable:.1f}" if detectable is not None else "")

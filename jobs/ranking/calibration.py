@@ -32,10 +32,10 @@ def calibration_samples(run: Run, data: Stage) -> list[Conversation]:
 def open_measurements(
     run: Run, model: Stage | Source, data: Stage, criteria: Sequence[str]
 ) -> Iterator[tuple[Measurements, int]]:
-    """Yield what measures `model` on the calibration questions, and its number of layers.
+    """Yield the Measurements of `model` on the calibration questions, and its number of layers.
 
-    criteria: those to come; one that compares answers must be among them to be measured. ValueError, before anything is
-    measured: its embedder cannot be loaded.
+    criteria: those that will be measured; the embedder is loaded only if one of them compares answers. ValueError,
+    before anything is measured: it cannot be loaded.
     """
     samples = calibration_samples(run, data)
     compared = any(CRITERIA[criterion].measure == "answers" for criterion in criteria)

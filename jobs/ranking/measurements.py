@@ -1,9 +1,9 @@
-"""What questions lose without sets of layers, or by choices of an option per layer; measured once and kept.
+"""Losses of questions without sets of layers, or under choices of an option per layer; measured once and kept.
 
 A measurement's key is (model, question, removed set or choice, decoding).
 
 The table grows by one file per finished unit of work, in run_dir/measurements/<measure>-<hash of what decides
-the numbers>. Every way to rank and to search reads from it, so none measures again what another has measured.
+the numbers>. All rankings and searches read it, so nothing is measured twice.
 """
 
 import json
@@ -29,24 +29,24 @@ Removed = tuple[int, ...]
 
 
 class NothingRanked(RuntimeError):
-    """No loss is a finite number, so that none is the least."""
+    """No loss is a finite number, so none is the smallest."""
 
 
 def check_ranked(criterion: str, losses: Sequence[float]) -> None:
-    """Refuse losses of which none is a finite number (NothingRanked)."""
+    """Raise NothingRanked if no loss is a finite number."""
     if not any(isfinite(loss) for loss in losses):
         raise NothingRanked(
             f"The {criterion} of all {len(losses)} candidates of a search is NaN or infinite, so none can be chosen: "
-            "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by something "
-            "else (ablate.criterion; for jobs.joint, joint.damage)."
+            "if model.dtype is float16, which overflows early, set it to bfloat16 or float32; else rank by another "
+            "criterion (ablate.criterion; for jobs.joint, joint.damage)."
         )
 
 
 class Measurements:
-    """Measures through a pool of actors.critic:LayerCritic what is not in the tables yet.
+    """Measures what the tables lack, through a pool of actors.critic:LayerCritic.
 
     `column` of its rows holds the removed set, `whole` is that of the model as it is. `failed` tells why samples were
-    left out: a sample whose measurement failed three times is measured no more.
+    left out: a sample whose measurement failed three times is not measured again.
     """
 
     column = "removed"
@@ -67,15 +67,15 @@ class Measurements:
         """
         reading = CRITERIA[criterion]
         samples = self._samples
-        if not reading.by_sample:  # any one will do
+        if not reading.by_sample:  # any sample gives the same number
             samples = [sample for sample in samples if sample.id not in self.failed][:1]
         sets = [self.key(removed) for removed in sets]
         self._measure(reading.measure, samples, sets, self.key(base or self.whole), label or criterion)
-        known = self._rows[reading.measure]
-        whole = [sample for sample in samples if all((sample.id, removed) in known for removed in sets)]
+        rows_by_key = self._rows[reading.measure]
+        whole = [sample for sample in samples if all((sample.id, removed) in rows_by_key for removed in sets)]
         if not whole:
             raise RuntimeError(f"No question could be measured; the first failure: {next(iter(self.failed.values()))}")
-        table = [[known[sample.id, removed] for removed in sets] for sample in whole]
+        table = [[rows_by_key[sample.id, removed] for removed in sets] for sample in whole]
         return tabulate_losses(
             [[row[reading.column] for row in rows] for rows in table],
             [[row[reading.weights] if reading.weights else 1 for row in rows] for rows in table],
@@ -92,11 +92,11 @@ class Measurements:
         return [layer for (layer,), is_far in zip(singles, far, strict=True) if is_far]
 
     def _measure(self, measure: str, samples: list[Conversation], sets: list[Removed], base: Removed, label: str):
-        known = self._read_rows(measure)
-        if measure == "answers":  # the whole model's answers are what all others are compared with
+        rows_by_key = self._read_rows(measure)
+        if measure == "answers":  # all answers are compared with the whole model's
             sets = [self.whole, *sets]
         missing = {
-            sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in known]
+            sample.id: [removed for removed in dict.fromkeys(sets) if (sample.id, removed) not in rows_by_key]
             for sample in samples
             if sample.id not in self.failed
         }
@@ -112,21 +112,21 @@ class Measurements:
 
         if not units:
             return
-        for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # dearest first
+        for part, outcome in in_units(self._pool, "measure", units, arguments, label):  # longest first
             if outcome.error:
                 self.failed[part[0].id] = outcome.error
                 LOG.warning(f"{label}: {part[0].id} failed three times and is left out: {outcome.error}")
                 continue
-            new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in known]
+            new = [row for row in outcome.value if (row["sample_id"], tuple(row[self.column])) not in rows_by_key]
             self._tables[measure].add(digest([[sample.id for sample in part], sets_of(part)]), new)
-            known.update(self._index_rows(new))
+            rows_by_key.update(self._index_rows(new))
 
     def _drafts(self, measure: str, part: list[Conversation], base: Removed):
-        known = self._rows[measure]
+        rows_by_key = self._rows[measure]
         needed = [((sample.id, self.whole), (sample.id, base)) for sample in part]
-        if measure != "answers" or not all(key in known for keys in needed for key in keys):
+        if measure != "answers" or not all(key in rows_by_key for keys in needed for key in keys):
             return None
-        return [DraftContext(known[whole]["answer"], known[draft]["token_ids"]) for whole, draft in needed]
+        return [DraftContext(rows_by_key[whole]["answer"], rows_by_key[draft]["token_ids"]) for whole, draft in needed]
 
     def _read_rows(self, measure: str) -> dict[tuple[str, Removed], dict]:
         if measure not in self._rows:
@@ -149,7 +149,7 @@ class Measurements:
 
 
 class ChoiceMeasurements(Measurements):
-    """The same of choices, one option per layer, through a pool of actors.choices:ChoiceCritic.
+    """The same for choices, one option per layer, through a pool of actors.choices:ChoiceCritic.
 
     rounded: the stage whose artifact holds the rounded layers.
     """

@@ -32,9 +32,9 @@ def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dic
 
 def largest_outliers(rows: Sequence[RangeRow]) -> list[dict]:
     """Return the SHOWN outlier channels with the largest ratio to their input's median, by layer, linears and index."""
-    named: list[dict] = [
+    channels: list[dict] = [
         {"layer": row["layer"], "projections": row["projections"], "channel": channel, "ratio": ratio}
         for row in rows
         for channel, ratio in zip(row["channel_ids"], row["ratios"], strict=True)
     ]
-    return sorted(named, key=lambda channel_row: -channel_row["ratio"])[:SHOWN]
+    return sorted(channels, key=lambda channel_row: -channel_row["ratio"])[:SHOWN]

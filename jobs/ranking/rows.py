@@ -14,7 +14,7 @@ class LayerScore(TypedDict):
     score: float  # in the unit of the criterion's label
     low: float  # 95 %, in that unit
     high: float
-    rank: int  # 1 goes first
+    rank: int  # 1 is removed first
     rank_low: int  # 95 %
     rank_high: int
     apart_from_next: bool  # from the layer of the next rank

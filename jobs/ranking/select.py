@@ -1,9 +1,9 @@
 """Choose which layers to remove together, by measuring sets of them: greedy, beam, or evolutionary search.
 
-One shot takes the layers with the best scores of single removals. Removals add up differently: greedy scores again
-after each removal, beam does so for several sets at once, and the evolutionary search (EvoPress, Sieberling et al.
-2024) swaps layers in the best set so far; KL of the reference answers sorts out most of a generation's sets, the
-criterion itself decides among the survivors. What `jobs.ablate` measured is not measured again.
+One shot takes the layers with the best scores of single removals. But their losses do not add up: greedy search scores
+again after each removal, beam search does so for several sets at once, and evolutionary search (EvoPress, Sieberling et
+al. 2024) swaps layers in the best set so far; KL on the reference answers discards most of a generation's sets, and the
+criterion itself decides among the survivors. Measurements of `jobs.ablate` are reused.
 """
 
 import logging
@@ -16,7 +16,7 @@ from actors.maths.subsets import extend_set, mutate_set, select_best, select_ear
 from jobs.core.facts import AblateFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.core.text import score
+from jobs.core.text import format_score
 from jobs.ranking.calibration import open_measurements
 from jobs.ranking.measurements import Measurements, Removed, check_ranked
 from jobs.ranking.rows import STEPS, SearchStep
@@ -52,7 +52,7 @@ def one_shot(run: Run, scores: Stage) -> Removed:
 
 
 def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: Path, facts: dict) -> None:
-    """Search, and compare the set that was found with the one-shot set."""
+    """Search, and compare the chosen set with the one-shot set."""
     prune, criterion = run.config.prune, run.config.ablate.criterion
     order, ranked = run.facts(scores, AblateFacts)["order"], one_shot(run, scores)
     with open_measurements(run, model, data, [criterion]) as (measured, _):
@@ -71,14 +71,14 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
             chosen = beam(run, measured, order, prune.beam_width if prune.search == "beam" else 1, note)
         pair = measured.losses(criterion, [chosen, ranked], label="against one shot")
     STEPS.write(folder, steps)
-    shown = CRITERIA[criterion].to_unit
-    mean, one_shot_mean = pair.means_K.tolist()
+    to_unit = CRITERIA[criterion].to_unit
+    score, one_shot_score = pair.means_K.tolist()
     gain, low, high = compare_losses(pair)
     facts.update(
         removed=list(chosen),
         one_shot=list(ranked),
-        score=shown(mean),
-        one_shot_score=shown(one_shot_mean),
+        score=to_unit(score),
+        one_shot_score=to_unit(one_shot_score),
         gain=gain,
         gain_interval=[low, high],
         sets_measured=len({tuple(step["removed"]) for step in steps}),
@@ -86,13 +86,14 @@ def build(run: Run, model: Stage | Source, data: Stage, scores: Stage, folder: P
     )
     resolved = "" if low > 0 or high < 0 else ", unresolved"
     LOG.info(
-        f"select: {prune.search} removes {list(chosen)} ({score(facts['score'])}), one shot {list(ranked)} "
-        f"({score(facts['one_shot_score'])}); loss lower by {score(gain)} [{score(low)}, {score(high)}]{resolved}",
+        f"select: {prune.search} removes {list(chosen)} ({format_score(facts['score'])}), one shot {list(ranked)} "
+        f"({format_score(facts['one_shot_score'])}); loss lower by "
+        f"{format_score(gain)} [{format_score(low)}, {format_score(high)}]{resolved}",
     )
 
 
 def beam(run: Run, measured: Measurements, order: list[int], width: int, note: Callable) -> Removed:
-    """Remove one layer per round, keeping the `width` best sets; a set's survivors share its work and its answers."""
+    """Remove one layer per round, keeping the `width` best sets; a set's children share work and drafts."""
     sets: list[Removed] = [()]
     layers, criterion = run.config.prune.layers, run.config.ablate.criterion
     for done in range(layers):

@@ -39,10 +39,10 @@ def samples(by_method: Answers) -> list[dict]:
 def viewer(by_method: Answers, verdicts: Mapping[str, Sequence[Mapping]]) -> dict:
     """Return what the viewer needs of every question that a model answered; verdicts: the judge's rows by method."""
     labels = {method: {row["sample_id"]: row for row in rows} for method, rows in verdicts.items()}
-    known: dict[str, Mapping] = {}
+    row_of: dict[str, Mapping] = {}
     for rows in by_method.values():
-        known = {**rows, **known}
-    ordered = sorted(known.values(), key=lambda row: (row["class"], row["image"]))
+        row_of = {**rows, **row_of}
+    ordered = sorted(row_of.values(), key=lambda row: (row["class"], row["image"]))
     images = list(dict.fromkeys((row["image"], row["class"]) for row in ordered))
     questions = list(dict.fromkeys((row["question_id"], row["question"]) for row in ordered))
     thumbnails = encode_thumbnails([path for path, _ in images], THUMBNAIL_BYTES)

@@ -25,13 +25,13 @@ CARD = "README.md"
 RECORD = "prunella.json"  # of a published copy: its history and the sums of its tensors
 TEMPLATES = Path(__file__).parent / "templates"
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
-# Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are the maker's own.
+# Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are private.
 _ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish", "data"}
 _DONE = {"prune": "pruned", "recover": "fine-tuned", "quantize": "quantized"}
 
 
 def record(folder: Path) -> dict:
-    """Return what a checkpoint's folder tells of its making: its manifest, or a published copy's record; or {}."""
+    """Return the record of how a checkpoint was made: its manifest, or a published copy's prunella.json; or {}."""
     for name in (MANIFEST, RECORD):
         if (folder / name).is_file():
             return json.loads((folder / name).read_text())
@@ -39,19 +39,19 @@ def record(folder: Path) -> dict:
 
 
 def finish(run: Run, model: Stage | Source, folder: Path, facts: dict, step: dict) -> None:
-    """Note in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card.
+    """Record in `facts` how the checkpoint in `folder` was made from `model`, by `step`, and write its card.
 
-    Every step keeps the command, the options and the versions that made it; the steps before came with theirs.
+    Every step has the command, the options and the versions that made it.
     """
     history = _history(run, model)
     if step["kind"] == "prune":
         step = {**step, "removed": original_layers(history, step["removed"], step["left"])}
-    made = {
+    origin = {
         "command": run.command or command(),
         "options": options(run.config),
         "versions": {name: version(name) for name in ("prunella", "transformers", "torch")},
     }
-    facts["history"] = [*history, {**step, "made": made}]
+    facts["history"] = [*history, {**step, "made": origin}]
     write(folder, facts)
 
 
@@ -65,7 +65,7 @@ def refresh(folder: Path, evaluation: Mapping, judged: Mapping | None = None) ->
 
 
 def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) -> list[int]:
-    """Return `removed` in the numbering of the original model, from which the pruning before it took others."""
+    """Return `removed` in the numbering of the original model, from which `history` may have removed others."""
     gone = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
     present = [layer for layer in range(len(gone) + len(removed) + left) if layer not in gone]
     return [present[layer] for layer in removed]
@@ -79,8 +79,8 @@ def conversations_digest(folder: str, ids: Sequence[str]) -> str:
 
 def _history(run: Run, model: Stage | Source) -> list[dict]:
     folder = Path(run.make(model))
-    if known := record(folder).get("history"):
-        return known
+    if history := record(folder).get("history"):
+        return history
     if not folder.is_dir():  # a hub id
         revision = model.revision if isinstance(model, Source) else None
         return [{"kind": "source", "name": str(folder), "revision": revision, "base": str(folder), "licence": None}]
@@ -108,16 +108,16 @@ def _front_matter(card: str) -> dict:
 
 
 def command() -> str:
-    """Return the command of this process; of absolute paths only the last part, for the card is made public."""
+    """Return the command of this process; absolute paths keep only their last part, for the card is made public."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = [_ABSOLUTE.sub(r"/.../\1", word) for word in sys.argv[1:]]
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *words])
 
 
 def options(config: Config) -> dict:
-    """Return the options behind a checkpoint that differ from the defaults, whether a file or the command gave them.
+    """Return the options behind a checkpoint that differ from the defaults, from the file or the command.
 
-    Like the command they are made public, and of absolute paths have only the last part.
+    Like the command they are made public: absolute paths keep only their last part.
     """
     return _public(config.model_dump(mode="json", exclude_defaults=True, exclude=_ELSEWHERE))
 
@@ -131,12 +131,12 @@ def _public(value: Any) -> Any:
 
 
 def _describe_history(steps: Sequence[dict]) -> list[dict]:
-    """Return how the steps were made, those together that one command made; numbers count from 1."""
+    """Return how the steps were made, grouped by command; numbers count from 1."""
     sentences = []
-    for made, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
+    for origin, group in groupby(enumerate(steps, 1), key=lambda numbered: numbered[1].get("made")):
         numbers = [number for number, _ in group]
-        text = yaml.safe_dump(made["options"], sort_keys=False, allow_unicode=True, width=100) if made else None
-        sentences.append({**(made or {"command": None}), "numbers": numbers, "options": text})
+        text = yaml.safe_dump(origin["options"], sort_keys=False, allow_unicode=True, width=100) if origin else None
+        sentences.append({**(origin or {"command": None}), "numbers": numbers, "options": text})
     return sentences
 
 
@@ -170,7 +170,7 @@ def write(folder: Path, facts: dict, evaluation: Mapping | None = None, judged: 
         "steps": steps,
         "quantized": quantized,
         "own_reader": quantized and (method := METHODS.get(quantized["method"])) and method.layout.reader,
-        "made": _describe_history(steps),
+        "origins": _describe_history(steps),
         "facts": facts,
         "judged": judged and _describe_judge(judged),
         "metrics": evaluation and evaluation["metrics"],

@@ -1,4 +1,4 @@
-"""What the judge says, as the report shows it."""
+"""The judge's section of the report."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

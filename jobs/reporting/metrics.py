@@ -32,7 +32,7 @@ def names(metrics: Mapping[str, Mapping]) -> list[dict]:
 
 
 def _lines(confusion: Mapping) -> list[dict]:
-    """Return the matrix by rows; a cell's kind is what its colour tells: right, or wrong at all, or empty."""
+    """Return the matrix by rows; a cell's kind decides its colour: right, wrong or empty."""
     lines = []
     for number, (label, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
         kinds = ["empty" if not n else "right" if place == number else "wrong" for place, n in enumerate(counts)]

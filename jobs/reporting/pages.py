@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from jobs.core.text import score
+from jobs.core.text import format_score
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -19,7 +19,7 @@ def render_page(template: str, content: dict, script_name: str = "report.js") ->
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["score"] = score
+    environment.filters["score"] = format_score
     script = (TEMPLATES / script_name).read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(content, script=script, script_digest=digest)

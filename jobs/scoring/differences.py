@@ -1,4 +1,4 @@
-"""How far models differ from a reference model on the questions that both answered; the image is the unit."""
+"""Paired differences of models from a reference model, on the questions that both answered; the image is the unit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

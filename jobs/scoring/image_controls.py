@@ -1,6 +1,6 @@
-"""Does the model still look? The same questions with a blank image, and with the image of another class.
+"""Does the model still use the image? The same questions with a blank image, and with an image of another class.
 
-A model that answers from the question alone loses nothing by it; one that looks falls to what guessing gives.
+A model that answers from the question alone loses nothing; one that uses the image falls to chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,24 @@ def blank_rows(rows: Sequence[Mapping], answers: Mapping[str, dict]) -> list[dic
 def swapped_rows(rows: Sequence[Mapping], seed: int) -> list[dict]:
     """Return the rows with the answers that the same questions got about an image of another class.
 
-    The questions are the same for all images, so these answers are there already: one image, drawn with `seed`, for
-    every image. Rows whose question was not answered about it are left out; so are all where there is one class.
+    The questions are the same for all images, so these answers exist already: every image gets another one, drawn with
+    `seed`. Rows whose question was not answered about it are left out; with a single class, all are.
     """
     classes = {row["image"]: row["class"] for row in rows}
     partner = draw_partners(classes, seed)
-    given = {(row["image"], row["question"]): row for row in rows}
+    row_of = {(row["image"], row["question"]): row for row in rows}
     swapped = []
     for row in rows:
-        other = given.get((partner.get(row["image"]), row["question"]))
+        other = row_of.get((partner.get(row["image"]), row["question"]))
         if other:
             swapped.append({**row, **_answer(other), "control": SWAPPED, "shown": other["image"]})
     return swapped
 
 
 def summary(rows: Sequence[AnswerRow], controls: Sequence[ControlRow]) -> dict[str, dict | None]:
-    """Say how far score and disease names fall, by control, paired by question; None for a control without rows.
+    """Return how far score and disease names fall, by control, paired by question; None for one without rows.
 
-    Both are scored rows. Falls in points; same_answer_pct: the share of questions answered in the very same words.
+    Both are scored rows. Falls in points; same_answer_pct: the share of questions answered in the same words.
     """
     before = {row["sample_id"]: row for row in rows}
     falls: dict[str, dict | None] = {}

@@ -1,6 +1,6 @@
 """What a table of scored answers says about a model: shares and scores in percent, intervals at 95 %.
 
-The unit of every interval is the image: answers about one image, or about near-duplicates, stand or fall together.
+The unit of every interval is the image: answers about one image, or about near-duplicates, form one cluster.
 """
 
 from collections import Counter
@@ -17,8 +17,8 @@ from jobs.config.schema import ClassConfig
 from jobs.scoring.rows import AnswerRow
 
 NAME_QUESTION = "name"
-UNNAMED = ("none", "multiple", "refused")  # the columns of the confusion matrix behind the classes
-GOOD = {  # what is retained; of each, more is better
+UNNAMED = ("none", "multiple", "refused")  # the columns of the confusion matrix after the classes
+GOOD = {  # the metrics whose retention is reported: in each, more is better
     "baseline": lambda row: row["baseline"],
     "exact": lambda row: row["answer"] == row["reference"],
     "name_accuracy": lambda row: row["verdict"] == "right",
@@ -36,12 +36,12 @@ def score_answers(rows: Sequence[dict], cosines: Sequence[float], classes: Seque
     scored = []
     for row, cosine in zip(rows, cosines, strict=True):
         answer, truth = row["answer"], row["class"]
-        asked = row["question_id"] == NAME_QUESTION
+        asks_name = row["question_id"] == NAME_QUESTION
         new = {
             "similarity": cosine,
             "baseline": baseline_score(answer, row["reference"], truth, cosine, kinds),
-            "verdict": name_verdict(answer, truth, kinds) if asked else None,
-            "named": name_given(answer, kinds)[0] if asked else None,
+            "verdict": name_verdict(answer, truth, kinds) if asks_name else None,
+            "named": name_given(answer, kinds)[0] if asks_name else None,
             "loop_tokens": loop_length(row["token_ids"][: row["tokens"]]),
         }
         scored.append({**{key: value for key, value in row.items() if key != "removed"}, **new})
@@ -63,7 +63,7 @@ def metrics(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
 
 
 def mean(label: str, rows: Sequence[Mapping]) -> dict:
-    """Return the mean of a column from 0 to 1, and its bootstrap interval, None without rows."""
+    """Return the mean (percent) of a column from 0 to 1, and its bootstrap interval; None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
     value, low, high = bootstrap_mean(to_floats([row[label] for row in rows]), _groups(rows))
@@ -71,7 +71,7 @@ def mean(label: str, rows: Sequence[Mapping]) -> dict:
 
 
 def share(label: str, hits: Sequence[bool], rows: Sequence[Mapping]) -> dict:
-    """Return the share of rows that are hits, and its interval, None without rows."""
+    """Return the share (percent) of rows that are hits, and its interval; None without rows."""
     if not rows:
         return {f"{label}_pct": None, f"{label}_interval_pct": None}
     low, high = cluster_share_interval(to_flags(hits), _groups(rows))
@@ -80,13 +80,13 @@ def share(label: str, hits: Sequence[bool], rows: Sequence[Mapping]) -> dict:
 
 def name_accuracy(rows: Sequence[AnswerRow]) -> dict:
     """Return the share of answers to the name question that name the right class and no other."""
-    asked = [row for row in rows if row["verdict"] is not None]
-    accuracy = share("name", [row["verdict"] == "right" for row in asked], asked)
+    named = [row for row in rows if row["verdict"] is not None]
+    accuracy = share("name", [row["verdict"] == "right" for row in named], named)
     return {"name_accuracy": accuracy["name_pct"], "name_accuracy_interval": accuracy["name_interval_pct"]}
 
 
 def _names(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
-    """Say which diseases were named for which; all None where the name was not asked for."""
+    """Return the columns on disease names; None where the name was not asked for."""
     columns = {**name_accuracy(rows), "name_verdicts": dict(Counter(row["verdict"] for row in rows))}
     if not rows:
         return {**columns, "macro_f1_pct": None, "macro_f1_interval_pct": None, "confusion": None}
@@ -101,7 +101,7 @@ def _names(rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict:
 
 
 def by_name(rows: Sequence[AnswerRow]) -> dict[str, list[AnswerRow]]:
-    """Return the answers to other questions, apart for images whose disease was named rightly and for the others."""
+    """Split the answers to other questions by whether the disease of their image was named rightly."""
     verdicts = {row["image"]: row["verdict"] for row in rows if row["verdict"] is not None}
     parts: dict[str, list[AnswerRow]] = {"right": [], "not_right": []}
     for row in rows:
@@ -129,9 +129,11 @@ def judge_given_name(rows: Sequence[AnswerRow], labels: Mapping[str, int | None]
         return None
     columns = {}
     for part, part_rows in by_name(rows).items():
-        known = {row["sample_id"]: label for row in part_rows if (label := labels.get(row["sample_id"])) is not None}
+        label_of = {row["sample_id"]: label for row in part_rows if (label := labels.get(row["sample_id"])) is not None}
         scored = [
-            {**row, "judge": known[row["sample_id"]] / TOP_LABEL} for row in part_rows if row["sample_id"] in known
+            {**row, "judge": label_of[row["sample_id"]] / TOP_LABEL}
+            for row in part_rows
+            if row["sample_id"] in label_of
         ]
         columns[part] = {"images": len({row["image"] for row in scored}), **mean("judge", scored)}
     return columns
@@ -140,7 +142,7 @@ def judge_given_name(rows: Sequence[AnswerRow], labels: Mapping[str, int | None]
 def retention(original: Sequence[AnswerRow], rows: Sequence[AnswerRow], classes: Sequence[str]) -> dict[str, dict]:
     """Return what a model retains of the original's metrics, on the questions that both answered (percent).
 
-    The interval is the ratio's, both models having the same draws; None where the original's number is, or can be, 0.
+    The interval is that of the ratio, with the same draws for both models; None where the original's may be 0.
     """
     other = {row["sample_id"]: row for row in original}
     pairs = [(row, other[row["sample_id"]]) for row in rows if row["sample_id"] in other]
@@ -173,8 +175,8 @@ def fall(label: str, before: Sequence[float], after: Sequence[float], rows: Sequ
 
 def _macro_f1(rows: Sequence[AnswerRow], classes: Sequence[str], groups: Array) -> tuple[float, Array]:
     """Return macro F1, and its draws when whole groups are resampled (fractions)."""
-    truth, given = _numbered(rows, classes)
-    return bootstrap_macro_f1(truth, given, len(classes), groups)
+    truth, named = _numbered(rows, classes)
+    return bootstrap_macro_f1(truth, named, len(classes), groups)
 
 
 def _ratio(value: float | None, bounds: tuple[float, float] | None) -> dict:
@@ -185,11 +187,11 @@ def _ratio(value: float | None, bounds: tuple[float, float] | None) -> dict:
 
 
 def _numbered(rows: Sequence[AnswerRow], classes: Sequence[str]) -> tuple[Array, Array]:
-    """Return truth and what was named as columns of the confusion matrix."""
+    """Return the true and the named class of every row, as columns of the confusion matrix."""
     place = {name: i for i, name in enumerate(classes)}
-    behind = {kind: len(classes) + i for i, kind in enumerate(UNNAMED)}
-    given = [place[row["named"]] if row["named"] is not None else behind[row["verdict"] or ""] for row in rows]
-    return to_places([place[row["class"]] for row in rows]), to_places(given)
+    unnamed = {kind: len(classes) + i for i, kind in enumerate(UNNAMED)}
+    named = [place[row["named"]] if row["named"] is not None else unnamed[row["verdict"] or ""] for row in rows]
+    return to_places([place[row["class"]] for row in rows]), to_places(named)
 
 
 def _groups(rows: Sequence[Mapping]) -> Array:

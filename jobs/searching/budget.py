@@ -1,4 +1,4 @@
-"""Which setting to use: who loses in the screen, who is on the front, and what a budget of memory and time allows."""
+"""Which setting to use: what is dominated in screening, the Pareto front, and the best setting within a budget."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ LIMITS: tuple[tuple[Cost, str], ...] = (("memory_gib", "GiB"), ("ms_per_token", 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A setting in the screen: what its estimate takes, and its score of every question."""
+    """A setting in screening: its estimated memory, and its score of every question."""
 
     setting: Setting
     estimate_gib: float
     scores: Scores
 
     def takes_no_more(self, other: "Entrant") -> bool:
-        """Tell whether this one surely takes neither more memory nor more time than the other: no clock is asked.
+        """Tell whether this one surely takes neither more memory nor more time than the other, without timing them.
 
-        What is only simulated takes more than it counts, and is no reason to give up what can be used.
+        A simulated setting takes more than it counts, so it cannot dominate one that can be used.
         """
         mine, theirs = self.setting, other.setting
         if mine.simulated and not theirs.simulated:
@@ -39,13 +39,13 @@ class Entrant:
         return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
 
 
-def dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> dict[tuple[str, ...], dict]:
-    """Return who loses in the screen, by key: to whom, and by how many points with their interval.
+def find_dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> dict[tuple[str, ...], dict]:
+    """Return the dominated settings by key: by which one, and by how many points with their interval.
 
-    A setting loses if another one takes no more and its answers are better, by the paired interval over images and
-    Holm's p value over those that it is compared with. groups: sample_id -> image or series.
+    A setting is dominated if another one takes no more and its answers are better, by the paired interval over images
+    and Holm's p value over those that it is compared with. groups: sample_id -> image or series.
     """
-    lost = {}
+    dominated = {}
     for entrant in entrants:
         rivals = [other for other in entrants if other is not entrant and other.takes_no_more(entrant)]
         rows = differences([entrant.scores, *(rival.scores for rival in rivals)], groups, 1.0)[1:]
@@ -54,21 +54,21 @@ def dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> d
         if better:
             points, rival, row = max(better, key=lambda each: each[0])
             low, high = row["difference_interval_pct"]
-            lost[entrant.setting.key] = {"to": rival.setting.label, "pct": points, "low": low, "high": high}
-    return lost
+            dominated[entrant.setting.key] = {"to": rival.setting.label, "pct": points, "low": low, "high": high}
+    return dominated
 
 
 def usable(row: SearchRow, timed: bool = False) -> bool:
     """Tell whether a row was evaluated and scored like the others, and is not only simulated.
 
-    timed: whether its ms/token counts, too; those of unpacked weights do not belong to the memory of packed ones.
+    timed: whether its ms/token counts, too; that of unpacked weights does not go with the memory of packed ones.
     """
-    known = row["status"] == "done" and row["score_pct"] is not None and not row["simulated"]
-    return known and not (timed and timed_apart(row))
+    comparable = row["status"] == "done" and row["score_pct"] is not None and not row["simulated"]
+    return comparable and not (timed and timed_apart(row))
 
 
 def timed_apart(row: SearchRow) -> bool:
-    """Tell whether a row's memory is the estimate of packed weights, and its time that of unpacked ones: on a CPU.
+    """Tell whether a row has the estimated memory of packed weights, and the time of unpacked ones, as on a CPU.
 
     On a GPU both are measured, of the unpacked weights.
     """
@@ -77,10 +77,9 @@ def timed_apart(row: SearchRow) -> bool:
 
 def pareto_front(rows: Iterable[SearchRow], cost: Cost) -> list[SearchRow]:
     """Return the usable rows that none dominates by score and cost, cheapest first."""
-    known = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
-    return [
-        known[place] for place in find_undominated([row[cost] for row in known], [row["score_pct"] for row in known])
-    ]
+    usable_rows = [row for row in rows if usable(row, timed=cost == "ms_per_token")]
+    costs, scores = [row[cost] for row in usable_rows], [row["score_pct"] for row in usable_rows]
+    return [usable_rows[place] for place in find_undominated(costs, scores)]
 
 
 def within_budget(row: SearchRow, budget: BudgetConfig) -> bool:
@@ -94,11 +93,11 @@ def within_budget(row: SearchRow, budget: BudgetConfig) -> bool:
 def resolve(rows: Sequence[SearchRow], budget: BudgetConfig, compare: Callable[[SearchRow, SearchRow], dict]) -> dict:
     """Return {answer, runner_up, margins, difference, nearest, untried, ...} for a budget, from recorded rows alone.
 
-    Of equal scores the one that takes less memory, then the faster, wins. margins: what the answer leaves of each
+    Of equal scores the one with less memory wins, then the faster. margins: what the answer leaves of each
     limit, in its unit. difference: `compare(answer, runner_up)`. untried: settings that were over an older budget and
     whose estimate fits this one. nearest: without an answer, the row that misses the budget by the smallest factor.
     open: settings that are not finished. unjudged: evaluated ones without the judge's score that the others have.
-    untimed: joint choices whose ms/token is not that of the memory they are counted with, where time is limited.
+    untimed: joint choices that are counted packed but timed unpacked, if time is limited.
     """
     allowed = [row for row in rows if within_budget(row, budget)]
     allowed.sort(key=lambda row: (-row["score_pct"], row["memory_gib"], row["ms_per_token"], row["setting"]))
@@ -149,19 +148,19 @@ def compare_rows(run: Run, best: SearchRow, second: SearchRow) -> dict:
 
 
 def judge_lines(rows: Mapping[str, Mapping], failure: Exception | None) -> list[str]:
-    """Lay out for a terminal what judges say of rows (by name), with all that has to be said about it; none: [].
+    """Return the judges' table and remarks on rows (by name), for a terminal; [] if none is judged.
 
-    failure: what ended the judge.
+    failure: the error that ended the judge.
     """
     judged = {name: row for name, row in rows.items() if row["is_llm_judge"]}
     lines = [judge_text.format_rows(judged), *judge_remarks(rows)] if judged else []
     if failure is not None:
-        lines.append(f"LLM judge: FAILED, what it has not scored has no score of it: {failure}")
+        lines.append(f"LLM judge: FAILED, some answers have no judge score: {failure}")
     return lines
 
 
 def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
-    """Return what has to be said of the judges that scored the rows (by name): none if none did."""
+    """Return the remarks on the judges that scored the rows (by name): none if none did."""
     judged: dict[str, list[Mapping]] = {}
     for row in rows.values():
         if row["is_llm_judge"]:
@@ -174,53 +173,53 @@ def judge_remarks(rows: Mapping[str, Mapping]) -> list[str]:
     if len(judged) > 1:
         lines.append(
             f"{len(judged)} different judges scored these settings, and their scores do not compare: the baseline's "
-            "are used; the search with one judge and all settings lets it score them all"
+            "are used; a search with one judge and all settings scores them all"
         )
     return [*lines, *by_baseline(rows)]
 
 
 def format_answer(resolved: dict, budget: BudgetConfig) -> str:
-    """Put what a budget allows into sentences."""
+    """Put the answer for a budget into sentences."""
     limits = [f"{getattr(budget, name):g} {unit}" for name, unit in LIMITS if getattr(budget, name) is not None]
-    asked = " and ".join(limits) if limits else "no limit"
+    wanted = " and ".join(limits) if limits else "no limit"
     lines = []
     best, second = resolved["answer"], resolved["runner_up"]
     if best is None and resolved["nearest"] is None:
-        lines.append(f"answer for {asked}: none, no setting was evaluated")
+        lines.append(f"answer for {wanted}: none, no setting was evaluated")
     elif best is None:
         near = resolved["nearest"]
         lines.append(
-            f"answer for {asked}: none fits; the nearest is {near['setting']}, with {near['memory_gib']:.4g} GiB "
+            f"answer for {wanted}: none fits; the nearest is {near['setting']}, with {near['memory_gib']:.4g} GiB "
             f"({near['memory_kind']}) and {near['ms_per_token']:.4g} ms/token"
         )
     else:
-        lines += [f"answer for {asked}: {_named(best)}", f"  checkpoint {best['checkpoint']}"]
+        lines += [f"answer for {wanted}: {_describe(best)}", f"  checkpoint {best['checkpoint']}"]
         for name, unit in LIMITS:
             if name in resolved["margins"]:
                 left = resolved["margins"][name]
-                lines.append(f"  leaves {left:.4g} {unit} ({100 * left / (left + best[name]):.0f} %) of its limit")
-        lines.append("  no other setting fits" if second is None else f"  runner-up: {_named(second)}")
+                lines.append(f"  leaves {left:.4g} {unit} ({100 * left / (left + best[name]):.0f} %) of the limit")
+        lines.append("  no other setting fits" if second is None else f"  runner-up: {_describe(second)}")
         if second is not None:
             lines.append(f"  difference: {_difference(resolved['difference'])}")
     if resolved["untried"]:
         lines.append(
-            f"  {len(resolved['untried'])} settings were never tried, for they missed an older budget, and fit this "
-            "one by their estimate: the search without --resolve-only tries them"
+            f"  {len(resolved['untried'])} settings were never tried: they were over an older budget, but fit this "
+            "one by their estimate; the search without --resolve-only tries them"
         )
     if resolved["open"]:
         lines.append(
-            f"  {resolved['open']} settings are not finished, and may be better: the search with --resume goes on"
+            f"  {resolved['open']} settings are not finished, and may be better: the search with --resume continues"
         )
     if resolved["unjudged"]:
         lines.append(
-            f"  {resolved['unjudged']} evaluated settings are left out: the judge has not scored them, as others"
+            f"  {resolved['unjudged']} evaluated settings are left out: the judge has scored others, but not them"
         )
     if resolved["untimed"]:
         lines.append(f"  {resolved['untimed']} joint choices are left out: counted packed, but timed unpacked")
     return "\n".join(lines)
 
 
-def _named(row: dict) -> str:
+def _describe(row: dict) -> str:
     low, high = row["score_interval_pct"]
     kind = f"LLM judge{', flagged' * bool(flag(row))}" if row["score_kind"] == "judge" else "baseline, no LLM judge"
     return (
@@ -236,6 +235,6 @@ def _difference(row: dict) -> str:
         return "none, every answer has the same score"
     low, high = row["difference_interval_pct"]
     resolved = "unresolved" if row["difference_finding"] == "unresolved" else "resolved"
-    able = row["difference_detectable_pct"]
+    detectable = row["difference_detectable_pct"]
     words = f"{row['difference_pct']:+.1f} points [{low:+.1f}, {high:+.1f}], {resolved} by this evaluation"
-    return words + (f", which detects {able:.1f}" if able is not None else "")
+    return words + (f", which detects {detectable:.1f}" if detectable is not None else "")

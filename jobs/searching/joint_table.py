@@ -10,7 +10,7 @@ from jobs.core.rows import Maybe, check_rows
 from jobs.judging.rows import JudgedColumns
 
 JOINT = "joint.json"
-Damage = Literal["kl", "answer_similarity"]  # what is made least
+Damage = Literal["kl", "answer_similarity"]  # what is minimised
 
 
 class SingleRow(TypedDict):

@@ -1,6 +1,6 @@
-"""What a setting takes where it runs, by actors.estimate: one rule for the search, the joint choice and their budgets.
+"""The memory of a setting by actors.estimate: one rule for the search, the joint choice and their budgets.
 
-What is not rounded has model.dtype, a prompt has an image, and a GPU its CUDA context.
+Weights that are not quantized have model.dtype, a prompt has an image, and a GPU its CUDA context.
 """
 
 from typing import Any
@@ -8,24 +8,22 @@ from typing import Any
 from jobs.config.schema import Config
 from jobs.core.run import Run
 from jobs.core.text import GIB
-from jobs.searching.sizing import model_config
-from jobs.searching.sizing import setting as asked
+from jobs.searching.sizing import make_setting, model_config
 
 
 def shapes_of(run: Run) -> Any:
     """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
     from actors.estimate import architecture
 
-    estimate = run.config.estimate.model_copy(
-        update={"architecture": None}
-    )  # that of another model is not what is built
+    # estimate.architecture is that of another model, which is not built
+    estimate = run.config.estimate.model_copy(update={"architecture": None})
     model_run = Run(run.config.model_copy(update={"estimate": estimate}), parent_run=run)
     return architecture(model_config(model_run)[0], run.config.model.trust_remote_code)
 
 
 def size_setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:
     """Return the Setting (actors.estimate) whose memory is counted; bits: of every layer, 0 for a removed one."""
-    return asked(config, method, bits, least_images=1)
+    return make_setting(config, method, bits, least_images=1)
 
 
 def context_bytes(config: Config) -> int:
@@ -34,7 +32,7 @@ def context_bytes(config: Config) -> int:
 
 
 def device_gib(config: Config, shapes: Any, method: str, bits: tuple[int, ...]) -> float:
-    """Return what a setting takes of the fullest device (GiB); method "mixed" is what jobs.joint builds."""
+    """Return a setting's memory on the fullest device (GiB); method "mixed" is what jobs.joint builds."""
     from actors.estimate import estimate
 
     sizes = estimate(shapes, size_setting(config, method, bits))

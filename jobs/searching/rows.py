@@ -1,4 +1,4 @@
-"""The table of a search: one row per setting, made from artifacts, and so the same however often it was stopped."""
+"""The table of a search: one row per setting, made from artifacts, so that no interruption changes it."""
 
 import json
 import logging
@@ -61,14 +61,14 @@ def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
 
 
 def rows_of(
-    run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Mapping, lost: Mapping
+    run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Mapping, dominated: Mapping
 ) -> list[SearchRow]:
     """Return a row per setting, in the order of the space.
 
-    failures: why a setting's stages could not be made, by key; lost: to which setting one lost in the screen, and by
-    how much. status: done (evaluated, whatever the budget now is), over budget, screened out, failed, or open (not
+    failures: why a setting's stages could not be made, by key; dominated: by which setting in screening, and by how
+    much, by key. status: done (evaluated, whatever the budget now is), over budget, screened out, failed, or open (not
     finished). seconds_alone, gpu_hours_alone: of the setting's stages as far as they are made, whoever made them; its
-    screen is not among them. conditions: names data, base model and way of evaluation: where it is equal, rows compare.
+    screen is not among them. conditions: hash of data, base model and way of evaluation; rows with the same compare.
     """
     budget = run.config.search.budget.memory_gib
     rows = []
@@ -78,7 +78,7 @@ def rows_of(
             end = "over budget", f"the estimate of {size:.4g} GiB is above {budget:g} GiB"
         elif failure := failures.get(plan.setting.key):
             end = "failed", failure
-        elif loss := lost.get(plan.setting.key):
+        elif loss := dominated.get(plan.setting.key):
             words = "{to} takes no more and is better by {pct:.1f} [{low:.1f}, {high:.1f}]"
             end = "screened out", words.format(**loss)
         rows.append(_row(run, plan, size, end, "uniform", format_single_command(plan.setting, run.config.run_dir)))
@@ -88,10 +88,10 @@ def rows_of(
 def joint_rows(
     run: Run, plans: Sequence[Plan], estimated: Sequence[float], failures: Sequence[str | None]
 ) -> list[SearchRow]:
-    """Return a row like those of the search for everything that jobs.joint built, or why it could not."""
+    """Return a row like those of the search for every choice that jobs.joint built, or failed to build."""
     ends = [None if failure is None else ("failed", failure) for failure in failures]
     command = format_command()
-    return [_row(run, *given, "joint", command) for given in zip(plans, estimated, ends, strict=True)]
+    return [_row(run, *columns, "joint", command) for columns in zip(plans, estimated, ends, strict=True)]
 
 
 def _row(
@@ -99,8 +99,8 @@ def _row(
 ) -> SearchRow:
     evaluated = run.store.find(plan.evaluation.name)
     status, reason = ("done", None) if evaluated else end or ("open", None)
-    made = [stage for stage in plan.chain if run.store.find(stage.name)]
-    pruned = [stage for stage in made if stage.kind == "prune"]
+    finished = [stage for stage in plan.chain if run.store.find(stage.name)]
+    pruned = [stage for stage in finished if stage.kind == "prune"]
     model = plan.model
     row = {
         "method": method,
@@ -111,10 +111,10 @@ def _row(
         **_screen(run, plan),
         **_scores(run, plan, estimate_gib, status == "done"),
         "removed_layers": run.facts(pruned[0], PruneFacts)["removed"] if pruned else [],
-        "simulated": model in made and bool(run.store.manifest(model.name).get("simulated")),
+        "simulated": model in finished and bool(run.store.manifest(model.name).get("simulated")),
         "unpacked": _unpacked(plan),
-        "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in made), 1),
-        "gpu_hours_alone": _gpu_hours(run, made),
+        "seconds_alone": round(sum(run.facts(stage)["seconds"] for stage in finished), 1),
+        "gpu_hours_alone": _gpu_hours(run, finished),
         "checkpoint": f"artifacts/{model.name}" if isinstance(model, Stage) else run.config.model.path,
         "evaluation": plan.evaluation.name,
         "screen": plan.screen.name if plan.screen else None,
@@ -134,7 +134,7 @@ def _row(
 
 
 def _screen(run: Run, plan: Plan) -> dict:
-    """Return what the cheap evaluation found, None where there was none."""
+    """Return the scores of the screening evaluation, None where there was none."""
     keys = ("screen_pct", "screen_interval_pct", "screen_images")
     if plan.screen is None or run.store.find(plan.screen.name) is None:
         return dict.fromkeys(keys)
@@ -148,7 +148,7 @@ def _unpacked(plan: Plan) -> bool:
 
 
 def _scores(run: Run, plan: Plan, estimate_gib: float, done: bool) -> dict:
-    """Return what the evaluation found, and the judge, if there is one."""
+    """Return the columns of the evaluation, and of the judge, if there is one."""
     if not done:
         return dict.fromkeys(_COLUMNS)
     facts = run.facts(plan.evaluation, EvaluateFacts)
@@ -163,7 +163,7 @@ def _scores(run: Run, plan: Plan, estimate_gib: float, done: bool) -> dict:
 
 
 def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
-    """Return the memory of the table: on a GPU the peak that the driver saw, of several that of the fullest.
+    """Return the memory of a row: on a GPU the peak that the driver saw, of several that of the fullest.
 
     On a CPU, where a process is mostly interpreter, it is the estimate.
     """
@@ -176,13 +176,13 @@ def _memory(profile: Mapping, estimate_gib: float, unpacked: bool) -> dict:
 
 def judged_columns(run: Run, evaluation: Stage) -> dict:
     """Return what the judge says of an evaluation, as far as it is judged."""
-    made = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
-    if made is None or run.store.find(made.name) is None:
+    judgement = judge.stage(run, evaluation) if run.config.judge.engine != "none" else None
+    if judgement is None or run.store.find(judgement.name) is None:
         return {**dict.fromkeys(_JUDGED), **NOT_JUDGED}
     return {
-        **judge.row(run, made),
-        "judge_identity": digest(run.facts(made, JudgeFacts)["identity"]),
-        "judgement": made.name,
+        **judge.row(run, judgement),
+        "judge_identity": digest(run.facts(judgement, JudgeFacts)["identity"]),
+        "judgement": judgement.name,
     }
 
 
@@ -202,17 +202,17 @@ def _headlines(rows: Sequence[SearchRow]) -> list[SearchRow]:
 
 
 def _gpu_hours(run: Run, stages: Sequence[Stage]) -> float | None:
-    """Return what the stages held; None if one was made before that was noted."""
+    """Return the GPU-hours of stages; None if one has no record of them."""
     noted = [facts["gpu_seconds"] for facts in [run.facts(stage) for stage in stages] if "gpu_seconds" in facts]
     return round(sum(noted) / 3600, 6) if len(noted) == len(stages) else None
 
 
 def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
-    """Return what the rows' stages took, screens included, and what they would take if each row made its own.
+    """Return the cost of the rows' stages, screens included: shared, and apart, as if each row made its own.
 
-    {stages, seconds, seconds_apart, gpu_hours, gpu_hours_apart (None if unknown), busy_seconds: of the log, in which at
-    least one stage was being made}. A setting that was screened out counts apart without its missing evaluation. What
-    the joint choice measured, and made for that, counts once in both.
+    {stages, seconds, seconds_apart, gpu_hours, gpu_hours_apart (None if unknown), busy_seconds: during which at least
+    one stage was being made, by the log}. A setting that was screened out counts apart without its missing evaluation.
+    The measurements of jobs.joint, and the stages made for them, count once in both.
     """
     log = read_log(run)
     measured = [line for line in log if line["event"] == MEASURED_FOR]
@@ -223,14 +223,14 @@ def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
     facts, more = ([run.store.manifest(name) for name in names] for names in (stages_of_rows, others))
     seconds = sum(entry["seconds"] for entry in (*more, *measured))
     gpu: list[Any] = [row["gpu_hours_alone"] for row in rows]
-    known = None not in gpu and all("gpu_seconds" in entry for entry in (*facts, *more))
-    gpu_seconds = sum(entry["gpu_seconds"] for entry in (*more, *measured)) if known else 0.0
+    is_known = None not in gpu and all("gpu_seconds" in entry for entry in (*facts, *more))
+    gpu_seconds = sum(entry["gpu_seconds"] for entry in (*more, *measured)) if is_known else 0.0
     return {
         "stages": len(stages_of_rows | others),
         "seconds": sum(entry["seconds"] for entry in facts) + seconds,
         "seconds_apart": sum(row["seconds_alone"] for row in rows) + seconds,
-        "gpu_hours": (sum(entry["gpu_seconds"] for entry in facts) + gpu_seconds) / 3600 if known else None,
-        "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if known else None,
+        "gpu_hours": (sum(entry["gpu_seconds"] for entry in facts) + gpu_seconds) / 3600 if is_known else None,
+        "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if is_known else None,
         "busy_seconds": cover_time([(line["started"], line["seconds"]) for line in log]),
     }
 
@@ -258,9 +258,9 @@ def write_log(run: Run, event: Mapping) -> None:
 def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:
     """Write the rows to run_dir/search/rows.json, atomically, the uniform ones first; rows of other settings stay.
 
-    A row that was judged stays judged. Of settings that are not asked for any more those that are not finished go. Rows
-    of other data, another base model or another evaluation cannot be compared with these and go, too; what they were
-    made from is kept, so that the search that made them writes them again.
+    A row that was judged stays judged. Unfinished rows of settings that are no longer in the space are removed. So are
+    rows of other data, another base model or another evaluation, which do not compare with these; their artifacts are
+    kept, so that the search that made them writes them again.
     """
     folder = run.folder / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,12 +269,12 @@ def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:
     if len(alike) < len(before):
         LOG.warning(
             f"search: {len(before) - len(alike)} rows of other data, another model or another evaluation leave the "
-            "table. The search that made them brings them back",
+            "table. The search that made them writes them again",
         )
     methods = {row["method"] for row in rows}
-    known = {_identity(row): row for row in alike}
-    merged = [_with_verdict(row, known.pop(_identity(row), None)) for row in rows]
-    others = [row for row in known.values() if row["status"] != "open" or row["method"] not in methods]
+    rows_before = {_identity(row): row for row in alike}
+    merged = [_with_verdict(row, rows_before.pop(_identity(row), None)) for row in rows]
+    others = [row for row in rows_before.values() if row["status"] != "open" or row["method"] not in methods]
     everything = sorted([*merged, *others], key=lambda row: row["method"] != "uniform")
     return ROWS.write(folder, _headlines(everything))
 
@@ -299,8 +299,8 @@ def read_rows(run: Run) -> list[SearchRow]:
     rows = [row for row in recorded if row.keys() >= SearchRow.__required_keys__]
     if len(rows) < len(recorded):
         LOG.warning(
-            f"search: {len(recorded) - len(rows)} rows of {path} are left out: older code wrote them, and they lack "
-            "columns. The search that made them brings them back, and makes no stage twice",
+            f"search: {len(recorded) - len(rows)} rows of {path} are left out: older code wrote them, without some "
+            "columns. The search that made them writes them again, and makes no stage twice",
         )
     return rows
 

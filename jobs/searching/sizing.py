@@ -1,4 +1,4 @@
-"""What a setting asks of actors.estimate: the model of the config, layers to remove, bits."""
+"""What actors.estimate needs to know of a setting: the model of the config, layers to remove, bits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def config_file(config: Config) -> Path | None:
-    """Return the config.json to read, None if the hub must be asked; ValueError: there is none where one was given."""
-    given = config.estimate.architecture
-    if given is not None:
-        path = Path(given).expanduser()
+    """Return the config.json to read, None if only the hub has it; ValueError: estimate.architecture has none."""
+    architecture = config.estimate.architecture
+    if architecture is not None:
+        path = Path(architecture).expanduser()
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(f"No config.json at estimate.architecture {given!r}: give the file, or its folder.")
+            raise ValueError(f"No config.json at estimate.architecture {architecture!r}: give the file, or its folder.")
         return file
     model_file = Path(config.model.path).expanduser() / "config.json"
     published = _PUBLISHED / config.model.path / "config.json"
@@ -27,7 +27,7 @@ def config_file(config: Config) -> Path | None:
 
 
 def model_config(run: Run):
-    """Return (the LLaVA config to estimate, where it is from). ValueError, with the remedy: it cannot be had."""
+    """Return (the LLaVA config to estimate, where it is from). ValueError, with the remedy: it cannot be read."""
     from actors.checkpoint.config import read_config
 
     path = config_file(run.config)
@@ -41,16 +41,15 @@ def model_config(run: Run):
 
 
 def removals(config: Config, windows: Sequence[int | None]) -> list[tuple[list[int], bool]]:
-    """Return the sets of layers to remove, and whether it is known that it is these; `windows` are the layers' own.
+    """Return (layers to remove, whether the config lists them) for all of estimate.removed; windows: of the layers.
 
     A count takes the first of prune.order; without one, layers with a sliding window, whose cache is smaller, and then
     the last ones: where layers differ, the estimate is the largest that this count can have. ValueError: a set leaves
-    no layer, or has one that is not there.
+    no layer, or has one that does not exist.
     """
     from actors.checkpoint.pruning import check_removal
 
-    given = config.estimate.removed
-    wanted = config.prune.layers if given is None else given
+    wanted = config.prune.layers if config.estimate.removed is None else config.estimate.removed
     layers = len(windows)
     order = config.prune.order or sorted(range(layers), key=lambda layer: (windows[layer] is None, -layer))
     sets = []
@@ -58,14 +57,16 @@ def removals(config: Config, windows: Sequence[int | None]) -> list[tuple[list[i
         if isinstance(each, int) and not 0 <= each < layers:
             raise ValueError(f"Cannot remove {each} layers: the model has {layers}, and at least one must stay.")
         if isinstance(each, int) and each > len(order):
-            raise ValueError(f"prune.order names {len(order)} layers, but {each} are to go: give them as [[...]].")
-        known = isinstance(each, list) or config.prune.order is not None
-        sets.append((check_removal(each if isinstance(each, list) else order[:each], layers), known))
+            raise ValueError(
+                f"prune.order names {len(order)} layers, but {each} are to be removed: give them as [[...]]."
+            )
+        is_listed = isinstance(each, list) or config.prune.order is not None
+        sets.append((check_removal(each if isinstance(each, list) else order[:each], layers), is_listed))
     return sets
 
 
-def setting(config: Config, method: str, bits: tuple[int, ...], least_images: int = 0):
-    """Return what `actors.estimate.estimate` takes: a method, every layer's bits, and the rest from the config."""
+def make_setting(config: Config, method: str, bits: tuple[int, ...], least_images: int = 0):
+    """Return the Setting for `actors.estimate.estimate`: a method, every layer's bits, and the rest from the config."""
     from actors.estimate import Setting
 
     wanted = config.estimate

@@ -1,4 +1,4 @@
-"""The settings of a search: how many layers go, how the model is fine-tuned after it, how it is rounded."""
+"""The settings of a search: number of layers removed, fine-tuning after it, quantizer and bits."""
 
 import shlex
 import sys
@@ -19,16 +19,16 @@ class Setting:
     recovery: str
     quantizer: str
     bits: int
-    name: str = ""  # what people call it, if not by the others
+    name: str = ""  # its name for people, if not made of the others
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names it in Tune: one value for each thing that is searched."""
+        """Its key in Ray Tune: one value for each dimension of the search."""
         return str(self.depth), self.recovery, f"{self.quantizer}{self.bits}"
 
     @property
     def label(self) -> str:
-        """What names it for people."""
+        """Its name for people."""
         if self.name:
             return self.name
         parts = [f"{self.depth} out"] if self.depth else []
@@ -38,19 +38,19 @@ class Setting:
 
     @property
     def simulated(self) -> bool:
-        """Whether its rounded weights are stored in 16 bits: it stands for a setting that cannot be used."""
+        """Whether its rounded weights are stored in 16 bits: it is for studies, not for use."""
         return self.quantizer in METHODS and METHODS[self.quantizer].simulated(self.bits)
 
     @property
     def kernels(self) -> tuple[str, int]:
-        """What multiplies its weights: of two settings with the same, the one with fewer layers is not slower."""
+        """The kernels that multiply its weights: with the same ones, a setting with fewer layers is not slower."""
         if self.simulated:
             return "none", 16
         return METHODS[self.quantizer].layout.name if self.quantizer in METHODS else self.quantizer, self.bits
 
 
 def space(config: Config) -> list[Setting]:
-    """Return all settings in order; ValueError: bits that none of the quantizers has."""
+    """Return all settings in order; ValueError: a quantizer has none of search.bits."""
     search = config.search
     rounded = []
     for quantizer in dict.fromkeys(search.quantizers):
@@ -68,7 +68,7 @@ def space(config: Config) -> list[Setting]:
 
 
 def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
-    """Return the configuration of one setting; screen: that of its cheap evaluation."""
+    """Return the configuration of one setting; screen: that of its screening evaluation."""
     changes: dict[str, dict] = {
         "prune": {"layers": setting.depth},
         "quantize": {"method": setting.quantizer, "bits": setting.bits},
@@ -76,21 +76,21 @@ def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
     if setting.recovery != "none":
         changes["recover"] = {"method": setting.recovery}
     if screen:
-        given = config.evaluate.limit, config.search.screen_images
-        limit = min(images for images in given if images is not None)
+        limits = config.evaluate.limit, config.search.screen_images
+        limit = min(images for images in limits if images is not None)
         changes["evaluate"] = {"limit": limit, "controls": False, "warmup_runs": 1, "timed_runs": 3}
     sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
     return config.model_copy(update=sections)
 
 
 def format_command() -> str:
-    """Return the command of this process, whole: it is for those who have this run folder, and not made public."""
+    """Return the whole command of this process: it stays in the run folder, and is not made public."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return shlex.join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 def format_single_command(setting: Setting, run_dir: str) -> str:
-    """Return the command that makes this one setting anew: this process's, with a space of one and its own folder."""
+    """Return the command that makes this setting anew: this process's, with a space of one and its own folder."""
     words, rest = [], sys.argv[1:]
     while rest:
         word = rest.pop(0)

@@ -1,4 +1,4 @@
-"""What a setting is made of: its stages, which other settings share; and the worker that makes one of them."""
+"""The stages of a setting, which other settings share, and the worker that makes a stage."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ SEARCH = "search"  # folder of a run for what the search writes
 
 @dataclass(frozen=True)
 class Plan:
-    """A setting's checkpoint and evaluations. before: stages of other settings that its own build on if they exist."""
+    """A setting's checkpoint and evaluations. before: searches of other settings that its own stages reuse."""
 
     setting: Setting
     model: Stage | Source
@@ -38,7 +38,7 @@ class Plan:
         return order_stages([*self.before, self.screen or self.model])
 
     def find(self, name: str) -> Stage:
-        """Return the stage of that name; ValueError: none has it, so that it was planned from something else."""
+        """Return the stage of that name; ValueError: none has it: data, model or options changed."""
         for stage in order_stages([*self.first, self.evaluation]):
             if stage.name == name:
                 return stage
@@ -65,7 +65,7 @@ def order_stages(stages: Iterable[Stage | Source]) -> list[Stage]:
 
 
 def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
-    """Plan settings; ValueError: what one of them asks for is impossible, as far as config.json tells."""
+    """Plan settings; ValueError: one of them is impossible, as far as config.json tells."""
     data, base = prepare.stage(run), run.base_model()
     pruned: dict[int, Stage | Source] = {}
     recovered: dict[tuple[int, str], Stage | Source] = {}
@@ -91,7 +91,7 @@ def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
 
 
 def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stage, ...]:
-    """Return the searches for smaller sets: greedy and beam search go the same way, and find their measurements."""
+    """Return the searches for smaller sets: greedy and beam search pass through them, and reuse their measurements."""
     if run.config.prune.order is not None or run.config.prune.search not in ("greedy", "beam"):
         return ()
     smaller = [depth for depth in sorted(set(run.config.search.depths)) if 0 < depth < setting.depth]
@@ -106,7 +106,7 @@ class StageMaker:
     """Makes one stage of one setting at a time, in a process that several stages share one after another."""
 
     def __init__(self, config: dict, command: str, address: str | None, flags: dict[str, bool]):
-        if address:  # a worker does not know it, and would take the cluster for this machine's own
+        if address:  # a worker lacks it, and would take the cluster for a private Ray
             os.environ["RAY_ADDRESS"] = address
         self._parent_run = Run(Config.model_validate(config), command=command)
         self._flags = flags
@@ -114,7 +114,7 @@ class StageMaker:
     def make(self, name: str, setting: Mapping, one_replica: bool, report: Mapping[str, float]) -> dict:
         """Make the stage of that name, unless it exists; returns {made, pid, numbers of an evaluation, report}.
 
-        one_replica: others are evaluated beside it. What the stage says goes to run_dir/search/logs.
+        one_replica: others are evaluated beside it. The stage's log goes to run_dir/search/logs.
         """
         (plan,) = plans(self._parent_run, [Setting(**setting)])
         stage = plan.find(name)
@@ -126,10 +126,10 @@ class StageMaker:
         with ExitStack() as stack:
             run = stack.enter_context(Run(config, parent_run=self._parent_run, beside_others=one_replica))
             stack.enter_context(into_file(logs / f"{name}.txt", self._flags))
-            made = run.store.find(name) is None
+            is_new = run.store.find(name) is None
             run.make(stage)
-        report_made = {"made": made, "pid": os.getpid(), **report}
+        result = {"made": is_new, "pid": os.getpid(), **report}
         if stage.kind == "evaluate":
             facts = run.facts(stage, EvaluateFacts)
-            report_made |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
-        return report_made
+            result |= {"score": facts["metrics"]["baseline_pct"], "ms_per_token": facts["profile"]["ms_per_token"]}
+        return result

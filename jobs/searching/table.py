@@ -53,7 +53,7 @@ class SearchRow(JudgedColumns):
     evaluation: str  # artifact
     screen: str | None  # artifact
     artifacts: list[str]
-    conditions: str  # rows with the same compare: data, model, way of evaluation
+    conditions: str  # hash of data, model, way of evaluation: rows with the same compare
     command: str
     score_pct: Maybe[float]  # what settings are compared by
     score_interval_pct: Maybe[Interval]

@@ -7,15 +7,16 @@ Every way answers for the whole model and for single removals, as the first roun
 (b) the strongest simple loop: one removal at a time, all questions in one padded batch, plain `generate`;
 (c) the engine without drafts; (d) with whole drafts, always; (e) as jobs.ablate uses it, after one unit of four other
 questions, which tells it whether drafts pay. On three models: derm-smol (30 layers) as it is trained, and with an
-untrained projector, when most drafts are wrong; and derm-tiny (10 layers). Loading is not timed. (a) runs once, the
-others `--repeats` times; a rival counts at its best number of threads, the engine at each. The floor is described in
-tests/benchmarks/floor.py. The last line is one JSON object.
+untrained projector, when most drafts are wrong; and derm-tiny (10 layers). Loading is not timed. (a) and (b) run once,
+the engine `--repeats` times, and its medians count; a rival counts at its best number of threads, the engine at each.
+The floor is described in tests/benchmarks/floor.py. The last line is one JSON object.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class AlwaysDrafts(Pace):
         """True: no trial is needed."""
         return True
 
-    def drafts_pay(self, widths, inputs, prompt, room) -> bool:
+    def drafts_pay(self, base, widths, inputs, prompt, room) -> bool:
         """True, always."""
         return True
 
@@ -144,14 +145,12 @@ def run(name: str, contest: Contest, repeats: int, threads: list[int]) -> dict:
     for count in threads:
         torch.set_num_threads(count)
         times["single", count], answers["single"] = timed(contest.single)
-        rounds: dict[str, list[float]] = {way: [] for way in ("batched", *ENGINE)}
+        times["batched", count], answers["batched"] = timed(contest.batched)
+        rounds: dict[str, list[float]] = {way: [] for way in ENGINE}
         for _ in range(repeats):
             for way, seconds in rounds.items():
-                if way == "batched":
-                    took, answers[way] = timed(contest.batched)
-                else:
-                    contest.prepare(way)
-                    took, answers[way] = timed(lambda way=way: contest.answer(way))
+                contest.prepare(way)
+                took, answers[way] = timed(partial(contest.answer, way))
                 seconds.append(took)
         times |= {(way, count): statistics.median(seconds) for way, seconds in rounds.items()}
         floors[count] = contest.floor(answers["single"])

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from actors.engine.linears import repacked_linears
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -33,11 +36,20 @@ def floor_s(layer, token_layers: float, readings: float, cached_bytes: float = 0
     return flops / matmul_rate(weights) + read / bandwidth(weights[0].device)
 
 
+@torch.inference_mode()
 def matmul_rate(weights: list[torch.Tensor]) -> float:
-    """Return the floating point operations per second of products with `weights`, over 4096 tokens."""
+    """Return the floating point operations per second of products over 4096 tokens, with plain or repacked weights."""
+    linears = nn.ModuleList(nn.Linear(p.shape[1], p.shape[0], bias=False, device="meta") for p in weights)
+    for linear, part in zip(linears, weights, strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
     x = {p.shape[1]: torch.randn(4096, p.shape[1], device=p.device, dtype=p.dtype) for p in weights}
-    best = min(timed(lambda: [x[p.shape[1]] @ p.T for p in weights])[0] for _ in range(20))
-    return 2 * 4096 * sum(p.numel() for p in weights) / best
+
+    def best() -> float:
+        return min(timed(lambda: [linear(x[linear.in_features]) for linear in linears])[0] for _ in range(20))
+
+    plain = best()
+    with repacked_linears(linears):
+        return 2 * 4096 * sum(p.numel() for p in weights) / min(plain, best())
 
 
 def bandwidth(device: torch.device) -> float:

@@ -219,7 +219,7 @@ def test_steps_of_one_command_stand_together(tmp_path):
     both = [{**step, "made": dict(made)}, {**step, "removed": [0], "made": dict(made)}]
     card.write(tmp_path, {"history": [source, step, *both], "gate": {"names": "y"}})
     text = (tmp_path / card.CARD).read_text()
-    assert "Step 1: how was not recorded." in text and "Steps 2, 3, with prunella 1.2:" in text
+    assert "Step 1: the command was not recorded." in text and "Steps 2, 3, with prunella 1.2:" in text
     assert text.count("python -m jobs.compress") == text.count("seed: 7") == 1
 
 

@@ -73,11 +73,11 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeyp
         return str(error.value)
 
     monkeypatch.setattr(joint, "removal_order", lambda *_: pytest.fail("it was measured"))
-    assert "nf4 cannot give layers bits of their own" in refused(quantize__method="nf4")
-    assert re.search(r"budget is 0.0005 GiB, but .* can take is 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
+    assert "nf4 cannot give each layer its own bits" in refused(quantize__method="nf4")
+    assert re.search(r"budget is 0.0005 GiB, but .* takes 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
     assert "judge.url" in refused(judge__engine="openai")
     assert "is not one" in refused(judge__engine="openai", judge__url="host/v1")
-    assert "the least that joint.options [8, 16] can take" in refused(joint__options="[8, 16]", prune__layers=0)
+    assert "the smallest choice of joint.options [8, 16] takes" in refused(joint__options="[8, 16]", prune__layers=0)
     assert "groups of 48" in refused(quantize__group_size="48")
     assert "prune.layers is 10" in refused(prune__layers=10)
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors.pack_quantized.helpers", None)
@@ -100,13 +100,13 @@ def tried(choices) -> SimpleNamespace:
     return SimpleNamespace(tried=dict.fromkeys(choices.values(), found))
 
 
-def built_of(run, choices, answers, monkeypatch) -> list[joint_build.Built]:
+def built_of(run, choices, answers, monkeypatch) -> list[joint_build.BuiltChoice]:
     """Build choices that are evaluated with these answers (None: it fails)."""
 
-    def planned(run, base, data, method, choice, budget):
+    def plan_choice(run, base, data, method, choice, budget):
         return plan_of_rows(run, method, answers[method]), run
 
-    monkeypatch.setattr(joint_build, "planned", planned)
+    monkeypatch.setattr(joint_build, "plan_choice", plan_choice)
     return joint_build.build(run, None, None, choices, 2**30)
 
 
@@ -174,14 +174,14 @@ def test_the_judge_decides_and_all_that_it_must_carry_is_shown(tmp_path, monkeyp
     rows = joint_build.make_rows(run, built, tried(choices))
     text = joint.format_rows(rows, "kl")
     assert [row["score_kind"] for row in rows] == ["baseline"] * 4 and rows[0]["judge_pct"] == pytest.approx(95)
-    assert "no headline for uniform 4 bit: so all are compared by the baseline" in text and "54/60" in text
+    assert "no headline for uniform 4 bit, so all are compared by the baseline" in text and "54/60" in text
     assert mock.sessions == 2
 
 
 def test_another_budget_makes_other_rows_of_the_search(tmp_path):
     data, run = Stage("data", 1, {}, (), lambda *_: None), run_with(tmp_path)
     names = [
-        joint_build.planned(run, run.base_model(), data, "joint 1", (4, 8, *[16] * 8), budget)[0].setting.label
+        joint_build.plan_choice(run, run.base_model(), data, "joint 1", (4, 8, *[16] * 8), budget)[0].setting.label
         for budget in (2**30, 2**31)
     ]
     assert names == ["joint 1 in 1.00 GiB", "joint 1 in 2.00 GiB"]
@@ -198,7 +198,7 @@ def test_the_recipe_of_a_mixed_checkpoint(tmp_path):
     assert made().name != made(quantize__calibration_samples=7).name
     assert made(quantize__method="rtn").name == made(quantize__method="rtn", quantize__calibration_samples=7).name
     assert made((16, 16)) == run_with(tmp_path).base_model()
-    with pytest.raises(ValueError, match="nf4 cannot give layers bits of their own"):
+    with pytest.raises(ValueError, match="nf4 cannot give each layer its own bits"):
         made(quantize__method="nf4")
 
 

@@ -20,7 +20,7 @@ from jobs.ranking import measurements
 from jobs.ranking.measurements import ChoiceMeasurements, Measurements, NothingRanked
 from jobs.searching.memory import device_gib
 from jobs.searching.rows import estimates
-from jobs.searching.sizing import setting as asked
+from jobs.searching.sizing import make_setting
 from jobs.searching.space import Setting
 from tests.jobs.here import run_with
 from tests.tiny import llava_7b, tiny_config
@@ -80,7 +80,7 @@ def test_the_architecture_of_another_model_is_not_counted(tmp_path, memory):
 
 def test_llava_7b_at_4_bits_takes_what_the_estimate_says():
     shapes = architecture(llava_7b())
-    setting = asked(load_config(None, [("model.dtype", "float16")]), "mixed", (16,) * 32)  # a question of text
+    setting = make_setting(load_config(None, [("model.dtype", "float16")]), "mixed", (16,) * 32)  # a question of text
     memory = Memory(shapes, setting, (0, 4, 16), 0)
     assert memory.total((4,) * 32) / 2**30 == pytest.approx(4.5, rel=0.06)  # the paper's Table 3
 
@@ -96,7 +96,7 @@ def five() -> Memory:
     """The memory of a model of five layers: few enough to count all choices."""
     config = load_config(None, [])
     shapes = architecture(tiny_config("clip-llama"))
-    return Memory(shapes, asked(config, "mixed", (16,) * 5), OPTIONS, 0)
+    return Memory(shapes, make_setting(config, "mixed", (16,) * 5), OPTIONS, 0)
 
 
 class Additive:

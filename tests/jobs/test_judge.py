@@ -239,7 +239,7 @@ def test_a_judge_out_of_reach_ends_the_job_after_its_table(tmp_path, monkeypatch
     rows, said = json.loads((tmp_path / compress.SUMMARY).read_text()), capsys.readouterr().out
     assert [row["method"] for row in rows] == ["original", "prune"] and rows[0]["is_llm_judge"] is False
     assert all(row["judge_pct"] is None and "nobody listens" in row["judge_failure"] for row in rows)
-    assert "LLM judge: FAILED, no scores of it: The judge" in said and "not run" not in said
+    assert "LLM judge: FAILED, no scores: The judge" in said and "not run" not in said
     mock.before = None
     compress.job(run)
     rows, said = json.loads((tmp_path / compress.SUMMARY).read_text()), capsys.readouterr().out

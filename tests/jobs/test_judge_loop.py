@@ -77,7 +77,7 @@ def test_failures_are_unscored_with_their_kind_and_not_kept(tmp_path, monkeypatc
     }
     assert all(one.verdict.label is None and one.verdict.reason for one in failed.values())
     assert failed["5"].verdict.tries == 5 and failed["7"].verdict.tries == 1 and failed["1"].verdict.tries == 3
-    assert len(VerdictStore(tmp_path).known) == 13
+    assert len(VerdictStore(tmp_path).scored) == 13
 
 
 def test_a_judge_that_is_gone_is_given_up(tmp_path, hurried):
@@ -97,7 +97,7 @@ def test_answers_that_are_refused_for_their_own_sake_do_not_end_the_judging(tmp_
 
     failed = collected(tmp_path, Mock(before=before), 160)
     assert len(failed) == 110 and {one.verdict.reason for one in failed.values()} == {"refused at try 1: too long"}
-    assert len(VerdictStore(tmp_path).known) == 50
+    assert len(VerdictStore(tmp_path).scored) == 50
     mock = Mock(before=lambda *_: Failure("denied", "HTTP 401: no such key"))
     assert len(collected(tmp_path / "b", mock, 160)) == 160 and GIVE_UP <= len(mock.asked) <= GIVE_UP + 8
 
@@ -112,7 +112,7 @@ def test_a_judge_that_comes_back_loses_nothing(tmp_path, hurried):
         return Failure("closed", "replica died") if new else None
 
     assert collected(tmp_path, Mock(before=before), 150) == {}
-    assert len(VerdictStore(tmp_path).known) == 150
+    assert len(VerdictStore(tmp_path).scored) == 150
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_interrupted_jobs_keep_what_came(tmp_path, number, script):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in said and "what was finished is kept" in said
-    assert len(VerdictStore(tmp_path / "verdicts").known) >= 64
+    assert len(VerdictStore(tmp_path / "verdicts").scored) >= 64
 
 
 def test_end_to_end_against_a_server_that_misbehaves(tmp_path, monkeypatch, hurried):
@@ -222,7 +222,7 @@ def test_end_to_end_against_a_server_that_misbehaves(tmp_path, monkeypatch, hurr
             await probe(engine.ask, "it")
             missing = {str(n): text for n, text in enumerate(texts(9))}
             failed = await ask_all(engine.ask, missing, store, 1)
-            return failed, store.known, server
+            return failed, store.scored, server
 
     failed, known, server = asyncio.run(session())
     assert failed == {} and sorted(known) == [str(n) for n in range(9)]

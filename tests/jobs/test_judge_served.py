@@ -64,7 +64,7 @@ def judged(folder: Path, monkeypatch, model: str, variants: int, images: int, ki
 
     def counted(self, one):
         add(self, one)
-        if len(self.known) == kill_after:
+        if len(self.scored) == kill_after:
             replicas = [
                 process
                 for process in psutil.Process().children(recursive=True)

@@ -90,7 +90,7 @@ def test_a_table_with_the_three_columns_alone(tmp_path, monkeypatch, capsys):
         (2, "answer is null"),
         (3, "reference is null"),
         (4, "reference is empty"),
-        (5, "answer is no text but int"),
+        (5, "answer is not text but int"),
         (7, "not a JSON object"),
         (8, "not a JSON object"),
     ]
@@ -262,9 +262,9 @@ def test_agreement_by_sample_id(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("sample_id,rating\na,5", "'5' is no whole number"),
-        ("sample_id,rating\na,good", "'good' is no whole number"),
-        ("sample_id,rating\na,2.5", "'2.5' is no whole number"),
+        ("sample_id,rating\na,5", "'5' is not a whole number"),
+        ("sample_id,rating\na,good", "'good' is not a whole number"),
+        ("sample_id,rating\na,2.5", "'2.5' is not a whole number"),
         ("rating,answer\n3,x", "sample_id, or question, reference, answer"),
         ("sample_id,score\na,3", "lacks the columns rating"),
         ("question,reference,answer,rating\nq,r,a,3\nq,r,a,4", "rated before"),

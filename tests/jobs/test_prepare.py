@@ -94,8 +94,8 @@ def test_the_shares_of_the_test_split_are_said(tmp_path, collection, capsys):
     settings = config(tmp_path, collection, test_fraction=0.25)
     made(settings)
     said = capsys.readouterr().err
-    assert "class rosacea: 3 of 12 images (25.0 %) and 3 of 12 groups are test" in said
-    assert "WARNING prepare: class psoriasis: 2 of 6 images (33.3 %)" in said and "wants 25.0 %" in said
+    assert "class rosacea: 3 of 12 images (25.0 %) and 3 of 12 groups are test data" in said
+    assert "WARNING prepare: class psoriasis: 2 of 6 images (33.3 %)" in said and "data.test_fraction is 25.0 %" in said
     with Run(settings) as run:
         shares = run.facts(prepare.stage(run), PrepareFacts)["shares"]
     assert shares["psoriasis"] == {"images": 6, "test_images": 2, "groups": 6, "test_groups": 2}

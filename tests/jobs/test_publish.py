@@ -50,7 +50,7 @@ def test_into_a_folder(send, made, tmp_path, prefix, monkeypatch, capsys):
     assert not [file for file in target.iterdir() if str(tmp_path).encode() in file.read_bytes()]
     assert plain_model(str(target)).config.text_config.num_hidden_layers == 8
     verify.job(run_here(monkeypatch, tmp_path / "run", target))
-    assert "those that were published" in capsys.readouterr().out
+    assert "equal to the recorded ones" in capsys.readouterr().out
     run = run_here(monkeypatch, tmp_path / "run", target, prune__order="[2]", prune__layers=1)
     prune.job(run)
     again = run.store.root / prune.stage(run, run.base_model()).name
@@ -92,7 +92,7 @@ def test_a_changed_checkpoint_is_refused(send, made, tmp_path):
 
 
 def test_what_prunella_did_not_make(send, tmp_path):
-    with pytest.raises(ValueError, match="is not what Prunella made"):
+    with pytest.raises(ValueError, match="was not made by Prunella"):
         send(str(tmp_path / "mine"), DERM_TINY)
 
 
@@ -187,7 +187,7 @@ def test_into_a_hub_repository(send, made, hub):
 
 
 def test_no_token_and_no_name(send, hub, monkeypatch):
-    with pytest.raises(ValueError, match="hf://derm is no repository: give hf://owner/name"):
+    with pytest.raises(ValueError, match="hf://derm is not a repository: give hf://owner/name"):
         send("hf://derm")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="no token for the hub: set HF_TOKEN"):
@@ -210,7 +210,7 @@ def test_a_hub_that_refuses_or_does_not_answer(hub, monkeypatch, tmp_path, step,
         ValueError, match=r"publish\.to hf://me/derm cannot be used \(.*(403|not known).*check the name"
     ):
         place = publish.Hub("me/derm")
-        place.refuse_what_is_there()
+        place.check_empty()
         place.receive(tmp_path)
 
 

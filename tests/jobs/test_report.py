@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jobs.ablate import format_tau
-from jobs.core.text import score
+from jobs.core.text import format_score
 from jobs.reporting import answers as report_answers
 from jobs.reporting.pages import render_page
 from tests.jobs.pages import HOSTILE, METHODS, content, page
@@ -97,7 +97,7 @@ def test_a_judge_that_passes_its_controls(folder, template):
 
 def test_the_markdown_says_which_differences_can_be_seen(folder):
     found = content(folder)
-    assert "find a difference of 6.1 to 9.0 points" in render_page(
+    assert "detect a difference of 6.1 to 9.0 points" in render_page(
         "report.md.j2", {**found, "detectable": "6.1 to 9.0"}
     )
     assert "find a difference" not in render_page("report.md.j2", found)
@@ -135,7 +135,7 @@ def test_a_criterion_that_tells_no_layers_apart(folder, template):
 
 def test_a_score_of_any_size_can_be_read():
     """Four decimals would make 0.0000 of what a small criterion tells layers apart by."""
-    written = [score(value) for value in (0.98765, -2, 12345.678, 0, 0.01234567, -0.0000321, float("inf"))]
+    written = [format_score(value) for value in (0.98765, -2, 12345.678, 0, 0.01234567, -0.0000321, float("inf"))]
     assert written == ["0.9877", "-2.0000", "12345.6780", "0.0000", "0.01235", "-3.210e-05", "inf"]
 
 
@@ -144,6 +144,6 @@ def test_metrics_stand_in_the_page(folder):
     # prune: melanoma is always right, psoriasis always taken for it
     assert '<td class="wrong">4</td><td class="empty">0</td>' in text
     assert "prune: macro F1 33.3" in text and "4 of 8 named rightly" in text
-    for heading in ("Which disease was named", "Does the model still look?", "What is retained"):
+    for heading in ("Which disease was named", "Does the model still use the image?", "What is retained"):
         assert f"<h2>{heading}</h2>" in text
     assert "not possible with these images and answers" in text  # no blank image was asked about

@@ -129,7 +129,7 @@ def test_of_too_many_settings_those_that_were_suggested_are_rows(factory, tmp_pa
     assert asked[0].trials == 5 and asked[0].objectives["score"] == "max"
     assert asked[1:] == [None]  # the evaluation of those that were suggested is a grid
     made = len(factory.made)
-    search.job(new_run(tmp_path, **options))  # Optuna is told what is finished, and suggests the same
+    search.job(new_run(tmp_path, **options))  # Optuna gets finished trials again, and suggests the same
     assert len(factory.made) == made and comparable(read_rows(new_run(tmp_path))) == comparable(rows)
 
 

@@ -1,11 +1,19 @@
-"""Who loses in the screen, who is on the front, what a budget allows: from rows alone."""
+"""What is dominated in screening, what is on the front, what a budget allows: from rows alone."""
 
 from dataclasses import replace
 
 import pytest
 
 from jobs.config.search import BudgetConfig
-from jobs.searching.budget import Entrant, dominated, format_answer, judge_remarks, pareto_front, resolve, within_budget
+from jobs.searching.budget import (
+    Entrant,
+    find_dominated,
+    format_answer,
+    judge_remarks,
+    pareto_front,
+    resolve,
+    within_budget,
+)
 from jobs.searching.space import Setting
 
 IMAGES = {str(i): f"image {i // 3}" for i in range(60)}
@@ -22,21 +30,21 @@ def entrant(
 
 def test_a_setting_loses_to_a_better_one_that_takes_no_more():
     weak, healed, whole = entrant(4, 0.4), entrant(4, 0.9, recovery="lora"), entrant(0, 0.95)
-    lost = dominated([weak, healed, whole], IMAGES)
+    lost = find_dominated([weak, healed, whole], IMAGES)
     assert list(lost) == [weak.setting.key]
     loss = lost[weak.setting.key]
     assert (loss["to"], loss["pct"]) == ("4 out, lora", 50.0) and 20 < loss["low"] < 50 < loss["high"] < 80
 
 
 def test_none_loses_to_what_takes_more_or_has_other_kernels_or_is_not_resolved():
-    assert dominated([entrant(4, 0.4), entrant(2, 1.0)], IMAGES) == {}  # fewer layers out
-    assert dominated([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
-    assert dominated([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
-    assert dominated([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
+    assert find_dominated([entrant(4, 0.4), entrant(2, 1.0)], IMAGES) == {}  # fewer layers out
+    assert find_dominated([entrant(4, 0.4), entrant(4, 1.0, recovery="lora", gib=2.0)], IMAGES) == {}
+    assert find_dominated([entrant(4, 0.4), entrant(4, 1.0, "awq")], IMAGES) == {}  # it may be slower
+    assert find_dominated([entrant(4, 0.85), entrant(4, 0.9, recovery="lora")], IMAGES) == {}
     three = replace(entrant(4, 1.0, gib=0.1), setting=Setting(4, "none", "rtn", 3))
-    assert dominated([entrant(4, 0.4), three], IMAGES) == {}  # simulated: it takes more than it counts
-    assert dominated([replace(entrant(4, 0.4, gib=0.6), setting=three.setting), entrant(4, 1.0)], IMAGES)
-    assert dominated([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
+    assert find_dominated([entrant(4, 0.4), three], IMAGES) == {}  # simulated: it takes more than it counts
+    assert find_dominated([replace(entrant(4, 0.4, gib=0.6), setting=three.setting), entrant(4, 1.0)], IMAGES)
+    assert find_dominated([entrant(4, 0.4, "rtn"), entrant(4, 1.0, "awq")], IMAGES).keys() == {("4", "none", "rtn4")}
 
 
 def row(setting: str, score: float | None, gib: float, ms: float, **more) -> dict:

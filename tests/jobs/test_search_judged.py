@@ -117,7 +117,7 @@ def test_which_rows_have_no_headline_and_what_decides_then(factory, tmp_path, mo
     search.job(new_run(tmp_path, **OPTIONS))
     rows = {row["setting"]: row for row in read_rows(new_run(tmp_path))}
     assert {row["score_kind"] for row in rows.values()} == {"baseline"} and rows["awq 4 bit"]["judge_pct"] is None
-    said, told = capsys.readouterr().out, "no headline for awq 4 bit: so all are compared by the baseline"
+    said, told = capsys.readouterr().out, "no headline for awq 4 bit, so all are compared by the baseline"
     assert told in said and " none " in line_of(said, "awq 4 bit ", "58/60")
     assert "answer for no limit: awq 4 bit: 100.0" in said and "(baseline, no LLM judge)" in said
     assert "]!" not in line_of(said, "lora ", " done ") and "]! " in line_of(said, "lora ", "61/61")
@@ -134,7 +134,7 @@ def test_a_judge_out_of_reach_ends_the_search_after_its_answer(factory, tmp_path
     rows = read_rows(new_run(tmp_path))
     assert len(names(rows, "done")) == 4 and not any(row["is_llm_judge"] for row in rows)
     said = capsys.readouterr().out
-    assert "LLM judge: FAILED, what it has not scored has no score of it: The judge" in said and "not run" not in said
+    assert "LLM judge: FAILED, some answers have no judge score: The judge" in said and "not run" not in said
     assert "answer for no limit: awq 4 bit: 100.0" in said and "(baseline, no LLM judge)" in said
     page = (tmp_path / "search" / "report.html").read_text()
     assert "The LLM judge failed:</strong> The judge" in page and "nobody listens" in page and "not run" not in page

@@ -142,13 +142,13 @@ def test_what_is_simulated_or_unpacked_is_marked_and_explained(tmp_path):
     three = row("rtn 3 bit", 99.0, 1.0, 1.0, "rtn", simulated=True)
     text = search.format_rows([*ROWS[:-1], packed, three])
     assert "joint 1 (unpacked)" in text and "ms/token is that of 16-bit weights" in text
-    assert "rtn 3 bit (simulated)" in text and "counted as if they were not, and no answer" in text
+    assert "rtn 3 bit (simulated)" in text and "counted at the nominal bits; never the answer" in text
     assert "simulated" not in search.format_rows(ROWS) and "unpacked" not in search.format_rows(ROWS[:-1])
     run = new_run(tmp_path)
     rows = [*ROWS[:-1], packed, three, row("unjudged", None, 1.0, 1.0, status="done", **UNJUDGED)]
     found = resolve(rows, run.config.search.budget, lambda *_: {**DIFFERENCE, "difference_detectable_pct": 2})
     page = write_report(run, rows, found).read_text()
-    for said in ("rtn 3 bit (simulated)", "joint 1 (unpacked)", "they are no answer where the time is limited",
+    for said in ("rtn 3 bit (simulated)", "joint 1 (unpacked)", "they are never the answer to a limit of time",
                  "not judged", "1 joint choices are left out", "1 evaluated settings are left out"):  # fmt: skip
         assert said in page
 

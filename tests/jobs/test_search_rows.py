@@ -78,7 +78,7 @@ def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path,
     assert (rows["lora"]["score_pct"], rows["lora"]["judge_pct"]) == (70.0, 70.0)
     assert rows["2 out, lora"]["status"] == "done" and rows["2 out, lora"]["score_pct"] is None
     said = capsys.readouterr().out
-    assert "4 evaluated settings are left out: the judge has not scored them" in said
+    assert "4 evaluated settings are left out: the judge has scored others, but not them" in said
     assert "LLM judge: Qwen, " in said and "80 of 80 answers scored, of 4 settings" in said and "not run" not in said
     first, *others = read_rows(run)
     write_rows(run, [{**first, "judge_identity": "b"}, *others])

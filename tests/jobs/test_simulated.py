@@ -50,7 +50,7 @@ def test_rows_by_hand():
 
 def test_the_terminal_marks_what_is_simulated():
     text = compress.format_rows([row("original", "original"), row("simulated")])
-    assert "16.00 MiB " in text and "5.00 MiB*" in text and "* simulated: what it would be at 3 bits" in text
+    assert "16.00 MiB " in text and "5.00 MiB*" in text and "* simulated: the size at 3 bits" in text
     assert "*" not in compress.format_rows([row("original", "original"), row("packed")])
 
 

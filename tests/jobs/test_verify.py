@@ -28,7 +28,7 @@ def test_a_folder_that_prunella_did_not_make(tmp_path, copy, monkeypatch, capsys
     before = {file.name: file.stat().st_mtime_ns for file in copy.iterdir()}
     verify.job(run_here(monkeypatch, tmp_path / "run", copy))
     said = capsys.readouterr().out
-    assert f"verify: {copy} passes" in said and "sums       nothing to compare with" in said
+    assert f"verify: {copy} passes" in said and "sums       none recorded" in said
     assert {file.name: file.stat().st_mtime_ns for file in copy.iterdir()} == before
 
 
@@ -59,7 +59,7 @@ def test_a_text_only_model(tmp_path, monkeypatch):
 
 
 def test_no_folder(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"model\.path 'owner/name' is no folder"):
+    with pytest.raises(ValueError, match=r"model\.path 'owner/name' is not a folder"):
         verify.job(run_here(monkeypatch, tmp_path, "owner/name"))
 
 
@@ -69,7 +69,7 @@ def test_an_artifact_that_was_changed(tmp_path, monkeypatch, capsys):
     folder = run.store.root / prune.stage(run, run.base_model()).name
     prune.job(run)
     verify.job(run_here(monkeypatch, tmp_path, folder))
-    assert "sums       those that were published" in capsys.readouterr().out
+    assert "sums       equal to the recorded ones" in capsys.readouterr().out
     spoil(folder, UP, 0.5)
     with pytest.raises(RuntimeError, match=f"'{UP}' is not what was published"):
         verify.job(run_here(monkeypatch, tmp_path, folder))

@@ -1,5 +1,5 @@
 "use strict";
-// The viewer of all answers. They are untrusted text: every one goes through textContent, none through innerHTML.
+// The viewer of all answers. They are untrusted text: every answer goes through textContent, none through innerHTML.
 (() => {
   const STEP = 20;
   const data = JSON.parse(document.getElementById("answers-data").textContent);
@@ -19,18 +19,18 @@
 
   const distinct = (row, key) => new Set(row.answers.filter(Boolean).map(key)).size;
   const differ = {
-    answers: (row) => distinct(row, (one) => one.answer) > 1,
-    names: (row) => distinct(row, (one) => one.named ?? one.verdict) > 1,
+    answers: (row) => distinct(row, (answer) => answer.answer) > 1,
+    names: (row) => distinct(row, (answer) => answer.named ?? answer.verdict) > 1,
     scores: (row) => {
-      const scores = row.answers.filter(Boolean).map((one) => one.baseline);
+      const scores = row.answers.filter(Boolean).map((answer) => answer.baseline);
       return Math.max(...scores) - Math.min(...scores) >= 0.5;
     },
-    labels: (row) => distinct(row, (one) => one.label) > 1,
-    unscored: (row) => row.answers.some((one) => one && one.label === null),
+    labels: (row) => distinct(row, (answer) => answer.label) > 1,
+    unscored: (row) => row.answers.some((answer) => answer && answer.label === null),
   };
 
   for (const row of data.rows) {
-    const texts = row.answers.filter(Boolean).flatMap((one) => [one.answer, one.reason ?? ""]);
+    const texts = row.answers.filter(Boolean).flatMap((answer) => [answer.answer, answer.reason ?? ""]);
     row.text = [data.questions[row.question].text, row.reference, ...texts].join("\n").toLowerCase();
   }
 
@@ -45,25 +45,25 @@
 
   // The methods that gave the same answer stand together.
   function groups(row) {
-    const found = new Map();
-    row.answers.forEach((one, number) => {
-      const key = one ? JSON.stringify([one.answer, one.stopped]) : "";
-      if (!found.has(key)) found.set(key, { one, methods: [] });
-      found.get(key).methods.push(data.methods[number]);
+    const byAnswer = new Map();
+    row.answers.forEach((answer, number) => {
+      const key = answer ? JSON.stringify([answer.answer, answer.stopped]) : "";
+      if (!byAnswer.has(key)) byAnswer.set(key, { answer, methods: [] });
+      byAnswer.get(key).methods.push(data.methods[number]);
     });
-    return [...found.values()];
+    return [...byAnswer.values()];
   }
 
-  function badges(one) {
-    const said = [`baseline ${one.baseline.toFixed(2)}`];
-    if (one.verdict) said.push(one.named ? `names ${one.named}, ${one.verdict}` : `names: ${one.verdict}`);
-    if (data.judged) said.push(one.label === null ? "judge: unscored" : `judge ${one.label} of 4`);
-    if (one.loop) said.push("loop");
-    if (!one.stopped) said.push("never ended");
-    return said.flatMap((text) => [make("span", "badge", text), " "]); // spaces: for readers aloud
+  function badges(answer) {
+    const labels = [`baseline ${answer.baseline.toFixed(2)}`];
+    if (answer.verdict) labels.push(answer.named ? `names ${answer.named}, ${answer.verdict}` : `names: ${answer.verdict}`);
+    if (data.judged) labels.push(answer.label === null ? "judge: unscored" : `judge ${answer.label} of 4`);
+    if (answer.loop) labels.push("loop");
+    if (!answer.stopped) labels.push("never ended");
+    return labels.flatMap((text) => [make("span", "badge", text), " "]); // spaces for screen readers
   }
 
-  function told(text, className) {
+  function makeText(text, className) {
     const element = make("dd", className, text || "(empty)");
     element.dir = "auto";
     return element;
@@ -79,24 +79,24 @@
       picture.append(img);
     }
     picture.append(make("p", "soft", image.name));
-    const list = make("dl", "", make("dt", "", "reference"), told(row.reference, "reference"));
-    for (const { one, methods } of groups(row)) {
-      if (!one) {
-        list.append(make("dt", "", methods.join(", ")), told("not answered, or not by this model", "soft"));
+    const list = make("dl", "", make("dt", "", "reference"), makeText(row.reference, "reference"));
+    for (const { answer, methods } of groups(row)) {
+      if (!answer) {
+        list.append(make("dt", "", methods.join(", ")), makeText("not answered, or not by this model", "soft"));
         continue;
       }
-      list.append(make("dt", "", methods.join(", "), " ", ...badges(one)), told(one.answer, "answer"));
-      if (one.reason) list.append(told(`Judge: ${one.reason}`, "soft"));
+      list.append(make("dt", "", methods.join(", "), " ", ...badges(answer)), makeText(answer.answer, "answer"));
+      if (answer.reason) list.append(makeText(`Judge: ${answer.reason}`, "soft"));
     }
     entry.append(make("div", "sample", picture, list));
   }
 
   function entry(row) {
-    const count = distinct(row, (one) => one.answer);
-    const told = count > 1 ? `${count} different answers` : "one answer";
+    const count = distinct(row, (answer) => answer.answer);
+    const words = count > 1 ? `${count} different answers` : "one answer";
     const summary = make(
       "summary", "",
-      make("strong", "", data.images[row.image].label), ` \u00b7 ${data.questions[row.question].text} \u00b7 ${told} \u00b7 `,
+      make("strong", "", data.images[row.image].label), ` \u00b7 ${data.questions[row.question].text} \u00b7 ${words} \u00b7 `,
       make("span", "soft", data.images[row.image].name),
     );
     const element = make("details", "entry", summary);

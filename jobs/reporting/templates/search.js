@@ -1,5 +1,5 @@
 "use strict";
-// The table of settings is sorted by the column whose head is pressed; pressed again, the other way round.
+// The table of settings is sorted by the column whose head is pressed; a second press reverses the order.
 (() => {
   const table = document.getElementById("settings");
   const body = table.tBodies[0];
