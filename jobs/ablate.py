@@ -167,10 +167,9 @@ def job(run: Run) -> None:
     folder = Path(run.make(scored))
     print(f"rank  layer  {CRITERIA[criterion].label}, 95 % interval   (first = removed first)")
     for row in sorted(SCORES.read(folder), key=lambda row: row["rank"]):
-        interval = (
-            f"[{format_score(row['low'])}, {format_score(row['high'])}]  rank {row['rank_low']} to {row['rank_high']}"
-        )
-        print(f"{row['rank']:>4}  {row['layer']:>5}  {format_score(row['score'])}  {interval}")
+        interval = f"[{format_score(row['low'])}, {format_score(row['high'])}]"
+        ranks = f"rank {row['rank_low']} to {row['rank_high']}"
+        print(f"{row['rank']:>4}  {row['layer']:>5}  {format_score(row['score'])}  {interval}  {ranks}")
     facts = run.facts(scored, AblateFacts)
     print(f"{facts['pairs_apart']} of {facts['pairs']} pairs of layers are apart at 95 %")
     if run.config.ablate.compare:

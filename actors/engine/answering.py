@@ -23,6 +23,7 @@ import torch
 
 from actors.checkpoint.loading import language_model
 from actors.engine.pace import Pace
+from actors.engine.packing import packs
 from actors.engine.pieces import GoingOn, PiecePass
 from actors.engine.rows import Part, PromptPass, StepPass, switched
 from actors.engine.threads import threads_for
@@ -84,7 +85,8 @@ def drafts_pay(
     variants = [bytes(row.tolist()) for row in keep_VL if not row.equal(base_L)]
     widths = dict(zip(variants, shares, strict=True))
     base = bytes(base_L.tolist()) if guessed else None
-    return pace.drafts_pay(base, widths, len(prompts), sum(map(len, prompts)) / len(prompts), tokens)
+    read = sum(pack.embeds_GQD.shape[0] * pack.embeds_GQD.shape[1] for pack in packs(prompts, prompts))
+    return pace.drafts_pay(base, widths, len(prompts), read, tokens)
 
 
 def _share(base_L: torch.Tensor, keep_L: torch.Tensor) -> float:

@@ -7,12 +7,13 @@ E(p) = (1 - (1 - h)^p) / h are of use on average, the correction of a wrong one 
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import prod
 
 WRONG, WEIGHT = 0.1, 4.0  # the rate of wrong tokens that is assumed at first, and for how many tokens it stands
 FIXED = 16.0  # f, before anything was measured
 FORGET = 0.98
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-PIECES = 4  # passes that an answer's pieces take, about
+PIECES = 2  # passes that an answer's pieces take, about
 
 
 class Pace:
@@ -58,7 +59,7 @@ class Pace:
         """Return h: the rate of wrong draft tokens of a variant, drawn to that of all where little is known of it."""
         everyone = (self._wrong[None] + WRONG * WEIGHT) / (self._right[None] + self._wrong[None] + WEIGHT)
         seen = self._right[variant] + self._wrong[variant]
-        return (self._wrong[variant] + everyone * WEIGHT) / (seen + WEIGHT)
+        return max(1e-4, (self._wrong[variant] + everyone * WEIGHT) / (seen + WEIGHT))
 
     def length(self, variants: Sequence[bytes], width: float, room: int, first: bool, alone: bool) -> int:
         """Return how many draft tokens to check in the next pass, at most `room`; 0: none, decode the rows.
@@ -68,7 +69,7 @@ class Pace:
         be decoded, so that tokens which all followers share save whole steps.
         """
         rows, fixed = len(variants), self.fixed_tokens()
-        wrong = max(1e-4, sum(map(self.wrong_rate, variants)) / rows)
+        wrong = sum(map(self.wrong_rate, variants)) / rows
         lengths = [p for p in LENGTHS if p < room] + [room]
 
         def price(length: int) -> float:
@@ -84,25 +85,24 @@ class Pace:
         return best if saved > fixed + width * best else 0
 
     def drafts_pay(
-        self, base: bytes | None, widths: Mapping[bytes, float], inputs: int, prompt: float, room: int
+        self, base: bytes | None, widths: Mapping[bytes, float], inputs: int, prompts: float, room: int
     ) -> bool:
         """Tell whether to decode the base first, and check its answers as drafts, or base and variants at once.
 
         base: the base as a variant of its own guesses, None without guesses. widths: by variant, what a token costs
-        where it follows, in tokens of the whole model. prompt: tokens of one of the `inputs`. room: most tokens of an
-        answer. Both ways are counted in tokens, but for what they have in common.
+        where it follows, in tokens of the whole model. prompts: tokens of all `inputs`, shared ones once. room: most
+        tokens of an answer. Both ways are counted in tokens, but for what they have in common.
         """
         tokens, fixed = self._answer_tokens / self._answers if self._answers else room, self.fixed_tokens()
         rates = {variant: self.wrong_rate(variant) for variant in widths}
         followed = {variant: min(tokens, _expected(rate, tokens)) for variant, rate in rates.items()}
         at_once = fixed * tokens + inputs * sum(followed.values())
         guessed = 0.0 if base is None else min(tokens, _expected(self.wrong_rate(base), tokens))
-        none_leaves = 1.0
-        for rate in rates.values():
-            none_leaves *= (1 - rate) ** (tokens * inputs)
-        first = inputs * prompt + fixed * (tokens - guessed)
+        none_leaves = prod(1 - rate for rate in rates.values()) ** inputs  # at a token
+        steps = tokens - _expected(1 - none_leaves, tokens)  # from the first that leaves its draft on
+        first = prompts + fixed * (tokens - guessed)
         check = inputs * (max(followed.values()) + sum(followed[variant] * width for variant, width in widths.items()))
-        return first + check + fixed * (PIECES + tokens * (1 - none_leaves)) < at_once
+        return first + check + fixed * (PIECES + steps) < at_once
 
 
 def _expected(wrong: float, length: float) -> float:

@@ -53,15 +53,15 @@ def test_the_first_piece_is_free_of_the_pass_but_not_of_its_tokens():
 @pytest.mark.parametrize(("rate", "share", "pay"), [(0.002, 0.5, True), (0.5, 0.5, False), (0.002, 0.99, False)])
 def test_drafts_pay_where_they_are_right_and_layers_are_shared(rate, share, pay):
     widths = {bytes([variant]): share for variant in range(8)}
-    assert paced(a=rate).drafts_pay(None, widths, inputs=16, prompt=3.0, room=64) is pay
+    assert paced(a=rate).drafts_pay(None, widths, inputs=16, prompts=48.0, room=64) is pay
 
 
 def test_right_guesses_save_the_steps_of_the_base():
     """A small model, whose passes cost more than their tokens: all at once takes as many steps as the base alone."""
     pace, widths = paced(fixed=300.0, a=0.0), {A: 0.5}
-    assert not pace.drafts_pay(None, widths, inputs=4, prompt=80.0, room=20)
+    assert not pace.drafts_pay(None, widths, inputs=4, prompts=320.0, room=20)
     pace.note_draft(B, 1000, False, shared=False)
-    assert pace.drafts_pay(B, widths, inputs=4, prompt=80.0, room=20)
+    assert pace.drafts_pay(B, widths, inputs=4, prompts=320.0, room=20)
 
 
 def test_the_base_itself_tells_nothing_of_its_variants():

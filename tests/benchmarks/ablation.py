@@ -48,7 +48,7 @@ class AlwaysDrafts(Pace):
         """True: no trial is needed."""
         return True
 
-    def drafts_pay(self, base, widths, inputs, prompt, room) -> bool:
+    def drafts_pay(self, base, widths, inputs, prompts, room) -> bool:
         """True, always."""
         return True
 
