@@ -37,7 +37,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --timeout=1800

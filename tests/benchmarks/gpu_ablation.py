@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 from actors.checkpoint.loading import language_model, quiet
+from actors.engine.pace import Pace
 from actors.engine.replica import LlavaReplica
 from actors.memory import GIB, cached_bytes, free_bytes
 from actors.profiler import device_facts
@@ -48,7 +49,7 @@ class Embedded(LlavaReplica):
     def __init__(self, model, prompts: dict[str, torch.Tensor], max_rows: int):
         self.model, self.prompts = model, prompts
         self.device = language_model(model).embed_tokens.weight.device
-        self.counts = Counter()
+        self.counts, self._pace = Counter(), Pace()
         self._max_rows, self._sharers, self._stops = max_rows, 1, []
 
     def _prompt(self, sample: Sample) -> torch.Tensor:
