@@ -22,7 +22,7 @@ from actors.gate.layers import check_layers
 from actors.gate.linears import check_linears, check_modules, layout_of, may_be_scaled, quant_method
 from actors.gate.parent import Parent
 from actors.gate.vllm import check_vllm
-from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
+from actors.probe import PROBE, placed_probe, probe_logits, read_probe, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.quantizers.table import GEMM
@@ -86,7 +86,7 @@ class Gate:
             )
             closeness.append(close)
         if (folder / PROBE).is_file():
-            recorded, computed = kept_probe(folder)
+            recorded, computed = read_probe(folder)
             types = {
                 "float16",
                 spec.dtype,

@@ -38,7 +38,7 @@ def said(monkeypatch, resident: int, code: int, *notes: dict, gpus: float = 0) -
         (folder / "notes").write_text("".join(json.dumps(note) + "\n" for note in notes) + '{"half')
         return resident, code
 
-    monkeypatch.setattr(actors.capped, "_watched", watched)
+    monkeypatch.setattr(actors.capped, "_run_watched", watched)
     return Capped().answers(ModelSpec("m", gpus=gpus), [], 4, GIB)
 
 
@@ -62,7 +62,7 @@ def test_verdicts_on_a_gpu(monkeypatch):
     out = said(monkeypatch, 3 * GIB, 0, LOADING, {"peak_bytes": GIB - 9}, gpus=1)
     assert (out["fits"], out["peak_bytes"], out["stage"]) == (False, GIB - 9, "loading")
     assert not said(monkeypatch, 5, 0, LOADING, DONE, {"peak_bytes": GIB + 1}, gpus=1)["fits"]
-    with pytest.raises(RuntimeError, match="is not known"):
+    with pytest.raises(RuntimeError, match="Cannot tell whether"):
         said(monkeypatch, 3 * GIB, -9, LOADING, gpus=1)
 
 

@@ -100,5 +100,5 @@ def test_the_model_is_itself_again_afterwards(critic, samples):
 
 def test_a_choice_names_every_layer_and_leaves_one(critic, samples):
     for choice in [(4, 4), (0,) * 10]:
-        with pytest.raises(ValueError, match="is no choice for 10 layers"):
+        with pytest.raises(ValueError, match="is not a choice for 10 layers"):
             critic.measure("answers", samples, [choice])
