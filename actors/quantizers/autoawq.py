@@ -53,7 +53,7 @@ def quantize_autoawq(
     hidden, kwargs = decoder_inputs(
         model, calibration_inputs(model, processor, calibration), len(language_model(model).layers)
     )
-    if any(not _same(each["attention_mask"], kwargs[0]["attention_mask"]) for each in kwargs):
+    if any(not _same_mask(each["attention_mask"], kwargs[0]["attention_mask"]) for each in kwargs):
         raise ValueError(
             "autoawq's search supports one attention mask, but this model's layers have several (sliding windows): "
             "set quantize.awq_search to layerwise."

@@ -194,5 +194,5 @@ def test_other_configs_are_refused():
     config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(ValueError, match="quantized checkpoint's"):
         architecture(config)
-    with pytest.raises(ValueError, match="'llama' is no LLaVA's"):
+    with pytest.raises(ValueError, match="'llama' is not a LLaVA's"):
         architecture(LlamaConfig())
