@@ -213,8 +213,8 @@ def _check_setting(shapes: Architecture, setting: Setting) -> int:
         if bits not in allowed:
             choices = ", ".join(map(str, sorted(allowed)))
             raise ValueError(
-                f"{setting.method} does not round to {bits} bits: give every layer one of {choices} (0: removed, "
-                "16: not rounded)."
+                f"Quantizer {setting.method!r} does not round to {bits} bits: give every layer one of {choices} "
+                "(0: removed, 16: not rounded)."
             )
     images = setting.images * shapes.image_tokens
     context = images + TEXT_TOKENS if setting.context is None else setting.context

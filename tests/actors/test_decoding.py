@@ -181,7 +181,7 @@ def test_sliding_windows_are_refused(lesions, probe, tmp_path):
 def test_static_decoding_refuses_several_devices(monkeypatch):
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setattr(actors.decoding, "layer_devices", lambda model: devices)
-    with pytest.raises(ValueError, match="one GPU, the model is on 2"):
+    with pytest.raises(ValueError, match="one GPU, but the model is on 2"):
         Static(tiny_model("clip-llama"))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import actors.judge.local
 from actors.judge.calls import Failure, Reply, Request
-from actors.judge.constrained import LABELS, Task, Written, write
+from actors.judge.constrained import LABELS, Output, Task, write
 from actors.judge.ladder import RUNGS, request
 from actors.judge.local import judge_tokenizer
 from actors.judge.prefix import SharedPrefix
@@ -114,7 +114,7 @@ def test_a_call_may_fill_the_models_length_and_not_pass_it(path):
     length = len(judge_of(path)._prompt(wanted.messages)) + wanted.max_tokens
     (fits,) = ask_all(judge_of(path, max_length=length), [wanted])
     (does_not,) = ask_all(judge_of(path, max_length=length - 1), [wanted])
-    assert isinstance(fits, Written)
+    assert isinstance(fits, Output)
     assert does_not.kind == "refused" and f"are more than {length - 1}" in does_not.message
 
 
@@ -166,7 +166,7 @@ def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error:
 def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch, error):
     judge = judge_of(path)
     sizes = note_batches(monkeypatch, most=3, error=error)
-    assert all(isinstance(answer, Written) for answer in ask_all(judge, [REQUESTS[2]] * 12))
+    assert all(isinstance(answer, Output) for answer in ask_all(judge, [REQUESTS[2]] * 12))
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
 
 
@@ -174,7 +174,7 @@ def test_a_call_that_no_memory_holds_is_refused_and_its_neighbours_are_not(path,
     note_batches(monkeypatch, deadly=17)
     hungry = Request(REQUESTS[2].system, REQUESTS[2].user, REQUESTS[2].schema, 17)
     answers = ask_all(judge_of(path), [REQUESTS[2], hungry, REQUESTS[2]])
-    assert [type(answer) for answer in answers] == [Written, Failure, Written]
+    assert [type(answer) for answer in answers] == [Output, Failure, Output]
     assert answers[1].kind == "refused" and "out of memory" in answers[1].message
 
 
@@ -205,7 +205,7 @@ def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch)
     failing(monkeypatch, 17, "The judge's logits are infinite or not numbers")
     for _ in range(5):  # as the ladder asks
         answers = ask_all(judge, [good, poison, good])
-        assert [type(answer) for answer in answers] == [Written, Failure, Written]
+        assert [type(answer) for answer in answers] == [Output, Failure, Output]
         assert answers[1].kind == "server_error" and "not numbers" in answers[1].message
         assert isinstance(ask_all(judge, [poison])[0], Failure)
     judge.check_health()

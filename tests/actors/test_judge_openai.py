@@ -83,7 +83,7 @@ def test_misbehaviour(item, kind, says):
 def test_slow_answers(item):
     """Silence, silence after the head, and a drip of bytes that never pauses for long: the whole call has a limit."""
     (failure,), _ = asked(item, timeout=0.3)
-    assert (failure.kind, failure.message) == ("timeout", "no whole answer within 0.3 s")
+    assert (failure.kind, failure.message) == ("timeout", "no complete answer within 0.3 s")
 
 
 def test_answer_to_nothing_is_not_taken_for_the_next():
