@@ -24,7 +24,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 @dataclass(frozen=True)
 class Head:
-    """Where a private head listens (jobs: address, RAY_ADDRESS: gcs), and the environment that may talk to it."""
+    """A private head's addresses (address: job server; gcs: for RAY_ADDRESS), and the environment with its token."""
 
     address: str
     gcs: str
@@ -73,7 +73,7 @@ def private_head(cpus: int | None = None) -> Iterator[Head]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free now, outside 10002-19999, from which Ray's workers take theirs."""
+    """Return ports that are free now; none is in 10002-19999, the range of Ray's workers."""
     held: list[socket.socket] = []
     ports: list[int] = []
     try:
