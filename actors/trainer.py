@@ -73,8 +73,8 @@ class LoraTrainer:
             rate = settings.learning_rate * _cosine(step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            chosen = [conversations[i] for i in picks]
-            loss = _step(model, processor, chosen, settings.micro_batch, device)
+            examples = [conversations[i] for i in picks]
+            loss = _step(model, processor, examples, settings.micro_batch, device)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             if not math.isfinite(loss) or not torch.isfinite(norm):
                 raise RuntimeError(
@@ -129,9 +129,9 @@ def _cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _step(model, processor, chosen: Sequence[Conversation], micro_batch: int, device) -> float:
+def _step(model, processor, examples: Sequence[Conversation], micro_batch: int, device) -> float:
     """Accumulate gradients of the mean loss per answer token over `chosen`; return that loss."""
-    parts = [collate(processor, chosen[i : i + micro_batch]) for i in range(0, len(chosen), micro_batch)]
+    parts = [collate(processor, examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
     tokens = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
     total = 0.0
     for part in parts:

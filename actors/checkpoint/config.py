@@ -25,9 +25,9 @@ def read_config(path: str | Path, revision: str | None = None, trust_remote_code
         kind, names = str(entries.get("model_type", "")), entries.get("architectures") or []
     if any(str(name).startswith("Llava") and str(name).endswith("ForCausalLM") for name in names):
         raise ValueError(f"{str(file)!r} is in the layout of the original LLaVA repository ({names[0]}): {CONVERT}.")
-    known = kind in CONFIG_MAPPING
-    what = "transformers refuses it" if known else f"transformers does not know the model type {kind!r}"
-    with reading(file, what, COPY if known else "give a LLaVA as model.path"):
+    registered = kind in CONFIG_MAPPING
+    what = "transformers refuses it" if registered else f"transformers does not know the model type {kind!r}"
+    with reading(file, what, COPY if registered else "give a LLaVA as model.path"):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     return check_llava(config, repr(str(file)))
 

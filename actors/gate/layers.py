@@ -151,8 +151,8 @@ def _outputs(
 
 def _scaled_linears(layer: nn.Module, config) -> set[str]:
     """Return the linears whose outputs AWQ scales."""
-    known = config.text_config.model_type in AWQ_GROUPS
-    return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if known else set()
+    supported = config.text_config.model_type in AWQ_GROUPS
+    return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if supported else set()
 
 
 def _fit_outputs(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -50,11 +50,11 @@ def controls(rows: Sequence[Mapping], count: int, seed: int) -> list[Control]:
     built = []
     for number, (question, reference, label) in enumerate(sample):
         built.append(Control("reference", question, reference, reference, TOP_LABEL, TOP_LABEL))
-        own_references = {other for asked, other, kind in everything if asked == question and kind == label}
+        own_references = {other for about, other, kind in everything if about == question and kind == label}
         others = [
             other
-            for asked, other, kind in everything
-            if asked == question and label is not None and kind not in (label, None) and other not in own_references
+            for about, other, kind in everything
+            if about == question and label is not None and kind not in (label, None) and other not in own_references
         ]
         if others:
             built.append(Control("other_class", question, reference, others[(seed + number) % len(others)], 0, 1))

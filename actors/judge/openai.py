@@ -183,8 +183,8 @@ def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
 
 def _probability(likely: _Likely) -> float:
     """Return exp(logprob), at most 1 (rounding); NaN if it is missing, not a number or infinite."""
-    known = likely.logprob is not None and likely.logprob < math.inf
-    return math.exp(min(likely.logprob, 0.0)) if known else math.nan  # type: ignore[arg-type, type-var]
+    finite = likely.logprob is not None and likely.logprob < math.inf
+    return math.exp(min(likely.logprob, 0.0)) if finite else math.nan  # type: ignore[arg-type, type-var]
 
 
 def failure_kind(status: int) -> FailureKind:

@@ -60,8 +60,8 @@ def cluster_bootstrap_means(
     sums, totals = np.zeros((count, values_NK.shape[1])), np.zeros((count, values_NK.shape[1]))
     np.add.at(sums, index, values_NK * weights_NK)
     np.add.at(totals, index, weights_NK)
-    chosen = cluster_draws(count, draws, seed)
-    return (chosen @ sums) / (chosen @ totals)
+    counts_BC = cluster_draws(count, draws, seed)
+    return (counts_BC @ sums) / (counts_BC @ totals)
 
 
 def percentile_interval(

@@ -55,9 +55,9 @@ def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> 
         kwargs = [recorder.kwargs for recorder in decoder.layers]
         count = rows["input_ids"].shape[0]
         hidden = torch.empty(count, *first.hidden.shape[1:], dtype=first.hidden.dtype, device=first.hidden.device)
-        for picked in torch.arange(count).split(rows_at_once(rows["input_ids"].shape[1])):
-            model.model(**{name: value[picked] for name, value in rows.items()}, use_cache=False)
-            hidden[picked] = first.hidden
+        for places in torch.arange(count).split(rows_at_once(rows["input_ids"].shape[1])):
+            model.model(**{name: value[places] for name, value in rows.items()}, use_cache=False)
+            hidden[places] = first.hidden
     finally:
         decoder.layers = original
     return hidden, kwargs

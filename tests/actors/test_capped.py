@@ -25,8 +25,8 @@ def test_a_cap_that_one_model_fits_in_and_a_larger_one_does_not(tiny_path, wide_
 
 
 def test_a_cap_that_not_even_the_libraries_fit_in(tiny_path, probe):
-    found = Capped().answers(ModelSpec(tiny_path, gpus=0), [probe], 4, 40 * MIB)
-    assert (found["fits"], found["stage"], found["baseline_bytes"]) == (False, "starting", None)
+    outcome = Capped().answers(ModelSpec(tiny_path, gpus=0), [probe], 4, 40 * MIB)
+    assert (outcome["fits"], outcome["stage"], outcome["baseline_bytes"]) == (False, "starting", None)
 
 
 def judge_process(monkeypatch, resident: int, code: int, *notes: dict, gpus: float = 0) -> dict:

@@ -40,9 +40,9 @@ def test_whatever_is_broken_is_said_in_one_sentence_or_does_not_matter(models, t
         try:
             Intake().look(spec)
         except ValueError as error:
-            said = str(error)
-            good = str(folder) in said and "\n" not in said and len(said) < 700
-            (refused if good else wrong).append((name, said))
+            message = str(error)
+            good = str(folder) in message and "\n" not in message and len(message) < 700
+            (refused if good else wrong).append((name, message))
             continue
         except Exception as error:
             wrong.append((name, repr(error)))

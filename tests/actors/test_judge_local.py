@@ -38,12 +38,12 @@ def test_the_output_is_what_a_naive_loop_writes(judge, number):
 
 
 def test_a_batch_is_token_for_token_what_its_calls_are_one_by_one(judge):
-    together = ask_all(judge, REQUESTS)
-    alone = [ask_all(judge, [each])[0] for each in REQUESTS]
-    assert [written.ids for written in together] == [written.ids for written in alone]
+    batched = ask_all(judge, REQUESTS)
+    singly = [ask_all(judge, [each])[0] for each in REQUESTS]
+    assert [written.ids for written in batched] == [written.ids for written in singly]
     assert len({len(judge._prompt(each.messages)) for each in REQUESTS}) > 5  # padding was at work
-    assert len({len(written.ids) for written in together}) > 3
-    for one, other in zip(together, alone, strict=True):
+    assert len({len(written.ids) for written in batched}) > 3
+    for one, other in zip(batched, singly, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-3)
 
 
@@ -75,9 +75,9 @@ def test_a_model_with_windows_reads_the_rubric_with_every_call(path, tmp_path):
     config["layer_types"] = ["full_attention", "sliding_attention"]
     (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
     judge = judge_of(str(tmp_path / "windowed"))
-    together = ask_all(judge, REQUESTS[:3])
+    batched = ask_all(judge, REQUESTS[:3])
     assert judge._shared._ids == []
-    assert together[2].ids == naive(judge, REQUESTS[2])[0]
+    assert batched[2].ids == naive(judge, REQUESTS[2])[0]
 
 
 def test_a_reply_is_the_text_and_the_labels_probabilities(judge):
@@ -152,13 +152,13 @@ def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error:
     """Note every batch's size; batches beyond `most`, or with a task of `deadly` tokens, run out of memory."""
     sizes = []
 
-    def noted(model, grammars, tasks: list[Task], pad, shared):
+    def write_noting(model, grammars, tasks: list[Task], pad, shared):
         sizes.append(len(tasks))
         if len(tasks) > most or any(task.max_tokens == deadly for task in tasks):
             raise error
         return write(model, grammars, tasks, pad, shared)
 
-    monkeypatch.setattr(actors.judge.local, "write", noted)
+    monkeypatch.setattr(actors.judge.local, "write", write_noting)
     return sizes
 
 
@@ -191,12 +191,12 @@ def test_an_error_of_the_model_is_a_failure_and_shows_in_the_health_check(path):
 def failing(monkeypatch, poison: int, text: str):
     """Calls with an output of `poison` tokens fail, and what is beside them in a batch."""
 
-    def noted(model, grammars, tasks: list[Task], pad, shared):
+    def write_noting(model, grammars, tasks: list[Task], pad, shared):
         if any(task.max_tokens == poison for task in tasks):
             raise RuntimeError(text)
         return write(model, grammars, tasks, pad, shared)
 
-    monkeypatch.setattr(actors.judge.local, "write", noted)
+    monkeypatch.setattr(actors.judge.local, "write", write_noting)
 
 
 def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch):
