@@ -15,7 +15,7 @@ _NEGATION = re.compile(
 )
 _DENIED = re.compile(r" (?:is|was|seems|appears|can be|has been) (?:\w+ )?(?:unlikely(?! to)|excluded|ruled out)\b")
 _CLAUSE = re.compile(r"[.;,:!?\u2013\u2014]|\b(?:but|however|although|though|whereas)\b")
-# An answer without a class name that holds one of these is a refusal; "I am sorry, melanoma" names a class: it is none.
+# An answer that names no class and holds one of these is a refusal. ("I am sorry, melanoma" names a class.)
 REFUSALS = (
     *("cannot", "can not", "can't", "could not", "couldn't", "unable to", "not able to", "impossible to"),
     *("sorry", "as an ai", "do not know", "don't know", "not sure", "decline to", "refuse to"),

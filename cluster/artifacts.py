@@ -159,10 +159,10 @@ class ArtifactStore:
     def _own_partial(self, name: str) -> Path:
         """Return this process's partial folder for `name`, after removing those of this host's dead processes."""
         host = f"{name}.{socket.gethostname()}-"
-        for left in self.root.glob(f"{host}*.partial"):
-            number = left.name.removeprefix(host).removesuffix(".partial")
+        for leftover in self.root.glob(f"{host}*.partial"):
+            number = leftover.name.removeprefix(host).removesuffix(".partial")
             if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
         return self.root / f"{host}{os.getpid()}.partial"
 
     def remove(self, name: str) -> None:

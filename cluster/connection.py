@@ -116,8 +116,8 @@ def _give_up(address: str) -> None:
 
     local = ", ".join(sorted(find_gcs_addresses())) if address == "auto" else ""
     LOG.error(
-        f"{Path(sys.argv[0]).stem}: No Ray cluster accepted this job at RAY_ADDRESS={address!r} in {JOIN_WAIT_S:g} s"
-        f"{f' (found on this machine: {local})' if local else ''}: it may be somebody else's, with another "
+        f"{Path(sys.argv[0]).stem}: No Ray cluster accepted this job at RAY_ADDRESS={address!r} within "
+        f"{JOIN_WAIT_S:g} s{f' (found on this machine: {local})' if local else ''}: it may be somebody else's, with another "
         "RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to use this "
         "machine alone."
     )
@@ -126,10 +126,10 @@ def _give_up(address: str) -> None:
 
 def private_folder() -> Path:
     """Make a folder for a private Ray, with a short path (sockets' paths are limited); remove those of dead drivers."""
-    for left in Path("/tmp").glob("prn-*-*"):
-        number = left.name.split("-")[1]
+    for leftover in Path("/tmp").glob("prn-*-*"):
+        number = leftover.name.split("-")[1]
         if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"prn-{os.getpid()}-", dir="/tmp"))
 
 

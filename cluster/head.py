@@ -74,17 +74,17 @@ def private_head(cpus: int | None = None) -> Iterator[Head]:
 
 def free_ports(count: int) -> list[int]:
     """Return ports that are free now; none is in 10002-19999, the range of Ray's workers."""
-    held: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     ports: list[int] = []
     try:
         while len(ports) < count:
-            held.append(socket.socket())
-            held[-1].bind(("127.0.0.1", 0))
-            port = held[-1].getsockname()[1]
+            sockets.append(socket.socket())
+            sockets[-1].bind(("127.0.0.1", 0))
+            port = sockets[-1].getsockname()[1]
             if not 10002 <= port <= 19999:
                 ports.append(port)
     finally:
-        for sock in held:
+        for sock in sockets:
             sock.close()
     return ports
 

@@ -1,8 +1,8 @@
 """Ray Tune over settings that share stages: every stage is made once, whichever trials ask for it.
 
-A trial is a coordinator without a core or a GPU: it asks the broker for its stages in order, and reports what the last
-one says. The broker hands stages to workers outside the trials' placement groups, as many at a time as it was told;
-what a stage needs (cores, GPUs) it asks for itself. A stage that another trial asked for is waited for, not made again.
+A trial is a coordinator without a core or a GPU: it asks the broker for its stages in order, and reports the last one's
+result. The broker gives stages to workers outside the trials' placement groups, `Maker.parallel` at a time; a stage
+itself requests the cores and GPUs that it needs. If another trial asked for a stage first, the trial waits for it.
 A worker that dies is replaced and its stage tried again; a stage that raises has failed, and so has every trial that
 needs it, while the others go on.
 """
@@ -128,7 +128,7 @@ class _Broker:
 
 
 def _coordinate(config: dict, broker: Any, chains: Mapping[Key, Sequence[Task]]) -> None:
-    """Ask for one setting's stages in order, and report what the last one says."""
+    """Ask for one setting's stages in order, and report the last one's result."""
     ends: dict = {}
     for task in chains[tuple(config["setting"].values())]:
         ends = ray.get(broker.make.remote(task))

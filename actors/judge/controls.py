@@ -39,7 +39,7 @@ class Miss:
 
 
 def controls(rows: Sequence[Mapping], count: int, seed: int) -> list[Control]:
-    """Return the controls for `count` of the judged rows (columns question, reference, class), drawn with `seed`.
+    """Return the controls of `count` judged rows (columns question, reference, class), sampled with `seed`.
 
     other_class takes another class's reference to the same question, in other words. Rows without a class, or without
     such a reference, lack this control; `unbuilt` names it if all rows do.

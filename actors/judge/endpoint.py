@@ -41,7 +41,7 @@ class _Body(BaseModel):
     messages: Annotated[list[_Message], Field(min_length=1)]
     response_format: Annotated[_Constrained | _Free, Field(discriminator="type")] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name of max_tokens
     model: str
     stream: Literal[False] = False
     logprobs: bool = False

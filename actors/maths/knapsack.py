@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 INFEASIBLE = 2  # scipy's status for a program without a solution
-SCALE = 1e3  # of the largest damage: HiGHS takes differences below 1e-6 for ties
+SCALE = 1e3  # the largest damage is scaled to this: HiGHS treats differences below 1e-6 as ties
 
 
 def tabulate_bytes(

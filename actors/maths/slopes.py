@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FLOOR = 1e-3  # of the weights' root mean square: below it in size a block has no slope
+FLOOR = 1e-3  # of the root mean square of all weights: a block of smaller weights has a slope near 1
 
 
 def slopes(after: Float[Tensor, "blocks n"], before: Float[Tensor, "blocks n"]) -> Float[Tensor, "blocks"]:

@@ -19,7 +19,7 @@ SIMULATED = "simulated_quantization"  # the config.json entry of a checkpoint th
 class Layout:
     """How rounded weights are stored.
 
-    marks: entries of config.json's quantization_config that tell the layout. bits: those that it packs. linear_bytes:
+    marks: entries of quantization_config that identify the layout. bits: those that it packs. linear_bytes:
     (bits, group, outputs, inputs) -> bytes of one weight with its scales. unpacked_bytes: (weights, bytes of a number)
     -> what unpacking one weight takes; by default one copy in the activations' type, as GPU kernels make it (on a CPU,
     where no kernel unpacks awq's, about six times this). reader: the module that teaches transformers the layout; None:
@@ -193,7 +193,7 @@ def bits_of(name: str, chosen: int) -> int:
 
 
 def find_layout(stored: Mapping[str, Any] | None) -> Layout | None:
-    """Return the layout that a checkpoint's quantization_config tells; None: none, or none that is known here."""
+    """Return the layout of a checkpoint's quantization_config; None: there is none, or it is not in LAYOUTS."""
     return next((each for each in LAYOUTS if stored and each.marks.items() <= stored.items()), None)
 
 

@@ -259,11 +259,11 @@ asyncio.run(killed())
 def test_a_cluster_that_is_gone_does_not_take_the_results_along(monkeypatch, capsys):
     """What cannot be ended any more is told, not raised: it would hide the block's own error."""
 
-    def gone(*_):
+    def raise_dead(*_):
         raise RayServeException("the controller is dead")
 
     for name in ("status", "delete", "shutdown"):
-        monkeypatch.setattr(serve, name, gone)
+        monkeypatch.setattr(serve, name, raise_dead)
     cluster.serving.service._leave("judge-1", True)
     cluster.serving.service.shut_down()
     said = capsys.readouterr().err
