@@ -117,9 +117,9 @@ def _give_up(address: str) -> None:
     local = ", ".join(sorted(find_gcs_addresses())) if address == "auto" else ""
     LOG.error(
         f"{Path(sys.argv[0]).stem}: No Ray cluster accepted this job at RAY_ADDRESS={address!r} within "
-        f"{JOIN_WAIT_S:g} s{f' (found on this machine: {local})' if local else ''}: it may be somebody else's, with another "
-        "RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to use this "
-        "machine alone."
+        f"{JOIN_WAIT_S:g} s{f' (found on this machine: {local})' if local else ''}: it may be somebody else's, with "
+        "another RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to "
+        "use this machine alone."
     )
     os._exit(1)
 
