@@ -1,8 +1,7 @@
 """The embedded baseline: a transparent score of an answer against its reference. It is not an LLM judge.
 
-The disease name gates everything: an answer to a question about the name that names no class, several, or
-the wrong one gets 0. Otherwise the score is the mean of the reference's token F1 and the similarity of the
-embeddings, so a verbatim answer gets 1.
+If the reference names the disease, an answer that names no class, several, or the wrong one scores 0. Otherwise
+the score is the mean of token F1 and embedding similarity, so a verbatim answer scores 1.
 """
 
 import re
@@ -16,7 +15,7 @@ _NEGATION = re.compile(
 )
 _DENIED = re.compile(r" (?:is|was|seems|appears|can be|has been) (?:\w+ )?(?:unlikely(?! to)|excluded|ruled out)\b")
 _CLAUSE = re.compile(r"[.;,:!?\u2013\u2014]|\b(?:but|however|although|though|whereas)\b")
-# An answer that names no class and has one of these refuses; a hedge beside a name ("I am sorry, melanoma") does not.
+# An answer that names no class and holds one of these is a refusal. ("I am sorry, melanoma" names a class.)
 REFUSALS = (
     *("cannot", "can not", "can't", "could not", "couldn't", "unable to", "not able to", "impossible to"),
     *("sorry", "as an ai", "do not know", "don't know", "not sure", "decline to", "refuse to"),
@@ -47,7 +46,7 @@ def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
     """Return the classes that a text affirms, in the order of `classes`.
 
     A mention after a negation in the same clause ("not psoriasis", "rather than melanoma") or before one ("melanoma is
-    unlikely") does not count; "but" begins a clause. Plural and singular forms do count.
+    unlikely") does not count; "but" begins a clause. Plurals count.
     """
     text = _plain(text)
     affirmed = set()
@@ -57,7 +56,7 @@ def named_classes(text: str, classes: Sequence[ClassName]) -> list[str]:
             clause = _CLAUSE.split(text[: match.start()])[-1]
             if not _NEGATION.search(clause) and not _DENIED.match(text, match.end()):
                 affirmed.add(name)
-            # "seborrheic dermatitis" does not name dermatitis, too
+            # "seborrheic dermatitis" must not also count as dermatitis
             text = text[: match.start()] + "_" * len(match[0]) + text[match.end() :]
     return [kind.name for kind in classes if kind.name in affirmed]
 
@@ -72,11 +71,11 @@ def _spelling_pattern(spelling: str) -> str:
 
 def token_f1(answer: str, reference: str) -> float:
     """Return the F1 of the answer's words against the reference's, as multisets, in [0, 1]."""
-    given, wanted = Counter(words(answer)), Counter(words(reference))
-    common = sum((given & wanted).values())
+    answer_words, reference_words = Counter(words(answer)), Counter(words(reference))
+    common = sum((answer_words & reference_words).values())
     if common == 0:
         return 0.0
-    precision, recall = common / sum(given.values()), common / sum(wanted.values())
+    precision, recall = common / sum(answer_words.values()), common / sum(reference_words.values())
     return 2 * precision * recall / (precision + recall)
 
 
@@ -92,7 +91,7 @@ def name_given(answer: str, classes: Sequence[ClassName]) -> tuple[str | None, s
 
 
 def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
-    """Return "right", "wrong", or what `name_given` says of an answer to the name question that names not one class."""
+    """Return "right" or "wrong" for an answer that names one class, else the second value of `name_given`."""
     name, kind = name_given(answer, classes)
     if name is None:
         return kind
@@ -100,8 +99,11 @@ def name_verdict(answer: str, truth: str, classes: Sequence[ClassName]) -> str:
 
 
 def baseline_score(answer: str, reference: str, truth: str, similarity: float, classes: Sequence[ClassName]) -> float:
-    """Score an answer in [0, 1]: 0 if the reference names `truth` and the answer does not do the same, else
-    the mean of token F1 and embedding similarity (negative similarities count as 0)."""
+    """Score an answer in [0, 1]: the mean of token F1 and embedding similarity (negative similarities count as 0).
+
+    0 if the reference names `truth` and the answer does not name it alone, or if the reference does not name it and the
+    answer names another class. 1 if both have the same words.
+    """
     if words(answer) == words(reference):
         return 1.0
     if truth in named_classes(reference, classes):

@@ -1,10 +1,10 @@
-"""Does a checkpoint answer questions within a memory cap? Tried in a process of its own, which ends at the cap.
+"""Tells whether a checkpoint answers questions within a memory cap, by trying it in a process that ends at the cap.
 
-On a CPU the resident set counts, interpreter and libraries included. The kernel's own high-water mark decides, so that
-no moment escapes; looking at it every few milliseconds only ends the process early. (Limits on addresses, RLIMIT_AS and
-RLIMIT_DATA, also count what is reserved and never used, such as mapped files and stacks; a control group needs rights
-that few users have.) On a GPU torch's allocator gets the cap less the context, and out of memory ends the process; what
-the driver has given must be within the cap at the end, too.
+On a CPU the cap is on the resident set, interpreter and libraries included. The kernel's high-water mark decides, so
+that no short peak is missed; polling it only ends the process early. (RLIMIT_AS and RLIMIT_DATA also count memory that
+is reserved and never used, such as mapped files and stacks; a control group needs rights that few users have.) On a GPU
+torch's allocator may take the cap less the context, and running out of memory ends the process; at the end all memory
+in use on the card must be within the cap, too.
 """
 
 import json
@@ -32,10 +32,10 @@ class Capped:
     def answers(self, spec: ModelSpec, samples: Sequence[Sample], max_new_tokens: int, cap_bytes: int) -> dict:
         """Answer the questions one by one with plain `generate` and return whether `cap_bytes` were enough.
 
-        spec.gpus: 1 for a GPU, 0 for the CPU. Returns {fits, cap_bytes, peak_bytes, baseline_bytes, stage, answers}:
-        `baseline_bytes` were taken before loading (None: not even that fitted), `stage` is what was being done at the
-        end. ValueError: what is wrong with the checkpoint, or a cap above what the device has. RuntimeError: the
-        process died of something else.
+        spec.gpus: 1 for a GPU, 0 for the CPU. Returns {fits, cap_bytes, peak_bytes, baseline_bytes, stage, answers}.
+        baseline_bytes: in use before loading (None: not even that fitted); stage: what the process did last.
+        ValueError: the checkpoint is faulty, or the cap exceeds the device's memory. RuntimeError: the process died
+        for another reason.
         """
         request = {
             "spec": asdict(spec),
@@ -46,22 +46,22 @@ class Capped:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "request").write_text(json.dumps(request))
-            resident, ended = _watched(folder, None if spec.gpus else cap_bytes)
+            resident, exit_code = _run_watched(folder, None if spec.gpus else cap_bytes)
             progress = _read_notes(folder)
-            cry = (folder / "stderr").read_text().strip().splitlines()
+            errors = (folder / "stderr").read_text().strip().splitlines()
         if "error" in progress:
             raise ValueError(progress["error"])
         peak_bytes = progress.pop("peak_bytes", 0) if spec.gpus else max(resident, progress.pop("peak_bytes", 0))
-        if ended and (spec.gpus or peak_bytes <= cap_bytes):
+        if exit_code and (spec.gpus or peak_bytes <= cap_bytes):
             raise RuntimeError(
-                f"Whether {spec.path!r} fits in {cap_bytes / GIB:.2f} GiB is not known: its process ended with {ended} "
-                f"and {resident / GIB:.2f} GiB of main memory taken ({cry[-1] if cry else 'no message'})."
+                f"Cannot tell whether {spec.path!r} fits in {cap_bytes / GIB:.2f} GiB: its process died with exit code "
+                f"{exit_code} at {resident / GIB:.2f} GiB of main memory ({errors[-1] if errors else 'no message'})."
             )
         fits = progress["stage"] == "done" and peak_bytes <= cap_bytes
         return {**progress, "fits": fits, "cap_bytes": cap_bytes, "peak_bytes": peak_bytes}
 
 
-def _watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
+def _run_watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
     """Run the process to its end, or to a cap on main memory; return its resident peak (bytes) and exit code."""
     most = 0
     with (folder / "stderr").open("w") as stderr:
@@ -82,7 +82,7 @@ def _watched(folder: Path, cap_bytes: int | None) -> tuple[int, int]:
 
 
 def _read_notes(folder: Path) -> dict:
-    """Return what the process noted about itself, the latest word on each."""
+    """Return the process's notes: the latest value of each."""
     progress = {"stage": "starting", "answers": 0, "baseline_bytes": None}
     path = folder / "notes"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
@@ -92,7 +92,7 @@ def _read_notes(folder: Path) -> dict:
 
 
 def _try(folder: Path) -> None:
-    """Be the process: load, answer, and note how far it came and what it took."""
+    """Run in the process itself: load, answer, and note the progress and the peak."""
     from actors.memory import TooLittleMemory
 
     request = json.loads((folder / "request").read_text())
@@ -100,8 +100,8 @@ def _try(folder: Path) -> None:
     device = "cuda" if spec.gpus else "cpu"
     with (folder / "notes").open("a", buffering=1) as notes:
 
-        def note(**words) -> None:
-            notes.write(json.dumps(words) + "\n")
+        def note(**values) -> None:
+            notes.write(json.dumps(values) + "\n")
 
         try:
             _answer_all(request, spec, device, note)
@@ -111,7 +111,7 @@ def _try(folder: Path) -> None:
         except ValueError as error:
             note(error=str(error))
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's own is the answer that was asked for
+            if type(error).__name__ != "OutOfMemoryError":  # out of memory is a result
                 raise
         note(peak_bytes=peak(device)[_KINDS[device]])
 

@@ -1,8 +1,8 @@
-"""ChoiceCritic: measures what a model loses when each decoder layer is removed, rounded to some bits, or left alone.
+"""ChoiceCritic: measures what a model loses when each decoder layer is removed, rounded to some bits, or unchanged.
 
-A choice gives one option per layer: 0 (removed), the bits of its linears, or 16 (as it is). The rounded layers are
-those that a checkpoint would hold (actors.quantizers.mixed): they take the place of the loaded ones for as long as they
-are measured; removed layers are switched off.
+A choice gives one option per layer: 0 (removed), the bits of its linears, or 16 (unchanged). The rounded layers are
+those that a checkpoint would hold (actors.quantizers.mixed); they replace the loaded ones while they are measured.
+Removed layers are switched off.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ REMOVED, WHOLE = 0, 16
 
 
 class ChoiceCritic:
-    """One replica and two measures of what it loses by choices.
+    """One replica, and two measures of what it loses under a choice.
 
-    options: the folder of actors.quantizers.mixed.MixedQuantizer.options, for the bits that choices name. The other
-    arguments are LayerCritic's.
+    options: the folder that actors.quantizers.mixed.MixedQuantizer.options wrote, with all bits that choices name. The
+    other arguments are LayerCritic's.
     """
 
     def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str, seed: int, options: str):
@@ -45,19 +45,22 @@ class ChoiceCritic:
     ) -> list[dict]:
         """Return rows {sample_id, choice, <columns of the measure>}, one per sample and choice.
 
-        answers and reference: the columns of `LayerCritic.measure`, the whole model being the choice of 16 everywhere.
-        known: the whole model's answers. ValueError: a choice for another number of layers, or without any layer.
+        answers and reference have the columns of `LayerCritic.measure`; the whole model has 16 everywhere. known: the
+        whole model's answers. ValueError: a choice has another number of layers than the model, or removes them all.
         """
         wanted = [tuple(choice) for choice in choices]
         for choice in wanted:
             if len(choice) != self.layer_count() or not any(choice):
-                raise ValueError(f"{choice} is no choice for {self.layer_count()} layers, of which one must stay.")
+                raise ValueError(
+                    f"{choice} is not a choice for {self.layer_count()} layers: it needs an option for each, and one "
+                    "layer must stay."
+                )
         return {"answers": self._answers, "reference": self._reference}[name](samples, wanted, known)
 
     def _answers(self, samples, choices: list[Choice], known) -> list[dict]:
         if known is None:
-            asked = self.replica.answers(samples, [()], self._tokens)
-            known = [DraftContext(row["answer"], row["token_ids"]) for row in asked]
+            whole_rows = self.replica.answers(samples, [()], self._tokens)
+            known = [DraftContext(row["answer"], row["token_ids"]) for row in whole_rows]
         whole = {sample.id: item.whole for sample, item in zip(samples, known, strict=True)}
         rows = []
         for choice, removed in self._each(choices):
@@ -86,7 +89,7 @@ class ChoiceCritic:
         return rows
 
     def _each(self, choices: Sequence[Choice]) -> Iterator[tuple[Choice, tuple[int, ...]]]:
-        """Yield (choice, its removed layers) while its rounded layers stand in the model."""
+        """Yield (choice, its removed layers) while its rounded layers are in the model."""
         for choice in choices:
             bits = {layer: option for layer, option in enumerate(choice) if option not in (REMOVED, WHOLE)}
             with self.rounded(bits):
@@ -94,15 +97,15 @@ class ChoiceCritic:
 
     @contextmanager
     def rounded(self, bits: Mapping[int, int]) -> Iterator[None]:
-        """Put the rounded weights of these layers into the model for the length of the block."""
-        layers, stock = language_model(self.replica.model).layers, []
+        """Put the rounded weights of these layers into the model while the block runs."""
+        layers, originals = language_model(self.replica.model).layers, []
         try:
             for number, each in bits.items():
                 for name, tensor in read_option(self._options, number, each).items():
                     parameter = layers[number].get_parameter(name)
-                    stock.append((parameter, parameter.device, parameter.data.cpu()))
+                    originals.append((parameter, parameter.device, parameter.data.cpu()))
                     parameter.data = tensor.to(parameter.device, parameter.dtype)
             yield
         finally:
-            for parameter, device, before in stock:
+            for parameter, device, before in originals:
                 parameter.data = before.to(device)

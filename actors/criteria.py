@@ -14,9 +14,9 @@ PLUS_FIRST, PLUS_LAST = 4, 2
 class Criterion:
     """One criterion: the `column` of a measure (high: much is lost), averaged with the weights of another column.
 
-    label: of its numbers, in the unit that `show` makes of a loss. on_sets: it is measured on the pruned model itself,
-    so that sets of layers can be compared. by_sample: it differs from question to question. ends_stay: the first
-    PLUS_FIRST and the last PLUS_LAST layers are no candidates.
+    label: names its numbers, in the unit to which `show` converts a loss. on_sets: it is measured on the pruned model
+    itself, so that sets of layers can be compared. by_sample: it differs between questions. ends_stay: the first
+    PLUS_FIRST and the last PLUS_LAST layers are never removed.
     """
 
     measure: str

@@ -1,4 +1,4 @@
-"""LayerCritic: measures what a model loses without sets of decoder layers, by several measures, one interface.
+"""LayerCritic: measures what a model loses without sets of decoder layers; all measures have one interface.
 
 Every measure returns one row per sample and removed set; in every column high means that much is lost.
 Axes: R rows, T tokens, D width, V vocabulary, L layers, N samples, S removed sets.
@@ -25,8 +25,8 @@ FLOAT16_LOSS_SCALE = 2.0**10
 class LayerCritic:
     """One replica and the measures of what it loses without layers.
 
-    embedder: the sentence-transformer of the measure "answers", None where that is not asked for; it is loaded before
-    the model, so that a wrong name is an error (ValueError) at once. seed: of the measure "random".
+    embedder: the sentence-transformer of the measure "answers", None if that is not used; it is loaded before the
+    model, so that a wrong name fails at once (ValueError). seed: of the measure "random".
     """
 
     def __init__(self, spec: ModelSpec, max_rows: int, max_new_tokens: int, embedder: str | None, seed: int):
@@ -256,7 +256,7 @@ def taylor_scores(model, batch: dict[str, torch.Tensor]) -> list[float]:
     return [score / scale for score in scores]
 
 
-# By name: called as measure(critic, samples, removed sets, base, what is known), rows as LayerCritic.measure says.
+# Name -> function(critic, samples, removed sets, base, known), which returns the rows of LayerCritic.measure.
 MEASURES: dict[str, Callable[..., list[dict]]] = {
     "answers": _answers,
     "reference": _reference,

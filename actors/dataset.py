@@ -1,7 +1,7 @@
-"""From a folder of images to labelled, grouped and split files. Pillow and numpy only.
+"""Turns a folder of images into labelled, grouped and split files. Uses only Pillow and numpy.
 
 Near-duplicates (the same bytes, a close perceptual hash, one file-name series) form a group, and a group never
-crosses the split. What cannot be used is listed with the reason, and skipped.
+crosses the split. Unusable files are skipped, and listed with the reason.
 """
 
 import fnmatch
@@ -21,12 +21,12 @@ from actors.maths.splits import choose_groups
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 HASH_SIDE = 8
-LARGE_GROUP = 4  # images, from which on a group that is most of a class is refused
+LARGE_GROUP = 4  # images; a group of this size or more must not be most of its class
 
 
 @dataclass(frozen=True)
 class ClassPatterns:
-    """A class and the patterns of relative paths (* and ?, upper and lower case alike) that belong to it."""
+    """A class and the patterns (* and ?; case does not matter) of the relative paths that belong to it."""
 
     name: str
     patterns: tuple[str, ...]
@@ -51,7 +51,7 @@ class Skipped:
 
     @property
     def kind(self) -> str:
-        """The reason without the path, which is the same for files of the same fault."""
+        """The reason without the path: files with the same fault share it."""
         return self.reason.replace(f"{self.path!r} ", "").replace(self.path, "...")
 
 
@@ -108,9 +108,9 @@ def difference_hash(image: Image.Image) -> int:
 
 
 def group_files(files: Sequence[ImageFile], bits: int, series_pattern: str | None) -> list[int]:
-    """Return each file's group number: files share one if any chain of near-duplicates joins them.
+    """Return each file's group number: files share one if a chain of near-duplicates joins them.
 
-    bits: largest Hamming distance of difference hashes; -1 leaves hashes out. series_pattern: a regular
+    bits: largest Hamming distance of difference hashes; -1: hashes are not compared. series_pattern: a regular
     expression whose first group, in the folder and file name, names a series; ValueError if it is not valid.
     """
     parent = list(range(len(files)))
@@ -146,7 +146,7 @@ def group_files(files: Sequence[ImageFile], bits: int, series_pattern: str | Non
 
 
 def drop_contradictions(files: Sequence[ImageFile]) -> tuple[list[ImageFile], list[Skipped]]:
-    """Take out images whose very bytes stand in more than one class: at least one label is wrong."""
+    """Return the other files, and the images whose bytes occur in several classes: at least one label is wrong."""
     labels = defaultdict(set)
     for file in files:
         labels[file.sha256].add(file.label)
@@ -162,9 +162,9 @@ def drop_contradictions(files: Sequence[ImageFile]) -> tuple[list[ImageFile], li
 def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fraction: float, seed: int) -> list[str]:
     """Return "train" or "test" per file: whole groups, each class as near to `test_fraction` as its groups allow.
 
-    Grouped and stratified (actors.maths.splits.choose_groups). A group with images of several classes is in the test
-    split if none of them then has more than its share. ValueError: a class whose images form fewer than two groups of
-    its own, or of which one group is most.
+    Grouped and stratified (actors.maths.splits.choose_groups). A group with images of several classes goes to the test
+    split if no class then exceeds its share. ValueError: a class has fewer than two groups of its own, or one group
+    holds most of its images.
     """
     random = np.random.default_rng(seed)
     counts: dict[int, Counter[str]] = defaultdict(Counter)
@@ -196,8 +196,8 @@ def split_groups(files: Sequence[ImageFile], groups: Sequence[int], test_fractio
 
 
 def _refuse_large_group(label: str, total: int, group: int, files: Sequence[ImageFile], groups: Sequence[int]) -> None:
-    """ValueError if one group is most of a class; small ones are no reason."""
-    members = [file.path for file, own in zip(files, groups, strict=True) if own == group and file.label == label]
+    """Raise ValueError if one group holds most of a class; groups below LARGE_GROUP images pass."""
+    members = [file.path for file, number in zip(files, groups, strict=True) if number == group and file.label == label]
     if len(members) >= LARGE_GROUP and 2 * len(members) > total:
         raise ValueError(
             f"Class {label!r} cannot be split: {len(members)} of its {total} images are one group, near-duplicates or "
@@ -209,7 +209,7 @@ def _refuse_large_group(label: str, total: int, group: int, files: Sequence[Imag
 def class_shares(
     files: Sequence[ImageFile], groups: Sequence[int], splits: Sequence[str | None]
 ) -> dict[str, dict[str, int]]:
-    """Return by class how many images and groups there are in use, and how many of them are in the test split."""
+    """Return, by class, the numbers of images and groups in use, and how many of them are in the test split."""
     shares = {}
     for label in sorted({file.label for file in files}):
         used = [(g, s) for file, g, s in zip(files, groups, splits, strict=True) if file.label == label and s]
@@ -226,9 +226,9 @@ def class_shares(
 def own_split(
     files: Sequence[ImageFile], groups: Sequence[int], patterns: dict[str, list[str]]
 ) -> tuple[list[str | None], list[Skipped]]:
-    """Return the collection's own split per file (None: not used), and the files taken out.
+    """Return the collection's own split per file (None: not used), and the skipped files.
 
-    A training image in one group with a test image is a leak: it is taken out, the test split stays as given.
+    A training image in the same group as a test image would leak: it is skipped, and the test split stays as it is.
     ValueError: the patterns do not name exactly train and test, or one of them has no image.
     """
     if set(patterns) != {"train", "test"}:

@@ -1,4 +1,4 @@
-"""Greedy decoding of an exact number of tokens, plain or static, with a call of `tick` when each is known."""
+"""Greedy decoding of an exact number of tokens, plain or static; `tick` is called after each."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from actors.checkpoint.loading import layer_devices
 from actors.specs import Llava
 
 Tick = Callable[[], None]
-# What a generation_config.json can ask of `generate(do_sample=False)` besides the best token; where it asks nothing.
+# Entries of generation_config.json that change what `generate(do_sample=False)` returns: the values without effect.
 NEUTRAL = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"), 1),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
@@ -20,13 +20,13 @@ NEUTRAL = {
 
 
 def check_greedy(generation_config, path: str) -> None:
-    """ValueError if a checkpoint's generation config asks for answers other than the best token at each step."""
+    """Raise ValueError if a checkpoint's generation config makes answers differ from plain greedy decoding."""
     for name, neutral in NEUTRAL.items():
         value = getattr(generation_config, name, None)
         if value not in (None, neutral, []):
             raise ValueError(
-                f"{path!r} sets {name} to {value!r} in its generation_config.json, but answers here are plain greedy "
-                "ones: remove it there (of a hub's model, in a copy)."
+                f"{path!r} sets {name} to {value!r} in its generation_config.json, but answers are decoded greedily, "
+                "without it: remove it there (for a hub's model, in a local copy)."
             )
 
 
@@ -60,14 +60,14 @@ class Plain:
 class Static:
     """A static cache, and one decoding step that is captured once: a CUDA graph on a GPU, torch.compile on a CPU.
 
-    A graph replays the kernels that the model has, of whatever quantizer. (On a CPU, where there are no graphs,
-    compiling is what saves the overhead.) ValueError: sliding windows, several GPUs, or a step that cannot be captured.
+    A graph replays the model's own kernels, whatever the quantizer. A CPU has no graphs: there compiling saves the
+    overhead. ValueError: sliding windows, several GPUs, or a step that cannot be captured.
     """
 
     def __init__(self, model: Llava):
         devices = set(layer_devices(model))
         if len(devices) > 1:
-            raise ValueError(f"Static decoding knows one GPU, the model is on {len(devices)}: {_PLAIN}")
+            raise ValueError(f"Static decoding supports one GPU, but the model is on {len(devices)}: {_PLAIN}")
         stop = model.generation_config.eos_token_id
         stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
         self._model, self._device = model, devices.pop()
@@ -105,8 +105,8 @@ class Static:
     def _capture(self, inputs: dict, length: int) -> None:
         self._cache = StaticCache(config=self._model.config, max_cache_len=length)
         if any(layer.is_sliding for layer in self._cache.layers):
-            raise ValueError(f"Static decoding does not know the sliding windows that this model has: {_PLAIN}")
-        self._prefill(inputs)  # the cache takes its memory now, and keeps its addresses
+            raise ValueError(f"Static decoding does not support sliding windows, which this model has: {_PLAIN}")
+        self._prefill(inputs)  # allocates the cache, whose addresses stay the same from now on
         try:
             self._replay = self._graph() if self._device.type == "cuda" else self._compiled()
         except torch.OutOfMemoryError:
@@ -120,12 +120,12 @@ class Static:
         self._length = length
 
     def _graph(self) -> Callable[[], None]:
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries set themselves up; a graph must not record that
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # warm-up: a graph must not record the libraries' initialisation
                 self._step()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()

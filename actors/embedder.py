@@ -8,9 +8,9 @@ import numpy as np
 
 
 def embedder_path(name: str) -> str:
-    """Resolve "package:NAME" to the model folder inside an installed package; other names pass.
+    """Resolve "package:NAME" to the model folder inside an installed package; return other names as they are.
 
-    ValueError: the package is missing or carries no sentence-transformer.
+    ValueError: the package is missing or holds no sentence-transformer.
     """
     if not name.startswith("package:"):
         return name
@@ -22,7 +22,7 @@ def embedder_path(name: str) -> str:
         )
     models = sorted(Path(spec.submodule_search_locations[0]).rglob("modules.json"))
     if not models:
-        raise ValueError(f"The package {package!r} carries no sentence-transformer (no modules.json).")
+        raise ValueError(f"The package {package!r} holds no sentence-transformer (no modules.json).")
     return str(models[0].parent)
 
 
@@ -40,12 +40,12 @@ class Embedder:
             self._model = SentenceTransformer(path, device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot load the sentence-transformer {name!r}: {str(error).splitlines()[0]}") from None
-        self._known: dict[str, np.ndarray] = {}
+        self._vectors: dict[str, np.ndarray] = {}
 
     def similarities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Return cos(E(a), E(b)) for every pair of texts, in [-1, 1]."""
-        new = sorted({text for pair in pairs for text in pair if text not in self._known})
+        new = sorted({text for pair in pairs for text in pair if text not in self._vectors})
         if new:
             vectors = self._model.encode(new, normalize_embeddings=True, show_progress_bar=False)
-            self._known.update(zip(new, np.asarray(vectors, dtype=np.float64), strict=True))
-        return [float(np.clip(self._known[a] @ self._known[b], -1, 1)) for a, b in pairs]
+            self._vectors.update(zip(new, np.asarray(vectors, dtype=np.float64), strict=True))
+        return [float(np.clip(self._vectors[a] @ self._vectors[b], -1, 1)) for a, b in pairs]

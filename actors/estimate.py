@@ -1,8 +1,8 @@
-"""What a setting takes, before anything is loaded: parameters, weights, keys and values, working memory.
+"""Estimates a setting's memory before anything is loaded: parameters, weights, keys and values, working memory.
 
 A setting gives every decoder layer its bits, 0 for a removed one. Shapes come from the model's config on the meta
-device; formulas from actors.maths.sizes. The peak is the largest of three moments, which are not simultaneous: the
-vision tower at work, the decoder's last layer reading the prompt, the last token of the answer.
+device; formulas from actors.maths.sizes. The peak is the largest of three moments: the vision tower's forward pass,
+the prefill in the decoder's last layer, the answer's last token.
 """
 
 import copy
@@ -31,13 +31,13 @@ _PARTS = {"vision_tower.": "vision_tower", "multi_modal_projector.": "projector"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is estimated.
+    """A setting to estimate.
 
-    bits: of each of the original's decoder layers; 0: removed, 16: not rounded. method: what rounds the others ("none":
-    nothing does; "mixed": layers have bits of their own, as COMPRESSED_TENSORS). context: tokens of one prompt,
-    its images' included (None: the images' and TEXT_TOKENS). decode_tokens: longest answer. batch: rows. images: of
-    each row. dtype_bytes: of a number that is not rounded, and of activations. devices: GPUs that the model is spread
-    over.
+    bits: one entry per decoder layer of the original (0: removed, 16: not rounded). method: the quantizer of the other
+    layers ("none": no quantizer; "mixed": the bits differ between layers, stored as COMPRESSED_TENSORS). context:
+    tokens of one prompt with its images (None: the images' tokens and TEXT_TOKENS). decode_tokens: longest answer.
+    batch: rows. images: per row. dtype_bytes: bytes of an activation, and of a weight that is not rounded. devices:
+    GPUs over which the model is spread.
     """
 
     bits: tuple[int, ...]
@@ -106,15 +106,15 @@ class Architecture:
 
 
 def uniform(layers: int, removed: Sequence[int], bits: int) -> tuple[int, ...]:
-    """Return a setting's bits: `bits` for each of `layers` decoder layers but the removed ones."""
+    """Return a setting's bits for `layers` decoder layers: 0 for those removed, `bits` for the others."""
     return tuple(0 if layer in removed else bits for layer in range(layers))
 
 
 def architecture(config, trust_remote_code: bool = False) -> Architecture:
-    """Return the shapes that a LLaVA config describes; ValueError: it is no LLaVA's, or a quantized model's."""
+    """Return the shapes that a LLaVA config describes; ValueError: it is not a LLaVA's, or a quantized model's."""
     check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
-        raise ValueError("The config.json is a quantized checkpoint's: give the original's, and a quantizer.")
+        raise ValueError("The config.json is a quantized checkpoint's: give the original checkpoint and a quantizer.")
     windows = attention_windows(config.text_config)
     parts = dict.fromkeys((*_PARTS.values(), "head"), 0)
     linears: list[list[tuple[int, int]]] = [[] for _ in windows]
@@ -136,7 +136,7 @@ def architecture(config, trust_remote_code: bool = False) -> Architecture:
 def narrow_config(config, width: float, group_size: int):
     """Return a copy of a config that keeps the share `width` of every MLP's channels and of the attention's heads.
 
-    Channels are rounded down to whole groups, heads to whole groups of queries that share keys and values.
+    Channels are rounded down to whole groups, heads to whole groups that share a key/value head.
     """
     config = copy.deepcopy(config)
     text = config.text_config
@@ -152,13 +152,13 @@ def narrow_config(config, width: float, group_size: int):
 def estimate(config: Any, setting: Setting) -> dict:
     """Return the bytes of a setting on the model of a LLaVA config, or of its `Architecture` (for many settings).
 
-    {params (before rounding), weight_bytes, kv_cache_bytes (at the answer's end), activation_bytes (what the largest
-    moment takes beyond these two), total_bytes (the three), parts (weight bytes of each), phases (beyond the weights:
-    vision, prefill, decode), workspace_bytes (one linear's weights while they are unpacked), device_bytes (of the
-    fullest device), context, simulated}. ValueError: the setting does not fit the model.
+    {params (before rounding), weight_bytes, kv_cache_bytes (at the answer's end), activation_bytes (the peak beyond
+    these two), total_bytes (the sum of the three), parts (weight bytes of each), phases (bytes beyond the weights:
+    vision, prefill, decode), workspace_bytes (to dequantize one linear's weight), device_bytes (of the fullest
+    device), context, simulated}. ValueError: the setting does not fit the model.
     """
     shapes = config if isinstance(config, Architecture) else architecture(config)
-    context = _checked(shapes, setting)
+    context = _check_setting(shapes, setting)
     present = [(layer, bits) for layer, bits in zip(shapes.layers, setting.bits, strict=True) if bits]
     size = setting.dtype_bytes
     layers = [layer_bytes(layer, bits, setting) for layer, bits in present]
@@ -202,53 +202,56 @@ def cache_bytes(shapes: Architecture, layer: Layer, setting: Setting, context: i
     return setting.batch * tokens * cached_bytes(shapes.config.text_config, 1, setting.dtype_bytes)
 
 
-def _checked(shapes: Architecture, setting: Setting) -> int:
+def _check_setting(shapes: Architecture, setting: Setting) -> int:
     """Return the prompt's tokens; ValueError: the setting does not fit the model."""
     if len(setting.bits) != len(shapes.layers):
-        raise ValueError(f"The setting has bits for {len(setting.bits)} layers, the model has {len(shapes.layers)}.")
+        raise ValueError(f"The setting has bits for {len(setting.bits)} layers; the model has {len(shapes.layers)}.")
     if not any(setting.bits):
         raise ValueError(f"All {len(shapes.layers)} layers are removed: at least one must stay.")
     allowed = {0, 16, *setting.rounded_bits}
     for bits in setting.bits:
         if bits not in allowed:
-            has = ", ".join(map(str, sorted(allowed)))
-            raise ValueError(f"{setting.method} has no {bits} bits: a layer has {has} (0: removed, 16: not rounded).")
+            choices = ", ".join(map(str, sorted(allowed)))
+            raise ValueError(
+                f"Quantizer {setting.method!r} does not round to {bits} bits: give every layer one of {choices} "
+                "(0: removed, 16: not rounded)."
+            )
     images = setting.images * shapes.image_tokens
     context = images + TEXT_TOKENS if setting.context is None else setting.context
     if context <= images:
         raise ValueError(
-            f"A prompt of {context} tokens does not hold {setting.images} image(s) of {shapes.image_tokens} tokens and "
+            f"A prompt of {context} tokens cannot hold {setting.images} image(s) of {shapes.image_tokens} tokens and "
             "a question: give a longer estimate.context, or fewer estimate.images."
         )
     return context
 
 
 def _phases(shapes: Architecture, present, setting: Setting, context: int, caches: Sequence[int]) -> dict[str, int]:
-    """Return what each moment holds beyond the weights, the caller's pixels included."""
+    """Return each phase's bytes beyond the weights, the caller's pixels included."""
     text, vision, size = shapes.config.text_config, shapes.config.vision_config, setting.dtype_bytes
     rows, images = setting.batch, setting.batch * setting.images
     pixels = images * vision.num_channels * vision.image_size**2 * size
     tower = (images, shapes.tower_tokens, vision.hidden_size, vision.intermediate_size)
-    states = images * 2 * shapes.tower_tokens * vision.hidden_size * size  # stay with the features to the answer's end
+    states = images * 2 * shapes.tower_tokens * vision.hidden_size * size  # held, as the features, to the end
     features = images * shapes.image_tokens * text.hidden_size * size
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     copies = mlp_copies(text.hidden_act, gated=sum(o == text.intermediate_size for o, _ in present[0][0].linears) > 1)
     masked = rows > 1 or any(layer.window is not None and layer.window < context for layer, _ in present)
     prompt = len(present) * rows * context * cached_bytes(text, 1, size)  # sliding windows are cut after it
-    reading = prefill_bytes(rows, context, text.hidden_size, text.intermediate_size, copies, head, masked, size)
-    unpacked = _workspace(present, setting)
-    wide = rows * context * text.intermediate_size * size  # where a weight is unpacked, one tensor less is alive
-    grown = max(caches) // 2  # a layer's keys are copied when they grow
+    prefill = prefill_bytes(rows, context, text.hidden_size, text.intermediate_size, copies, head, masked, size)
+    workspace = _workspace(present, setting)
+    wide = rows * context * text.intermediate_size * size  # one such tensor fewer is alive during dequantization
+    growth = max(caches) // 2  # a layer's keys are copied when they grow
     logits = logit_bytes(rows, text.vocab_size, size)
     return {
         "vision": pixels + tower_bytes(*tower, mlp_copies(vision.hidden_act, gated=False), size),
-        "prefill": pixels + states + 2 * features + prompt + reading + max(0, unpacked - wide),
-        "decode": pixels + states + features + sum(caches) + max(grown, unpacked) + logits,
+        "prefill": pixels + states + 2 * features + prompt + prefill + max(0, workspace - wide),
+        "decode": pixels + states + features + sum(caches) + max(growth, workspace) + logits,
     }
 
 
 def _workspace(present, setting: Setting) -> int:
-    """Return the most bytes that unpacking a rounded weight takes."""
+    """Return the bytes that dequantizing the largest weight takes."""
     rounded = {shape for layer, bits in present if bits != 16 for shape in layer.linears}
     if not rounded or setting.layout is None:
         return 0

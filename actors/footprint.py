@@ -1,9 +1,9 @@
-"""What this process takes of a device's memory, in bytes: now, and at its peak. Imports torch only for a GPU.
+"""The memory in use, now and at its peak, in bytes. Imports torch only for a GPU.
 
-On a CPU: the resident set, whose high-water mark the kernel keeps; interpreter and libraries are in it, and pages of
-mapped files. On the GPUs of this process, summed: allocated and reserved are torch's allocator's; driver is what is
-taken on the whole card, context included, and whatever other processes hold: measure where there are none. Of several
-GPUs, fullest is the driver's number of the one that holds most.
+CPU: `resident` is this process's resident set, with interpreter, libraries and pages of mapped files; the kernel keeps
+its high-water mark. GPUs, summed over those of this process: `allocated` and `reserved` are torch's allocator's;
+`driver` is all memory in use on the card, that of the context and of other processes included: measure on a GPU that
+nobody else uses. With several GPUs, `fullest` is `driver` of the fullest one.
 """
 
 import re
@@ -20,14 +20,14 @@ def resident_bytes(process: int | str = "self", peak: bool = False) -> int:
         text = ""
     match = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", text, re.MULTILINE)
     if match is None:
-        raise ProcessLookupError(f"process {process} has no memory any more")
+        raise ProcessLookupError(f"process {process} is gone")
     return int(match[1]) * 1024
 
 
 def taken(device: str) -> dict[str, int]:
-    """Return what is taken now, by kind: {"resident"} of a "cpu", {"allocated", "reserved", "driver"} of "cuda".
+    """Return the bytes in use now, by kind: "resident" of a "cpu"; "allocated", "reserved", "driver" of "cuda".
 
-    And "fullest" where there are several GPUs.
+    With several GPUs "fullest", too.
     """
     if device == "cpu":
         return {"resident": resident_bytes()}
@@ -35,14 +35,14 @@ def taken(device: str) -> dict[str, int]:
 
 
 def peak(device: str) -> dict[str, int]:
-    """Return the most that was taken since the process began, or since `restart_peak`."""
+    """Return the largest values of `taken` since the process began, or since `restart_peak`."""
     if device == "cpu":
         return {"resident": resident_bytes(peak=True)}
     return _on_gpus("max_memory_allocated", "max_memory_reserved")
 
 
 def restart_peak(device: str) -> bool:
-    """Begin a new peak at what is taken now; False where the kernel does not let a process do that."""
+    """Reset the peak to the bytes in use now; return False where the kernel does not allow it."""
     if device == "cpu":
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -58,7 +58,7 @@ def restart_peak(device: str) -> bool:
 
 
 def context_bytes() -> int:
-    """Return what the driver has given on the GPU beyond torch's allocator: context, kernels, other processes."""
+    """Return the bytes in use on the GPU outside torch's allocator: context, kernels, other processes."""
     now = taken("cuda")
     return now["driver"] - now["reserved"]
 

@@ -1,4 +1,4 @@
-"""Reading images as a model wants them, whatever a camera or a web site made of them."""
+"""Reads images of any kind as upright 8-bit RGB, and draws the probe's image."""
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -7,7 +7,7 @@ QUESTION = "What is shown in this image?"  # asked about the probe
 
 
 def open_image(path: str) -> Image.Image:
-    """Open an image as 8-bit RGB, upright; ValueError names a file that is no readable image.
+    """Open an image as 8-bit RGB, upright; ValueError: the file is not a readable image.
 
     Palette, grey and CMYK images are converted; 16-bit greys are scaled to their own range.
     """

@@ -1,4 +1,4 @@
-"""What a model needs, counted from its config before it is loaded, and what this process may take."""
+"""Memory: what a model needs, counted from its config before it is loaded, and what this process may take."""
 
 import copy
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from actors.checkpoint.config import building
 from actors.checkpoint.tensors import stored_bytes
 from actors.quantizers.table import COMPRESSED_TENSORS, find_layout
 
-TEXT_TOKENS = 512  # of question and answer, besides the image's, in the room kept for one row
+TEXT_TOKENS = 512  # of a question and its answer, beside the image's tokens: room is kept for one such row
 GIB = 2**30
 
 
@@ -22,7 +22,7 @@ class TooLittleMemory(ValueError):
 def meta_model(config, trust_remote_code: bool = False):
     """Return the unquantized model that a config describes, on the meta device: shapes without numbers.
 
-    ValueError: transformers builds none.
+    ValueError: transformers cannot build it.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -37,14 +37,14 @@ def count_parameters(config) -> int:
 
 
 def weight_bytes(path: str, config, itemsize: int, rounding: int | None, common: dict) -> int:
-    """Return the least bytes of a checkpoint's weights in memory.
+    """Return the smallest number of bytes that a checkpoint's weights take in memory.
 
-    itemsize: bytes of a number. A quantized checkpoint takes what it takes on disk, unless it is unpacked; where the
-    decoder layers' weights are rounded while they are loaded, they take `rounding` bits each. common: revision,
-    trust_remote_code.
+    itemsize: bytes of a weight that is not rounded. rounding: bits of the decoder layers' weights if they are rounded
+    while loading, else None. A quantized checkpoint takes its size on disk, unless loading dequantizes it. common:
+    revision, trust_remote_code.
     """
     quantized = getattr(config, "quantization_config", None)
-    if quantized and find_layout(quantized) is not COMPRESSED_TENSORS:  # those are unpacked
+    if quantized and find_layout(quantized) is not COMPRESSED_TENSORS:  # loading dequantizes those
         return stored_bytes(path, common["revision"])
     bits = 0
     for name, parameter in meta_model(config, common["trust_remote_code"]).named_parameters():
@@ -61,7 +61,7 @@ def cached_bytes(text_config, layers: int, itemsize: int) -> int:
 
 
 def check_fits(path: str, weights: int, config, itemsize: int, devices: Sequence[torch.device]) -> None:
-    """TooLittleMemory if the weights (bytes) and one row's keys and values are more than the devices' free memory."""
+    """Raise TooLittleMemory if the weights (bytes) and one row's keys and values exceed the devices' free memory."""
     text = config.get_text_config()
     tokens = TEXT_TOKENS + (getattr(config, "image_seq_length", None) or 0)
     row = tokens * cached_bytes(text, text.num_hidden_layers, itemsize)
@@ -70,7 +70,7 @@ def check_fits(path: str, weights: int, config, itemsize: int, devices: Sequence
         place = "in main memory" if devices[0].type == "cpu" else f"on {len(devices)} GPU(s)"
         raise TooLittleMemory(
             f"{path!r} needs {(weights + row) / GIB:.2f} GiB (weights {weights / GIB:.2f}, keys and values of one "
-            f"answer {row / GIB:.2f}) and {free / GIB:.2f} GiB are free {place}: set model.dtype to float16, give a "
+            f"answer {row / GIB:.2f}), but {free / GIB:.2f} GiB are free {place}: set model.dtype to float16, give a "
             "quantized checkpoint, more GPUs per replica (replicas.gpus) or fewer replicas per GPU."
         )
 
@@ -86,9 +86,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def claim_devices(device: str, gpus: float) -> list[torch.device]:
-    """Return the devices of a replica: the CPU, or its GPUs, of which a fraction caps this process's share.
+    """Return a replica's devices: the CPU, or its GPUs.
 
-    ValueError: fewer GPUs are visible than `gpus`.
+    If `gpus` is a fraction, this process may take only that share of the GPU's memory. ValueError: fewer than `gpus`
+    GPUs are visible.
     """
     if device == "cpu":
         return [torch.device("cpu")]

@@ -1,4 +1,4 @@
-"""The probe: one drawn image and one question, whose next-token logits [V] tell whether two models are the same."""
+"""The probe: a drawn image and a question, whose next-token logits [V] tell whether two models are the same."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def probe_inputs(processor) -> dict[str, torch.Tensor]:
     """Return the probe as the processor's tensors."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    made = processor(images=probe_image(), text=text, return_tensors="pt")
-    return {key: made[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = processor(images=probe_image(), text=text, return_tensors="pt")
+    return {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
 
 
 @torch.inference_mode()
@@ -34,11 +34,11 @@ def placed_probe(model, processor) -> dict[str, torch.Tensor]:
 
 
 def write_probe(folder: Path, logits: np.ndarray, dtype: str) -> None:
-    """Write a checkpoint's logits [V] into its folder, with the type that they were computed in."""
+    """Write a checkpoint's probe logits [V] into its folder, with the type in which they were computed."""
     np.save(folder / PROBE, logits.astype([(dtype, np.float32)]), allow_pickle=False)
 
 
-def kept_probe(folder: Path) -> tuple[np.ndarray, str | None]:
-    """Return the logits [V] that a folder keeps, and the type that they were computed in; None: it does not say."""
+def read_probe(folder: Path) -> tuple[np.ndarray, str | None]:
+    """Return a folder's probe logits [V] and the type in which they were computed (None: not recorded)."""
     archive = np.load(folder / PROBE, allow_pickle=False)
     return (archive[archive.dtype.names[0]], archive.dtype.names[0]) if archive.dtype.names else (archive, None)

@@ -22,31 +22,31 @@ def measure(
     timed_runs: int,
     new_tokens: int,
 ) -> list[dict[str, float]]:
-    """Return the times of every measured run (ms, see `run_times`), after `warmup_runs` that are thrown away.
+    """Return the times of every timed run (ms, see `run_times`), after `warmup_runs` runs that are discarded.
 
-    prepare: makes the prompt's tensors on the device from the image; it is timed apart. RuntimeError: another number
-    of tokens than `new_tokens`.
+    prepare: makes the prompt's tensors on the device from the image; it is timed separately. RuntimeError: the decoder
+    does not return `new_tokens` tokens.
     """
     runs = []
-    with _encoding(model) as encoding:
+    with _encoder_times(model) as encoder_times:
         for run in range(warmup_runs + timed_runs):
-            encoding.clear()
+            encoder_times.clear()
             ticks: list[float] = []
             started = _now()
             inputs = prepare()
             prepared = _now()
             ids = decoder(inputs, new_tokens, partial(_note, ticks))
             if not len(ids) == len(ticks) == new_tokens:
-                raise RuntimeError(f"{len(ids)} tokens came where {new_tokens} were to be measured.")
+                raise RuntimeError(f"The decoder returned {len(ids)} tokens instead of {new_tokens}.")
             if run >= warmup_runs:
-                begun, ended = encoding
-                runs.append(run_times(started, prepared, ended - begun, ticks))
+                begin, end = encoder_times
+                runs.append(run_times(started, prepared, end - begin, ticks))
     return runs
 
 
 @contextmanager
-def _encoding(model: Llava) -> Iterator[list[float]]:
-    """Note when the tower begins and when the projector ends."""
+def _encoder_times(model: Llava) -> Iterator[list[float]]:
+    """Yield a list that gets the clock when the tower begins and when the projector ends."""
     times: list[float] = []
     hooks = [
         model.model.vision_tower.register_forward_pre_hook(lambda *_: _note(times)),

@@ -1,4 +1,4 @@
-"""Recorded ranges of what goes into the decoder's linears (paper, figure 4)."""
+"""Records the ranges of the inputs of the decoder's linears (paper, figure 4)."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from actors.specs import Conversation, ModelSpec
 
 
 class RangeRecorder:
-    """One replica that notes the largest |x| of every channel that goes into a decoder linear."""
+    """One replica that records the largest |x| of every input channel of the decoder's linears."""
 
     def __init__(self, spec: ModelSpec, max_rows: int):
         self.replica = LlavaReplica(spec, max_rows)
@@ -39,8 +39,8 @@ class RangeRecorder:
                     linears.append(name)
                 if first == name:
                     maxima = x.abs().flatten(0, -2).amax(0).float().cpu()
-                    known = largest.get((layer, name))
-                    largest[layer, name] = maxima if known is None else torch.maximum(known, maxima)
+                    previous = largest.get((layer, name))
+                    largest[layer, name] = maxima if previous is None else torch.maximum(previous, maxima)
 
             return hook
 
@@ -54,10 +54,10 @@ class RangeRecorder:
         try:
             for sample in samples:
                 batch = collate(self.replica.processor, [sample])
-                given = {name: value.to(self.replica.device) for name, value in batch.items() if name != "labels"}
-                if "pixel_values" in given:
-                    given["pixel_values"] = given["pixel_values"].to(pixel_dtype(model))
-                model.model(**given, use_cache=False)
+                inputs = {name: value.to(self.replica.device) for name, value in batch.items() if name != "labels"}
+                if "pixel_values" in inputs:
+                    inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(model))
+                model.model(**inputs, use_cache=False)
                 seen.clear()
         finally:
             for handle in handles:

@@ -1,4 +1,4 @@
-"""What crosses a process: frozen dataclasses of plain values and paths. Imports neither torch nor transformers."""
+"""What processes pass each other: frozen dataclasses of plain values. Imports neither torch nor transformers."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 from actors.quantizers.table import find_method
 
 # A loaded LLaVA-shaped model: LlavaForConditionalGeneration and its likes, quantized or adapted or neither.
-# (torch types every attribute of a Module as Tensor | Module, which says less than nothing about such a model.)
+# (Any, because torch types every attribute of a Module as Tensor | Module.)
 Llava = Any
 
-# What keeps 16 bits, under the names of published checkpoints and of transformers 5: a quantizer silently rounds a
-# part that it does not recognise, and a loader silently fills one with random weights.
+# The parts that keep 16 bits, by their names in published checkpoints and in transformers 5. Both are needed: a
+# quantizer silently rounds a part that is not listed, and a loader silently fills such a part with random weights.
 _PARTS = ("vision_tower", "multi_modal_projector", "lm_head")
 NOT_ROUNDED = [*_PARTS, *(f"model.{name}" for name in _PARTS), "language_model.lm_head"]
 
@@ -24,16 +24,16 @@ class GateError(ValueError):
 class Change(Enum):
     """How a checkpoint was made from its parent, and so what the gate demands of it."""
 
-    PRUNED = "pruned"  # nothing but layers went: the parent without them gives the same logits
+    PRUNED = "pruned"  # only layers were removed: the parent without them gives the same logits
     TRAINED = "trained"  # the decoder's linears have other weights; everything else is the parent's
-    ROUNDED = "rounded"  # the decoder's linears are rounded, and compute what they did within their bits
+    ROUNDED = "rounded"  # the decoder's linears are rounded, and compute the same up to the rounding error
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Which checkpoint to load, and how: see `actors.checkpoint.loading.load_model`.
 
-    sharers: how many processes plan their batches with the main memory of one machine, where the model is on a CPU.
+    sharers: how many processes divide one machine's main memory when they plan their batches; 1 on GPUs.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question about one image (None: about none), and its reference answer."""
+    """One question about an image (None: about no image), and its reference answer."""
 
     id: str
     image: str | None
@@ -70,7 +70,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class DraftContext:
-    """What an earlier round found out about a question: the whole model's answer, and the base's token ids."""
+    """Results of an earlier round for a question: the whole model's answer, and the token ids of the base's answer."""
 
     whole: str
     draft: list[int]
@@ -99,7 +99,7 @@ class LoraSettings:
 class QuantizeSettings:
     """How to round; see jobs.config.schema.QuantizeConfig for the fields' units.
 
-    ValueError: no such method, bits that it does not have, or a group size that it cannot have.
+    ValueError: no such method, or bits or a group size that it does not support.
     """
 
     method: str
@@ -114,7 +114,10 @@ class QuantizeSettings:
             has = " or ".join(map(str, method.bits))
             raise ValueError(f"{self.method} has {has} bits; quantize.bits is {self.bits}: set it to {has}.")
         if method.block and self.group_size != method.block:
-            raise ValueError(f"{self.method} has blocks of {method.block}; quantize.group_size is {self.group_size}.")
+            raise ValueError(
+                f"{self.method} has blocks of {method.block}; quantize.group_size is {self.group_size}: set it to "
+                f"{method.block}."
+            )
         if method.groups and self.group_size % method.groups:
             raise ValueError(
                 f"{self.method}'s groups are multiples of {method.groups}; quantize.group_size is {self.group_size}."
@@ -122,5 +125,5 @@ class QuantizeSettings:
 
     @property
     def simulated(self) -> bool:
-        """Whether the checkpoint holds rounded weights in 16 bits, because no packed layout is loaded everywhere."""
+        """Whether rounded weights are stored in 16 bits, because the layout does not pack these bits."""
         return find_method(self.method).simulated(self.bits)

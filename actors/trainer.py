@@ -20,8 +20,8 @@ from actors.specs import NOT_ROUNDED, Conversation, Llava, LoraSettings, ModelSp
 def language_linears(model: Llava) -> list[str]:
     """Return the full names of the decoder layers' linears: what LoRA adapts and quantizers round."""
     layers = language_model(model).layers
-    ours = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
-    return [name for name, module in model.named_modules() if id(module) in ours]
+    linears = {id(module) for module in layers.modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in model.named_modules() if id(module) in linears]
 
 
 def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndBytesConfig:
@@ -36,10 +36,10 @@ def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndB
 
 
 def training_dtype(dtype: str, method: str) -> str:
-    """Return the compute type to train in where float16, whose gradients underflow, is asked for.
+    """Return the compute type for training: `dtype`, but a substitute for float16, whose gradients underflow.
 
-    bfloat16 on a GPU that has it; else float32, but for QLoRA's NF4 layers, whose neighbours are float32 anyway.
-    The stored weights keep their own type either way.
+    bfloat16 on a GPU that supports it, else float32; QLoRA keeps float16, since what is not NF4 is float32 anyway.
+    Stored weights keep their own type.
     """
     if dtype != "float16":
         return dtype
@@ -49,7 +49,7 @@ def training_dtype(dtype: str, method: str) -> str:
 
 
 class LoraTrainer:
-    """Fine-tunes one checkpoint; the adapted weights end in the checkpoint's own precision."""
+    """Fine-tunes one checkpoint; the merged weights have the checkpoint's own precision."""
 
     def __init__(self, spec: ModelSpec):
         quiet()
@@ -58,7 +58,7 @@ class LoraTrainer:
     def train(self, conversations: Sequence[Conversation], settings: LoraSettings, out: str) -> Iterator[dict]:
         """Train on the conversations and write the merged checkpoint to `out`.
 
-        Yields {step, loss, learning_rate} after every step. RuntimeError: the loss is no longer a number.
+        Yields {step, loss, learning_rate} after every step. RuntimeError: the loss or a gradient is not finite.
         """
         torch.manual_seed(settings.seed)
         model = self._adapted(settings)
@@ -73,8 +73,8 @@ class LoraTrainer:
             rate = settings.learning_rate * _cosine(step, steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            chosen = [conversations[i] for i in picks]
-            loss = _step(model, processor, chosen, settings.micro_batch, device)
+            examples = [conversations[i] for i in picks]
+            loss = _step(model, processor, examples, settings.micro_batch, device)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             if not math.isfinite(loss) or not torch.isfinite(norm):
                 raise RuntimeError(
@@ -101,7 +101,7 @@ class LoraTrainer:
         return get_peft_model(model, config)
 
     def _merge(self, model: PeftModel, processor, out: Path) -> None:
-        # Merging into the NF4 weights would add their rounding error: merge into the original precision.
+        # Merge into the original weights: merging into the NF4 ones would add their rounding error.
         adapter = out / "adapter"
         model.save_pretrained(str(adapter))
         source = local_folder(self._spec.path, self._spec.revision)
@@ -129,9 +129,9 @@ def _cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _step(model, processor, chosen: Sequence[Conversation], micro_batch: int, device) -> float:
+def _step(model, processor, examples: Sequence[Conversation], micro_batch: int, device) -> float:
     """Accumulate gradients of the mean loss per answer token over `chosen`; return that loss."""
-    parts = [collate(processor, chosen[i : i + micro_batch]) for i in range(0, len(chosen), micro_batch)]
+    parts = [collate(processor, examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
     tokens = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
     total = 0.0
     for part in parts:

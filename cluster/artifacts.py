@@ -54,9 +54,9 @@ def file_sums(folder: Path) -> dict[str, list]:
 
 
 def find_damage(folder: Path, whole: bool) -> str | None:
-    """Return which file of an artifact is not as it was when it was made, and why; None: none.
+    """Return the first damaged file of an artifact, and how it is damaged; None: there is none.
 
-    whole: compare the files' sums, else their sizes alone. Artifacts of older code have no sums, and pass.
+    whole: compare the files' SHA-256, else only their sizes. Artifacts of older code have no sums, and pass.
     """
     try:
         sums = json.loads((folder / MANIFEST).read_text()).get(SUMS, {})
@@ -74,7 +74,7 @@ def find_damage(folder: Path, whole: bool) -> str | None:
 
 
 class ArtifactStore:
-    """The artifacts under one folder. One whose files are not as they were made is removed, to be made again."""
+    """The artifacts under one folder. A damaged artifact is removed, so that it is made again."""
 
     _whole: ClassVar[set[Path]] = set()  # artifacts whose sums this process has compared
 
@@ -141,9 +141,9 @@ class ArtifactStore:
         return self._legs(name).is_file()
 
     def _earlier_legs(self, name: str, partial: Path) -> float:
-        """Note that work on `partial` begins (again); return the seconds of earlier legs.
+        """Note that work on `partial` begins (again); return the seconds of earlier legs, the runs before this one.
 
-        A leg that was killed lasted, as far as can be known, until the last file that it wrote.
+        A leg that was killed counts until it last wrote a file.
         """
         notes = self._legs(name)
         legs = json.loads(notes.read_text()) if notes.is_file() else []
@@ -157,16 +157,16 @@ class ArtifactStore:
         return self.root / f".{name}.legs"
 
     def _own_partial(self, name: str) -> Path:
-        """Return this process's building place for `name`, after removing those of dead processes of this host."""
+        """Return this process's partial folder for `name`, after removing those of this host's dead processes."""
         host = f"{name}.{socket.gethostname()}-"
-        for left in self.root.glob(f"{host}*.partial"):
-            number = left.name.removeprefix(host).removesuffix(".partial")
+        for leftover in self.root.glob(f"{host}*.partial"):
+            number = leftover.name.removeprefix(host).removesuffix(".partial")
             if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True)
         return self.root / f"{host}{os.getpid()}.partial"
 
     def remove(self, name: str) -> None:
-        """Delete an artifact, if it is there: it loses its name first, so that no half of it is ever found."""
+        """Delete an artifact, if it exists; it is renamed first, so that nobody finds a part of it."""
         doomed = self._own_partial(name)
         try:
             os.rename(self.root / name, doomed)
@@ -185,9 +185,9 @@ class Fingerprints:
     def __init__(self, cache: Path):
         self._path, self._unsaved = cache, False
         try:
-            self._known = json.loads(cache.read_text())
+            self._sums = json.loads(cache.read_text())
         except (OSError, ValueError):
-            self._known = {}
+            self._sums = {}
 
     def folder(self, folder: Path) -> str:
         """Return the digest of a checkpoint folder: the names and contents of all its files."""
@@ -197,14 +197,14 @@ class Fingerprints:
         """Return a file's SHA-256; re-read only when its size or modification time changed."""
         status = path.stat()
         key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        if key not in self._known:
-            self._known[key] = file_sha256(path)
+        if key not in self._sums:
+            self._sums[key] = file_sha256(path)
             self._unsaved = True
-        return self._known[key]
+        return self._sums[key]
 
     def save(self) -> None:
-        """Write what was read since the last time."""
+        """Write the cache if it has new sums."""
         if self._unsaved:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps(self._known))
+            write_text(self._path, json.dumps(self._sums))
             self._unsaved = False

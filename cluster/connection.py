@@ -48,12 +48,12 @@ def protect() -> None:
 
 @contextmanager
 def connect(cpus: int | None = None) -> Iterator[None]:
-    """Connect this process to Ray for the length of the block; one that is connected (a worker is) stays so.
+    """Connect this process to Ray while the block runs; a process that is connected already (a worker) stays so.
 
     With RAY_ADDRESS set (as in every submitted job) that cluster is used and left running. Otherwise a
     private Ray with `cpus` cores (default: all) starts on loopback, in its own temporary folder, and is
-    stopped when the block ends, however it ends. ConnectionError names an address that does not answer. When a
-    cluster is lost meanwhile, the process ends with a sentence.
+    stopped when the block ends, however it ends. ConnectionError names an address that does not answer. If the
+    cluster is lost during the block, the process ends with a message.
     """
     address = _address()
     private = is_private()
@@ -98,38 +98,38 @@ def connect(cpus: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def _joining(address: str) -> Iterator[None]:
-    """End the process with a sentence if the block, which joins a cluster, takes longer than JOIN_WAIT_S.
+    """End the process with a message if the block, which joins a cluster, takes longer than JOIN_WAIT_S.
 
     Ray itself tries for minutes where a cluster refuses a token, and says little.
     """
-    ended = threading.Timer(JOIN_WAIT_S, _give_up, (address,))
-    ended.daemon = True
-    ended.start()
+    timer = threading.Timer(JOIN_WAIT_S, _give_up, (address,))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        ended.cancel()
+        timer.cancel()
 
 
 def _give_up(address: str) -> None:
     from ray._private.services import find_gcs_addresses
 
-    found = ", ".join(sorted(find_gcs_addresses())) if address == "auto" else ""
+    local = ", ".join(sorted(find_gcs_addresses())) if address == "auto" else ""
     LOG.error(
-        f"{Path(sys.argv[0]).stem}: No Ray cluster lets this job in at RAY_ADDRESS={address!r} within {JOIN_WAIT_S:g} s"
-        f"{f' (found on this machine: {found})' if found else ''}: it may be somebody else's, with another "
-        "RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to use this "
-        "machine alone."
+        f"{Path(sys.argv[0]).stem}: No Ray cluster accepted this job at RAY_ADDRESS={address!r} within "
+        f"{JOIN_WAIT_S:g} s{f' (found on this machine: {local})' if local else ''}: it may be somebody else's, with "
+        "another RAY_AUTH_TOKEN, or still starting. Give HOST:PORT of yours (and its token), or unset RAY_ADDRESS to "
+        "use this machine alone."
     )
     os._exit(1)
 
 
 def private_folder() -> Path:
     """Make a folder for a private Ray, with a short path (sockets' paths are limited); remove those of dead drivers."""
-    for left in Path("/tmp").glob("prn-*-*"):
-        number = left.name.split("-")[1]
+    for leftover in Path("/tmp").glob("prn-*-*"):
+        number = leftover.name.split("-")[1]
         if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"prn-{os.getpid()}-", dir="/tmp"))
 
 
@@ -183,12 +183,12 @@ def capacity() -> tuple[float, float]:
 
 
 def room(cpus: float, gpus: float) -> int:
-    """Return how many actors of `cpus` cores and `gpus` GPUs the nodes hold now, were they all free."""
+    """Return how many actors of `cpus` cores and `gpus` GPUs the present nodes could hold if they were free."""
     return sum(_rooms(cpus, gpus))
 
 
 def room_on_one(cpus: float, gpus: float) -> int:
-    """Return how many such actors the node holds that holds most of them."""
+    """Return the largest number of such actors that a single node could hold."""
     return max(_rooms(cpus, gpus), default=0)
 
 
@@ -199,10 +199,11 @@ def _rooms(cpus: float, gpus: float) -> list[int]:
 
 
 def _room_on(node: dict[str, float], cpus: float, gpus: float) -> int:
-    there = node.get("GPU", 0.0)
-    by_gpus = _times(there, gpus) if gpus >= 1 or not gpus else int(there) * _times(1, gpus)  # no GPU is cut across
+    available = node.get("GPU", 0.0)
+    whole = gpus >= 1 or not gpus
+    by_gpus = _times(available, gpus) if whole else int(available) * _times(1, gpus)  # a fraction is of one GPU
     return int(min(_times(node.get("CPU", 0.0), cpus), by_gpus))
 
 
-def _times(there: float, wanted: float) -> float:
-    return math.floor(there / wanted + 1e-9) if wanted else math.inf
+def _times(available: float, wanted: float) -> float:
+    return math.floor(available / wanted + 1e-9) if wanted else math.inf

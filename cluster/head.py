@@ -24,7 +24,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 @dataclass(frozen=True)
 class Head:
-    """Where a private head listens (jobs: address, RAY_ADDRESS: gcs), and the environment that may talk to it."""
+    """A private head's addresses (address: job server; gcs: for RAY_ADDRESS), and the environment with its token."""
 
     address: str
     gcs: str
@@ -73,18 +73,18 @@ def private_head(cpus: int | None = None) -> Iterator[Head]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free now, outside 10002-19999, from which Ray's workers take theirs."""
-    held: list[socket.socket] = []
+    """Return ports that are free now; none is in 10002-19999, the range of Ray's workers."""
+    sockets: list[socket.socket] = []
     ports: list[int] = []
     try:
         while len(ports) < count:
-            held.append(socket.socket())
-            held[-1].bind(("127.0.0.1", 0))
-            port = held[-1].getsockname()[1]
+            sockets.append(socket.socket())
+            sockets[-1].bind(("127.0.0.1", 0))
+            port = sockets[-1].getsockname()[1]
             if not 10002 <= port <= 19999:
                 ports.append(port)
     finally:
-        for sock in held:
+        for sock in sockets:
             sock.close()
     return ports
 

@@ -1,4 +1,4 @@
-"""A cluster that is lost under a job: one sentence and an end, where Ray would hang for a minute and say nothing."""
+"""Ends a job whose cluster is lost, with a message; Ray would hang for a minute and say nothing."""
 
 import errno
 import logging
@@ -11,22 +11,22 @@ from pathlib import Path
 
 LOG = logging.getLogger("cluster")
 LOOK_EVERY_S = 0.5
-# Ray ends a process that has not reached its head for so long. A head that comes back in time is not lost.
+# Ray ends a process that has not reached its head for this time (s). A head that comes back earlier is not lost.
 _RAY_WAITS_S = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112 (Ray's name)
 HEAD_LOST_AFTER_S = 0.5 * _RAY_WAITS_S
-# A process belongs to the raylet of its machine, and to no other that is started later. Its port refuses connections at
-# once when it is gone; Ray notices after some ten seconds, and ends the process. One connection that times out, on a
-# machine that is busy, is no loss.
+# A process belongs to the raylet of its machine, and cannot join one that is started later. The port of a dead raylet
+# refuses connections at once; Ray notices after some ten seconds, and ends the process. A single connection that times
+# out on a busy machine does not count.
 RAYLET_LOST_AFTER_S = 6.0
 CONNECT_S = 5.0
 _watches: list["Watch"] = []  # the last one
 
 
 class Watch(threading.Thread):
-    """Looks whether the cluster answers; ends the process, with a sentence, when it has not for some seconds.
+    """Polls the cluster; ends the process, with a message, when it has not answered for some seconds.
 
-    places: who listens where, as (words, host, port, seconds after which it is lost). It ends the process itself, since
-    the main thread may wait in Ray for an answer that never comes; what was finished is in files.
+    places: (name, host, port, seconds without an answer after which it is lost). The thread ends the process itself,
+    since the main thread may wait in Ray for an answer that never comes; finished work is in files.
     """
 
     def __init__(self, places: list[tuple[str, str, int, float]]):
@@ -37,7 +37,7 @@ class Watch(threading.Thread):
         _watches[:] = [self]
 
     def run(self) -> None:
-        """Look until it is told to stop."""
+        """Poll until `stop`."""
         while not self._over.wait(LOOK_EVERY_S):
             if self.look() and not self._over.is_set():
                 sys.stdout.flush()
@@ -45,7 +45,7 @@ class Watch(threading.Thread):
                 os._exit(1)
 
     def look(self) -> bool:
-        """Note who does not answer now; tell whether somebody has not for too long."""
+        """Poll once: set `missing`; tell whether a place has not answered for too long."""
         missing, too_long = None, False
         for number, (who, host, port, seconds) in enumerate(self._places):
             if _answers(host, port):
@@ -53,17 +53,17 @@ class Watch(threading.Thread):
             else:
                 missing = missing or who
                 too_long = too_long or time.monotonic() - self._seen[number] >= seconds
-        if not self._over.is_set():  # what ends after the work is no loss
+        if not self._over.is_set():  # after `stop` the cluster may end
             self.missing = missing
         return too_long
 
     def stop(self) -> None:
-        """Look no more."""
+        """End the polling."""
         self._over.set()
 
 
 def watch(address: str) -> Watch:
-    """Start to look at the cluster to which this process is connected; address: as in RAY_ADDRESS."""
+    """Start to watch the cluster to which this process is connected; address: as in RAY_ADDRESS."""
     import ray
 
     if address.startswith("ray://"):
@@ -82,11 +82,11 @@ def watch(address: str) -> Watch:
 
 
 def reason() -> str | None:
-    """Return, in a sentence, who of the cluster did not answer when it was looked for last; None: all did."""
+    """Return a sentence on the part of the cluster that did not answer the last poll; None: all parts did."""
     missing = next((watch.missing for watch in _watches), None)
     return missing and (
-        f"The Ray cluster was lost: {missing} does not answer. What was finished is kept; start the cluster again, and "
-        "the same command continues."
+        f"The Ray cluster was lost: {missing} does not answer. Finished work is kept; start the cluster again, and the "
+        "same command continues."
     )
 
 
@@ -99,5 +99,5 @@ def _answers(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
-        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)  # it is this process that lacks something
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)  # this process is at fault
     return True

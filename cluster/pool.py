@@ -1,8 +1,8 @@
 """A pool of actors that loses no work when a process or a node dies, and that grows with its cluster.
 
-Ray's own retries are at least once and can hang when a node is lost; here the driver owns them: one item
-in flight per actor, a dead actor's item goes to the end of the queue and a new actor takes its place where there
-is room, and an item that fails `ATTEMPTS` times is returned with its reason while the rest completes.
+Ray's own retries may run a call twice, and can hang when a node is lost; here the driver retries. Each actor has
+one item in flight; a dead actor's item goes to the end of the queue, and a new actor takes its place where there
+is room. An item that fails `ATTEMPTS` times is returned with its reason while the rest completes.
 """
 
 import importlib
@@ -30,15 +30,15 @@ DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
 
 
 class WorkerDied(RuntimeError):
-    """A call's process died under it: of memory, by a signal, or with its node."""
+    """The process died during a call: out of memory, by a signal, or with its node."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor holds while it lives: cores, GPUs (a fraction shares one); and how many actors.
+    """The cores and GPUs (a fraction shares one) that each actor holds while it lives, and the number of actors.
 
-    count: "auto" is as many as the nodes hold at the time, and at least one. Of a number, those that find no room
-    wait for it in Ray's queue, where a cluster that grows by itself sees them.
+    count: "auto" is as many as the nodes can hold at the time, and at least one. With a number, actors that find no
+    room wait in Ray's queue, where an autoscaling cluster sees them.
     """
 
     cpus: float = 1
@@ -48,7 +48,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One item's end: its value, or the reason why it failed after `attempts` tries."""
+    """One item's result: its value, or the reason why it failed after `attempts` tries."""
 
     key: Any
     value: Any = None
@@ -65,7 +65,7 @@ class _Work:
 
 
 class _Host:
-    """The Ray edge of a plain class: builds it inside the actor's process and forwards calls."""
+    """The Ray actor of a plain class: builds the object in its own process and forwards calls."""
 
     def __init__(self, target: str, kwargs: dict, gpus: float):
         self._target, self._kwargs = target, kwargs
@@ -91,9 +91,9 @@ class Pool:
     """`resources.count` actors of the class `target` ("package.module:Class"), each built with `kwargs`.
 
     Actors start when there is work for them. An exception in the class's constructor is raised to the caller;
-    actors that die (out of memory, killed, lost with their node) are replaced. The pool gives up when as many as it
-    ever had at a time, and `respawns` more, died in a row: without one item finished in between. Deaths at an item's
-    second and third try are in no row: a few items that kill their worker are tried again one after another.
+    actors that die (out of memory, killed, lost with their node) are replaced. The pool gives up when the deaths since
+    the last finished item reach `respawns` plus the most actors that it ever had at a time. Deaths at an item's second
+    and third try do not count, so that a few items that kill their worker do not end the pool.
     """
 
     def __init__(self, target: str, kwargs: dict, resources: Resources, respawns: int = 16):
@@ -104,7 +104,7 @@ class Pool:
         self._flights: dict[Any, tuple] = {}  # object ref -> (actor, its work, or None while it sets up)
         self._waiting: deque[_Work] = deque()
         self._ended: deque[Outcome] = deque()
-        self._left = 0  # outcomes that the running map owes
+        self._left = 0  # outcomes that the running map has yet to yield
         self._since: dict[Any, float] = {}  # actor -> when it got its place; before that it waits in Ray's queue
         self.gpu_seconds = 0.0  # GPUs times the seconds that actors held them; complete after the exit
 
@@ -117,12 +117,12 @@ class Pool:
         self._idle.clear()
         self._flights.clear()
         for actor in list(self._since):
-            self._gave_back(actor)
+            self._end_lease(actor)
 
     def map(self, method: str, items: Iterable[tuple[Any, tuple]]) -> Iterator[Outcome]:
         """Call `method(*args)` for every (key, args), in this order, on whichever actor is free.
 
-        Outcomes are yielded as they come. The actors go on while the caller looks at one.
+        Outcomes are yielded as they come. The actors keep working while the caller handles one.
         """
         if self._left:
             raise RuntimeError("This pool's last map was not read to its end: read it, or use another pool.")
@@ -159,10 +159,10 @@ class Pool:
                 for ref in actor.stream.options(num_returns="streaming").remote(method, args):
                     yield ray.get(ref)
         except RayTaskError as error:
-            raise unwrapped(error) from error
+            raise unwrap(error) from error
         except DEATHS as error:
             ray.kill(actor)
-            self._gave_back(actor)
+            self._end_lease(actor)
             actor = None
             raise WorkerDied(f"The worker running {self._target}.{method} died ({one_line(error)}).") from None
         finally:
@@ -170,7 +170,7 @@ class Pool:
                 self._idle.append(actor)
 
     def _hand_out(self) -> None:
-        """Give every idle actor an item, and start actors for items that none will take soon."""
+        """Give every idle actor an item, and start actors for the items that are left."""
         while self._idle and self._waiting:
             actor, work = self._idle.pop(), self._waiting.popleft()
             self._flights[actor.call.remote(work.method, work.args)] = (actor, work)
@@ -196,7 +196,7 @@ class Pool:
         self._flights[actor.setup.remote()] = (actor, None)
         self._most = max(self._most, len(self._flights) + len(self._idle))
 
-    def _gave_back(self, actor) -> None:
+    def _end_lease(self, actor) -> None:
         if actor in self._since:
             self.gpu_seconds += self._resources.gpus * (time.monotonic() - self._since.pop(actor))
 
@@ -216,12 +216,12 @@ class Pool:
                 self._since[actor] = time.monotonic() - value
         except RayTaskError as error:
             if work is None:
-                ray.kill(actor)  # alive without an object; it would hold its GPU as long as this exception is kept
-                raise unwrapped(error) from error
-            reason = one_line(unwrapped(error))
+                ray.kill(actor)  # it lives without an object, and would hold its GPU as long as this exception exists
+                raise unwrap(error) from error
+            reason = one_line(unwrap(error))
         except DEATHS as error:
-            ray.kill(actor)  # perhaps it was only out of reach
-            self._gave_back(actor)
+            ray.kill(actor)  # it may only be unreachable
+            self._end_lease(actor)
             actor, reason = None, f"its worker died ({one_line(error)})"
             self._deaths += work is None or work.attempt == 1
             if self._deaths >= self._most + self._respawns:
@@ -243,7 +243,7 @@ class Pool:
             self._ended.append(Outcome(work.key, value, reason, work.attempt))
 
 
-def unwrapped(error: RayTaskError) -> BaseException:
+def unwrap(error: RayTaskError) -> BaseException:
     """Return the exception that the worker raised; raise it from `error`, which has the worker's traceback."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error

@@ -46,9 +46,9 @@ class PartTable:
         return self.rows(sorted(self.finished()))
 
     def rows(self, units: Iterable[str]) -> list[dict]:
-        """Return the rows of the named units, as far as they are written, in the order of the names.
+        """Return the rows of those named units that are written, in the order of the names.
 
-        Units of an interrupted run that cut the work differently are left out: they hold the same samples.
+        Units of an earlier run that divided the work differently are left out: they hold the same samples.
         """
         paths = [self._folder / f"{unit}.parquet" for unit in units]
         return [row for path in paths if path.exists() for row in self._read_or_remove(path)]

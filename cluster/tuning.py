@@ -1,8 +1,8 @@
 """Ray Tune over settings that share stages: every stage is made once, whichever trials ask for it.
 
-A trial is a coordinator without a core or a GPU: it asks the broker for its stages in order, and reports what the last
-one says. The broker hands stages to workers outside the trials' placement groups, as many at a time as it was told;
-what a stage needs (cores, GPUs) it asks for itself. A stage that another trial asked for is waited for, not made again.
+A trial is a coordinator without a core or a GPU: it asks the broker for its stages in order, and reports the last one's
+result. The broker gives stages to workers outside the trials' placement groups, `Maker.parallel` at a time; a stage
+itself requests the cores and GPUs that it needs. If another trial asked for a stage first, the trial waits for it.
 A worker that dies is replaced and its stage tried again; a stage that raises has failed, and so has every trial that
 needs it, while the others go on.
 """
@@ -27,17 +27,16 @@ import ray  # isort: skip  (cluster.pool protects it first)
 from ray import tune  # isort: skip
 
 NEWS_EVERY_S = 1.0
-TRIALS_PER_STAGE = 4  # coordinators for each stage that may be made at a time: those that wait for one leave others
+TRIALS_PER_STAGE = 4  # coordinators per parallel stage, so that not all of them wait for the same stage
 RESTARTS = 3  # of a trial whose process died
-_ONE_BYTE = {
-    "memory": 1
-}  # the least that Tune lets a trial ask for; a fraction of a core would cost stages a whole one
+# The smallest request that Tune allows a trial; a fraction of a core would take a whole one from the stages.
+_ONE_BYTE = {"memory": 1}
 Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One stage: its name, which says whether two are the same, and what else `make(name, *args)` is given."""
+    """One stage: its name, by which equal stages are known, and the other arguments of `make(name, *args)`."""
 
     name: str
     args: tuple = ()
@@ -57,20 +56,20 @@ class Maker:
 
 @dataclass(frozen=True)
 class Sampled:
-    """How many settings Optuna suggests, each once, what it is to raise or lower: {"score": "max", "gib": "min"}."""
+    """How many settings Optuna suggests, each once, and the columns to optimise: {"score": "max", "gib": "min"}."""
 
     trials: int
     objectives: Mapping[str, str]
     seed: int = 0
-    batch: int = 8  # suggestions made on the same knowledge; fixed, so that a resumed search suggests the same
+    batch: int = 8  # suggestions from the same results; fixed, so that a resumed search suggests the same
 
 
 class _Broker:
-    """The one place that knows which stages are being made. One line of `log` for each that was made, or failed."""
+    """The only actor that starts stages. It writes one line to `log` for each that was made, or failed."""
 
     def __init__(self, maker: Maker, log: str):
         self._log = Path(log)
-        self._ends: dict[str, asyncio.Future] = {}
+        self._results: dict[str, asyncio.Future] = {}
         self._news: list[dict] = []
         self._workers: asyncio.Queue[Pool] = asyncio.Queue()
         self._threads = ThreadPoolExecutor(maker.parallel)  # a worker's call waits in one; asyncio's own are few
@@ -78,10 +77,10 @@ class _Broker:
             self._workers.put_nowait(Pool(maker.target, maker.kwargs, Resources(cpus=0)))
 
     async def make(self, task: Task) -> dict:
-        """Return {"error": None or the reason, ...what the maker returned}, when somebody has made the stage."""
-        if task.name not in self._ends:
-            self._ends[task.name] = asyncio.ensure_future(self._make_task(task))
-        return await asyncio.shield(self._ends[task.name])
+        """Wait until the stage is made; return {"error": None or the reason, ...the maker's dict}."""
+        if task.name not in self._results:
+            self._results[task.name] = asyncio.ensure_future(self._make_task(task))
+        return await asyncio.shield(self._results[task.name])
 
     async def news(self) -> list[dict]:
         """Return what happened since the last call."""
@@ -103,7 +102,7 @@ class _Broker:
             try:
                 call = partial(worker.call, "make", task.name, *task.args)
                 report = await asyncio.get_running_loop().run_in_executor(self._threads, call)
-            except WorkerDied as error:  # of the stage, or of what it asked for
+            except WorkerDied as error:  # the stage's own, or one that the stage started
                 reason = str(error)
             except Exception as error:
                 reason = str(error) if isinstance(error, ValueError | RuntimeError) else one_line(error)
@@ -129,7 +128,7 @@ class _Broker:
 
 
 def _coordinate(config: dict, broker: Any, chains: Mapping[Key, Sequence[Task]]) -> None:
-    """Ask for one setting's stages in order, and report what the last one says."""
+    """Ask for one setting's stages in order, and report the last one's result."""
     ends: dict = {}
     for task in chains[tuple(config["setting"].values())]:
         ends = ray.get(broker.make.remote(task))
@@ -139,23 +138,23 @@ def _coordinate(config: dict, broker: Any, chains: Mapping[Key, Sequence[Task]])
 
 
 class _Watch(tune.Callback):
-    """Tells the job what happens, and keeps what every trial reported last."""
+    """Passes events to the job, and keeps every trial's last report."""
 
     def __init__(self, broker, on_event: Callable[[dict], None]):
-        self._broker, self._on_event, self._asked = broker, on_event, 0.0
+        self._broker, self._on_event, self._last_news = broker, on_event, 0.0
         self.ends: dict[Key, dict] = {}
 
-    def __reduce__(self):  # Tune pickles its settings; what is restored here is content-addressed instead
+    def __reduce__(self):  # Tune pickles its callbacks; a resume needs only the artifacts
         return _Watch, (None, print)
 
     def tell(self) -> None:
-        """Pass on what the broker has to say."""
-        self._asked = time.monotonic()
+        """Pass on the broker's news."""
+        self._last_news = time.monotonic()
         for event in ray.get(self._broker.news.remote()):
             self._on_event(event)
 
     def on_step_end(self, iteration, trials, **info) -> None:
-        if time.monotonic() - self._asked >= NEWS_EVERY_S:
+        if time.monotonic() - self._last_news >= NEWS_EVERY_S:
             self.tell()
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
@@ -180,17 +179,17 @@ def run_trials(
     loggers: Sequence[str] = (),
     sampled: Sampled | None = None,
 ) -> dict[Key, dict]:
-    """Make every setting's stages, or those of the settings that Optuna suggests; return what the last stages say.
+    """Make every setting's stages, or those of the settings that Optuna suggests; return the last stages' reports.
 
-    {"error": the reason} where one failed. Keys are the settings' values, in the same order for all. folder: what
-    Tune writes, a folder of its own for every start; MLflow's store is for all of them. log: one JSON line for every
-    stage that was made or failed, appended. on_event: is told {"event": "started" | "made" | "failed", "name", ...} of
-    stages and {"event": "trial", "key", ...} of trials.
+    A report is {"error": the reason} where a stage failed. Keys are the settings' values, in the same order for all.
+    folder: Tune's output, in a subfolder for every start; all starts share MLflow's store. log: one JSON line is
+    appended for every stage that was made or failed. on_event: called with {"event": "started" | "made" | "failed",
+    "name", ...} for stages and {"event": "trial", "key", ...} for trials.
     """
     _quiet()
     folder.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    wanted = _loggers(loggers, folder)
+    logger_callbacks = _loggers(loggers, folder)
     broker = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Broker).remote(maker, str(log))
     watch = _Watch(broker, on_event)
     trainable = tune.with_parameters(_coordinate, broker=broker, chains=dict(chains))
@@ -203,7 +202,7 @@ def run_trials(
             name=f"start-{1 + len(list(folder.glob('start-*')))}",
             storage_path=str(folder.resolve()),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
-            callbacks=[watch, *wanted],
+            callbacks=[watch, *logger_callbacks],
             verbose=0,
         ),
     )
@@ -248,7 +247,7 @@ def _loggers(names: Sequence[str], folder: Path) -> list:
 
 
 def _quiet() -> None:
-    """Leave Ctrl-C and the choice of loggers to the job; a setting that failed has no numbers to report."""
+    """Leave Ctrl-C and the choice of loggers to the job; allow failed settings to report no numbers."""
     switches = ("DISABLE_AUTO_CALLBACK_LOGGERS", "DISABLE_SIGINT_HANDLER", "DISABLE_STRICT_METRIC_CHECKING")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of trials that died: they are told as rows
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that died are reported as rows, not as tracebacks
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", **{f"TUNE_{switch}": "1" for switch in switches}}

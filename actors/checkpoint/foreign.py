@@ -1,18 +1,18 @@
-"""What libraries raise while they read somebody's files, as one sentence."""
+"""Turns the errors that libraries raise at a user's files into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST = 200  # letters of a library's own words
+LONGEST = 200  # characters of a library's message
 
 
 @contextmanager
 def reading(file: str | Path, what: str, remedy: str) -> Iterator[None]:
     """Turn what the block raises into a ValueError that names the file, the reason and the remedy.
 
-    what: what the block was to do, "" for reading the file. Put only calls of libraries into the block: our own errors
-    say more. Memory that is short is no fault of the file, and passes.
+    what: what failed ("": reading the file). Put only calls of libraries into the block: our own errors are clearer.
+    MemoryError passes: it is not the file's fault.
     """
     try:
         yield
@@ -20,11 +20,11 @@ def reading(file: str | Path, what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         begin = f"{str(file)!r}: {what}" if what else f"{str(file)!r} cannot be read"
-        raise ValueError(f"{begin} ({say(error)}): {remedy}.") from error
+        raise ValueError(f"{begin} ({describe_error(error)}): {remedy}.") from error
 
 
-def say(error: BaseException) -> str:
-    """Return an error's first words on one line; its class where the words alone say little."""
+def describe_error(error: BaseException) -> str:
+    """Return an error's message on one line, at most LONGEST characters; with its class if that helps."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""The first look at a checkpoint that somebody brings: what is wrong with it is said before anything is computed.
+"""Checks a user's checkpoint before anything is computed.
 
 No model is built: names and shapes are compared, and every tensor is read once. Whatever a library raises meanwhile
-becomes one sentence with the file, the reason and the remedy (ValueError).
+becomes a ValueError of one sentence, with the file, the reason and the remedy.
 """
 
 import json
@@ -25,19 +25,17 @@ FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", INDEX),
 )
-
-
 LAYER = re.compile(r".*?\.layers\.\d+\.")
 
 
 class Intake:
-    """Looks at checkpoints; a worker class, so that the driver needs no torch."""
+    """Checks users' checkpoints; a worker class, so that the driver needs no torch."""
 
     def __init__(self):
         quiet()
 
     def look(self, spec: ModelSpec) -> dict:
-        """Return {completed: what the processor's files lack and config.json tells}; ValueError: what is wrong."""
+        """Return {completed: the processor's entries that came from config.json}; ValueError: the first fault."""
         with reading(spec.path, "", "check the name and the network, or give a local folder"):
             folder = local_folder(spec.path, spec.revision)
         check_files(folder)
@@ -47,8 +45,8 @@ class Intake:
             check_weights(folder, {name: tuple(p.shape) for name, p in model.named_parameters()}, config)
         check_features(folder, config)
         with reading(folder / "generation_config.json", "", f"remove it, or {COPY}"):
-            there = (folder / "generation_config.json").is_file()
-            generation = GenerationConfig.from_pretrained(folder) if there else GenerationConfig()
+            exists = (folder / "generation_config.json").is_file()
+            generation = GenerationConfig.from_pretrained(folder) if exists else GenerationConfig()
         check_greedy(generation, spec.path)
         processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
         check_processor(folder, processor, config)
@@ -57,49 +55,49 @@ class Intake:
 
 
 def check_files(folder: Path) -> None:
-    """ValueError: a file of the checkpoint cannot be read, or is not the JSON object that it should be."""
+    """Raise ValueError if a JSON file of the checkpoint cannot be read, or is not an object."""
     for name in FILES:
         file = folder / name
         if not file.exists():
             continue
         with reading(file, "", COPY):
             if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-                raise TypeError("it is no JSON object")
+                raise TypeError("it is not a JSON object")
 
 
 def check_weights(folder: Path, wanted: dict[str, tuple[int, ...]], config) -> None:
-    """ValueError: a tensor of the model that config.json describes is missing, or has another shape.
+    """Raise ValueError if a tensor of the model that config.json describes is missing, or has another shape.
 
     wanted: shapes by transformers' names.
     """
-    there = {published_name(name): (shape, file) for name, (shape, file) in tensor_shapes(folder).items()}
+    stored = {published_name(name): (shape, file) for name, (shape, file) in tensor_shapes(folder).items()}
     layers = {match[0] for name in wanted if (match := LAYER.match(published_name(name)))}
-    for name, (_, file) in there.items():
+    for name, (_, file) in stored.items():
         if (match := LAYER.match(name)) and match[0] not in layers:
             raise ValueError(
-                f"{str(file)!r} holds {name!r}, but config.json says that there are fewer layers: one of them is "
-                "another model's. Copy the weights and config.json again from one model."
+                f"{str(file)!r} holds {name!r}, but config.json has fewer layers: one of them is another model's. "
+                "Copy the weights and config.json again from one model."
             )
     tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
     for name, shape in wanted.items():
         published = published_name(name)
-        if published not in there:
+        if published not in stored:
             if tied and published == "language_model.lm_head.weight":
                 continue
             raise ValueError(
                 f"{str(folder)!r} lacks the tensor {published!r} of the model that its config.json describes: a shard "
                 "is missing, or a file is another model's. Copy the weights and config.json again from one model."
             )
-        found, file = there[published]
-        if found != shape:
+        actual, file = stored[published]
+        if actual != shape:
             raise ValueError(
-                f"{str(file)!r} holds {published!r} as {list(found)}, but config.json says {list(shape)}: one of them "
+                f"{str(file)!r} holds {published!r} as {list(actual)}, but config.json says {list(shape)}: one of them "
                 "is another model's. Copy the weights and config.json again from one model."
             )
 
 
 def check_numbers(folder: Path) -> None:
-    """ValueError: a weight is NaN or infinite. Reads all weights, one tensor in memory at a time."""
+    """Raise ValueError if a weight is NaN or infinite. All weights are read, one tensor in memory at a time."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as shard:
             names = list(shard.keys())
@@ -113,7 +111,7 @@ def check_numbers(folder: Path) -> None:
 
 
 def check_features(folder: Path, config) -> None:
-    """ValueError: config.json takes the image's features from a layer that the tower does not have."""
+    """Raise ValueError if config.json takes the image features from a layer that the tower does not have."""
     chosen, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     for layer in chosen if isinstance(chosen, list | tuple) else [chosen]:
         if not -layers - 1 <= layer <= layers:
@@ -124,7 +122,7 @@ def check_features(folder: Path, config) -> None:
 
 
 def check_processor(folder: Path, processor, config) -> None:
-    """ValueError: processor, tokenizer and chat template do not make a prompt that the model understands."""
+    """Raise ValueError if processor, tokenizer and chat template do not make a prompt that the model understands."""
     remedy = f"copy the processor's and the tokenizer's files again from the original model ({', '.join(FILES[2:7])})"
     with reading(folder, "its processor cannot prepare an image and a question", remedy):
         inputs = probe_inputs(processor)
@@ -136,12 +134,12 @@ def check_processor(folder: Path, processor, config) -> None:
     expected = (wanted // vision.patch_size) ** 2 + (full and "clip" in vision.model_type)
     if count != expected or side != (wanted, wanted):
         raise ValueError(
-            f"The processor of {str(folder)!r} makes {count} image tokens of {side[0]} x {side[1]} pixels, but the "
-            f"tower in config.json gives {expected} of {wanted} x {wanted}: one of them is another model's. "
+            f"The processor of {str(folder)!r} makes {count} image tokens and {side[0]} x {side[1]} pixels, but the "
+            f"tower in config.json needs {expected} and {wanted} x {wanted}: one of them is another model's. "
             f"{remedy.capitalize()}."
         )
     if largest >= config.text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer of {str(folder)!r} has the token {largest}, but config.json says that there are "
-            f"{config.text_config.vocab_size}: one of them is another model's. {remedy.capitalize()}."
+            f"The tokenizer of {str(folder)!r} gives the token id {largest}, but the vocabulary in config.json has "
+            f"{config.text_config.vocab_size} tokens: one of them is another model's. {remedy.capitalize()}."
         )

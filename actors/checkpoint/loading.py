@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, AwqConfig
 
 from actors.checkpoint.config import complete_processor, read_config
-from actors.checkpoint.foreign import reading, say
+from actors.checkpoint.foreign import describe_error, reading
 from actors.checkpoint.tensors import loadable, local_folder, weight_files
 from actors.memory import check_fits, claim_devices, free_bytes, meta_model, out_of_memory, weight_bytes
 from actors.quantizers.table import GEMM, find_layout
@@ -38,7 +38,7 @@ def pick_device() -> str:
 
 
 def check_source(path: str) -> None:
-    """ValueError if `path` looks like a local folder and is not a checkpoint; hub ids pass."""
+    """Raise ValueError if `path` looks like a local folder but is not a checkpoint; hub ids pass."""
     folder = Path(path)
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
     if folder.is_dir():
@@ -60,15 +60,15 @@ def load_model(
 ) -> Llava:
     """Load a LLaVA-shaped model in eval mode on `device`, "cuda" or "cpu" (default: the GPU if there is one).
 
-    dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized. gpus: a fraction is the share of a
-    GPU's memory that this process may take; of several, each holds a part of the layers; 0: the CPU.
-    quantization: settings of 4 bits, to which the decoder's linears are rounded while they are loaded.
+    dtype: "float32", "float16" or "bfloat16" of the weights that are not quantized. gpus: a fraction is the share of
+    one GPU's memory that this process may take; over several the layers are spread; 0: the CPU. quantization: 4-bit
+    settings, with which the decoder's linears are rounded while they are loaded.
     ValueError: not a checkpoint; weights missing, unexpected or of another shape; NaN or infinity in a weight; more
     memory needed than is free.
     """
     check_source(path)
     device = device or (pick_device() if gpus else "cpu")
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak of loading bitsandbytes weights
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # halves the peak while bitsandbytes weights are loaded
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = read_config(path, revision, trust_remote_code)
     stored = getattr(config, "quantization_config", None) or {}
@@ -96,7 +96,7 @@ def load_model(
             **extra,
         )
     check_complete(info, path)
-    unpack(model)
+    dequantize_weights(model)
     if not all(hasattr(model, "model") and hasattr(model.model, part) for part in PARTS):
         raise ValueError(f"{path!r} is a {type(model).__name__}, not a LLaVA-shaped model (tower, projector, LM).")
     _check_placed(getattr(model, "hf_device_map", {}), path)
@@ -107,7 +107,7 @@ def load_model(
 
 @contextmanager
 def loading_weights(path: str) -> Iterator[None]:
-    """Turn what transformers raises while it loads weights into one sentence; short memory passes."""
+    """Turn what transformers raises while it loads weights into a ValueError of one sentence; out of memory passes."""
     try:
         with reading(path, "transformers does not load its weights", "copy the weights and config.json again"):
             yield
@@ -118,7 +118,7 @@ def loading_weights(path: str) -> Iterator[None]:
 
 
 def check_complete(info: dict, path: str) -> None:
-    """ValueError if from_pretrained's loading info names weights that are missing, left over or of another shape."""
+    """Raise ValueError if from_pretrained's loading info names missing, unexpected or mismatched weights."""
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if k.endswith("_keys") and v}
     if wrong:
         kind, names = next(iter(wrong.items()))
@@ -128,10 +128,10 @@ def check_complete(info: dict, path: str) -> None:
         )
 
 
-def unpack(model: Llava) -> None:
-    """Unpack the weights of a compressed-tensors checkpoint; transformers would at the model's first forward pass.
+def dequantize_weights(model: Llava) -> None:
+    """Dequantize a compressed-tensors checkpoint's weights now, instead of in the first forward pass.
 
-    Its linears are plain ones then, with weights in the type that the model was loaded in.
+    Its linears are plain afterwards, with weights in the type in which the model was loaded.
     """
     if hook := getattr(model, "ct_decompress_hook", None):
         from compressed_tensors.compressors.base import decompress_module
@@ -151,22 +151,22 @@ def cpu_awq(stored: dict) -> AwqConfig:
 
 
 def placement(devices: list[torch.device]) -> dict:
-    """Return what tells from_pretrained to put the layers on these devices."""
+    """Return the arguments with which from_pretrained puts the layers on these devices."""
     if len(devices) == 1:
         return {"device_map": {"": "cpu" if devices[0].type == "cpu" else devices[0].index}}
     return {"device_map": "auto", "max_memory": {device.index: free_bytes(device) for device in devices}}
 
 
 def _check_layers_fit(meta: Llava, max_memory: dict[int, int], path: str) -> None:
-    """Refuse what from_pretrained would put elsewhere than on the GPUs, before it reads any weight.
+    """Refuse a model that from_pretrained would not place on the GPUs alone, before it reads any weight.
 
-    meta: the model without numbers. What a quantizer makes of one is only known once it is loaded.
+    meta: the unquantized model on the meta device. (A quantized model's sizes are only known once it is loaded.)
     """
     from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
 
-    kept_whole = meta._no_split_modules
-    balanced = get_balanced_memory(meta, dict(max_memory), kept_whole)
-    _check_placed(infer_auto_device_map(meta, balanced, kept_whole), path)
+    unsplit = meta._no_split_modules
+    balanced = get_balanced_memory(meta, dict(max_memory), unsplit)
+    _check_placed(infer_auto_device_map(meta, balanced, unsplit), path)
 
 
 def _check_placed(device_map: Mapping[str, int | str | torch.device], path: str) -> None:
@@ -189,7 +189,7 @@ def _unify(model: Llava, dtype: torch.dtype) -> None:
 
 
 def check_finite(model: Llava, path: str) -> None:
-    """ValueError if a weight is NaN or infinite."""
+    """Raise ValueError if a weight is NaN or infinite."""
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor.detach().sum(dtype=torch.float64)).item():
             raise ValueError(f"{path!r} has NaN or infinite values in {name!r}: the checkpoint is broken, retrain it.")
@@ -204,9 +204,9 @@ def load_processor(path: str, revision: str | None = None, trust_remote_code: bo
     remedy = "copy the processor's files (preprocessor_config.json, tokenizer.json, ...) from the original model."
     try:
         processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # libraries raise anything at files that are not as they expect
+    except Exception as error:  # libraries raise any exception at unexpected files
         raise ValueError(
-            f"{path!r} has no processor that can be loaded ({say(error).partition('. ')[0]}): {remedy}"
+            f"{path!r} has no processor that can be loaded ({describe_error(error).partition('. ')[0]}): {remedy}"
         ) from None
     if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
         raise ValueError(f"The processor of {path!r} is only a {type(processor).__name__}: {remedy}")

@@ -47,7 +47,7 @@ def prune_checkpoint(path: str, out: str, removed: Sequence[int], revision: str 
     """Write the checkpoint at `path` without the decoder layers `removed` (zero-based) to the folder `out`.
 
     The other layers are renumbered; names and stored type of every other tensor are kept. Returns
-    {removed, layers}. ValueError: layer out of range, nothing left, or the files disagree with the config.
+    {removed, layers (left)}. ValueError: a layer is out of range, none is left, or the files disagree with the config.
     """
     source, target = local_folder(path, revision), Path(out)
     config = read_config(source)

@@ -1,4 +1,4 @@
-"""Checkpoints as files: which there are, their tensors one by one, and the published names."""
+"""A checkpoint's files: which there are, their tensors one at a time, and the tensors' published names."""
 
 import json
 import re
@@ -15,12 +15,8 @@ from safetensors.torch import save_file
 from actors.checkpoint.config import read_config, write_processor
 
 INDEX = "model.safetensors.index.json"
-
-
 SHARD_BYTES = 10**9  # a shard is in memory until it is written
-
-
-NOT_COPIED = ("config.json", INDEX, "manifest.json", "prunella.json")  # of a checkpoint: what tells about its weights
+NOT_COPIED = ("config.json", INDEX, "manifest.json", "prunella.json")  # they describe the checkpoint's own weights
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:
@@ -65,10 +61,10 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
 
 @contextmanager
 def loadable(path: str | Path) -> Iterator[str | Path]:
-    """Yield where transformers loads a checkpoint from: `path`, or a folder of links to it while the block runs.
+    """Yield a path that transformers can load: `path`, or a folder of links to its files while the block runs.
 
-    transformers stops at shards without an index, and at an index without `metadata`, which it does not need. The
-    folder's index has both.
+    transformers fails at shards without an index, and at an index without `metadata`, which it does not need. The
+    folder of links has a complete index.
     """
     folder = Path(path)
     if not folder.is_dir() or (folder / "model.safetensors").is_file():
@@ -79,16 +75,16 @@ def loadable(path: str | Path) -> Iterator[str | Path]:
         yield path
         return
     where = {name: file.name for name, (_, file) in tensor_shapes(folder).items()}
-    with tempfile.TemporaryDirectory() as text:
+    with tempfile.TemporaryDirectory() as links:
         for file in folder.resolve().iterdir():
             if file.name != INDEX:
-                (Path(text) / file.name).symlink_to(file)
-        (Path(text) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-        yield text
+                (Path(links) / file.name).symlink_to(file)
+        (Path(links) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        yield links
 
 
 def _indexed(folder: Path) -> list[str]:
-    """Return the files that a checkpoint's index names, [] without an index; ValueError: it is none."""
+    """Return the files that a checkpoint's index names, [] without an index; ValueError: the index is invalid."""
     index = folder / INDEX
     if not index.is_file():
         return []
@@ -111,7 +107,7 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """Return one tensor of a file, mapped by itself: what was read of it leaves memory with it, not with the file."""
+    """Return one tensor of a file, mapped by itself: its pages are freed with the tensor, not with the file."""
     with safe_open(file, framework="pt") as shard:
         return shard.get_tensor(name)
 
@@ -141,8 +137,8 @@ def publish_names(folder: Path) -> None:
     files = weight_files(folder)
     if all(published_name(name) == name for name, _ in iterate_tensors(folder)):
         return
-    with tempfile.TemporaryDirectory(dir=folder) as text:
-        renamed = Path(text)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        renamed = Path(temporary)
         write_tensors(renamed, iterate_tensors(folder))
         for file in [*files, folder / INDEX]:
             file.unlink(missing_ok=True)
@@ -193,7 +189,7 @@ def _publish(temporary: Path, final: Path) -> None:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy everything but weights, config.json and cards: tokenizer, processor, chat template, generation config.
 
-    What the processor's file lacks and config.json tells is written into the copy.
+    Entries that the processor's file lacks are added to the copy, from config.json.
     """
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():

@@ -1,8 +1,8 @@
-"""Trains derm-tiny from nothing: vision tower, then projector and language model; plants outliers; tests it.
+"""Trains derm-tiny from scratch: vision tower, then projector and language model; plants outliers; tests it.
 
-Two things are made to hold that hold in large models and not by themselves in small ones: every decoder
-layer earns its place (the answers are composed from the image), and a few channels are far larger than
-the rest (as in large language models, paper figure 4), so that 4-bit rounding costs something.
+Two properties of large models, which small ones lack by themselves, are built in: every decoder layer matters
+(the answers are composed from the image), and a few channels are far larger than the rest (paper, figure 4), so
+that 4-bit rounding costs something.
 """
 
 import itertools
@@ -112,7 +112,7 @@ def train_language_model(
 def answer_loss(model, processor: LlavaProcessor, features: torch.Tensor, turns: Sequence[tuple[list[int], str]]):
     """Return the mean loss per answer token of B turns (prompt's ids, answer).
 
-    features: what the tower says of their images, [B, patches, width].
+    features: the tower's features of their images, [B, patches, width].
     """
     language_model = model.model.language_model
     ids, labels = _batch(processor, turns)
@@ -193,7 +193,7 @@ def plant_outliers(model: LlavaForConditionalGeneration, share: float = 0.1, fac
 
 @torch.inference_mode()
 def exact_share(model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int, seed: int) -> dict:
-    """Share of answers that equal the reference, per question, on `count` freshly drawn images."""
+    """Return the share of answers that equal the reference, per question, on `count` newly drawn images."""
     images, lesions = draw_bank(count, seed)
     pixels = to_pixels(images, processor).to(pixel_dtype(model))
     shares = {}
@@ -203,6 +203,6 @@ def exact_share(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=48, do_sample=False
         )
         texts = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        right = [given.strip() == answer(lesion, question) for given, lesion in zip(texts, lesions, strict=True)]
+        right = [reply.strip() == answer(lesion, question) for reply, lesion in zip(texts, lesions, strict=True)]
         shares[question] = sum(right) / count
     return shares

@@ -17,21 +17,21 @@ from transformers import AutoModelForImageTextToText
 from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import cpu_awq, load_processor, pick_device, quiet
 from actors.checkpoint.tensors import stored_dtype
-from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, loaded
+from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, load_or_refuse
 from actors.gate.layers import check_layers
 from actors.gate.linears import check_linears, check_modules, layout_of, may_be_scaled, quant_method
 from actors.gate.parent import Parent
 from actors.gate.vllm import check_vllm
-from actors.probe import PROBE, kept_probe, placed_probe, probe_logits, write_probe
+from actors.probe import PROBE, placed_probe, probe_logits, read_probe, write_probe
 from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.quantizers.table import GEMM, for_bits
 from actors.specs import Change, GateError, ModelSpec
 
 NEW_TOKENS = 8
-# Largest difference of logits, relative to the reference's norm: of the same model, by compute type; and of a rounded
-# model from the one before rounding, by bits (others: for_bits). With 3 and 2 bits a sound model may answer as far away
-# as a broken one: there the layers alone decide (actors.gate.layers, actors.gate.linears).
+# Largest difference of logits, relative to the reference's norm. SAME: for the same model, by compute type. ROUNDED:
+# from the model before rounding, by bits (others: for_bits); with 3 and 2 bits a sound model's logits may be as far off
+# as a broken one's: there only the layers decide (actors.gate.layers, actors.gate.linears).
 SAME = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 ROUNDED = {16: 2e-2, 8: 0.2, 4: 1.0, 3: float("inf"), 2: float("inf")}
 
@@ -53,19 +53,19 @@ class Gate:
     ) -> dict:
         """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
 
-        parent, change: what it was made from, and how; without them only the folder itself is looked at. removed: the
-        layers that pruning took, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write what
-        the probe gave into the folder, for later checks. GateError: a check failed.
+        parent, change: what it was made from, and how; without them only the folder itself is checked. removed: the
+        layers that pruning removed, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write
+        the probe's logits into the folder, for later checks. GateError: a check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
-        config = loaded(lambda: read_config(folder, trust_remote_code=trusted))
-        if quant_method(config) == "bitsandbytes":  # transformers computes with it in the stored type alone
+        config = load_or_refuse(lambda: read_config(folder, trust_remote_code=trusted))
+        if quant_method(config) == "bitsandbytes":  # transformers computes with it only in the stored type
             spec = replace(spec, dtype=_name_stored_dtype(folder))
         findings: dict = {"tensors": check_tensors(folder, config)}
         findings["sums"] = check_sums(folder, sums)
         findings["names"] = check_names(folder)
-        processor = loaded(lambda: load_processor(spec.path, None, trusted))
+        processor = load_or_refuse(lambda: load_processor(spec.path, None, trusted))
         findings["processor"] = f"{type(processor).__name__} with a chat template"
         before = Parent(parent, removed) if parent else None
         if before:
@@ -73,7 +73,7 @@ class Gate:
             findings["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, change))
         model = load_plainly(spec, config)
         findings["modules"] = check_modules(model, config)
-        logits = probe_logits(model, processor)  # the first forward pass: some formats are unpacked in it
+        logits = probe_logits(model, processor)  # the first forward pass, in which some formats are dequantized
         rounded_from = before.folder if before and change is Change.ROUNDED else None
         findings["linears"] = check_linears(folder, config, model, rounded_from) or "nothing to compare with"
         if not np.isfinite(logits).all():
@@ -86,15 +86,10 @@ class Gate:
             )
             closeness.append(close)
         if (folder / PROBE).is_file():
-            recorded, computed = kept_probe(folder)
-            types = {
-                "float16",
-                spec.dtype,
-                _name_stored_dtype(folder),
-                computed,
-            }  # kernels of some formats compute in float16
+            recorded, computed = read_probe(folder)
+            types = {"float16", spec.dtype, _name_stored_dtype(folder), computed}  # some kernels compute in float16
             allowed = max(limit for dtype, limit in SAME.items() if dtype in types)
-            closeness.append(_close(logits, recorded, allowed, "what it gave when it was made", off))
+            closeness.append(_compare_logits(logits, recorded, allowed, "what it gave when it was made", off))
         findings["logits"] = "; ".join(closeness) or "no reference to compare with"
         findings["cache"] = check_cache(model, processor, _cache_error(config) or SAME[spec.dtype])
         del model, before
@@ -108,25 +103,23 @@ class Gate:
 def _compare_with_parent(
     before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
 ) -> tuple[str, str | None, str]:
-    """Compare a model's layers and logits [V] with those of the model before; GateError: they are too far.
+    """Compare a model's layers and logits [V] with those of the model before; GateError: they differ too much.
 
-    Returns (what the layers show, the first linear that is off, what the logits show).
+    Returns (the layers' finding, the first linear that is off, the logits' finding).
     """
     same = SAME[spec.dtype]
     if pruned:
         layers, off = check_layers(before, model, processor, None, same)
-        return layers, off, _close(logits, before.logits(), same, "the original with its layers switched off")
+        return layers, off, _compare_logits(logits, before.logits(), same, "the original with its layers switched off")
     layers, off = check_layers(before, model, processor, config, max(same, SAME[_name_stored_dtype(Path(spec.path))]))
     allowed = for_bits(ROUNDED, weight_bits(config, 16))
-    return layers, off, _close(logits, before.logits(), allowed, "the model before rounding", off)
+    return layers, off, _compare_logits(logits, before.logits(), allowed, "the model before rounding", off)
 
 
 def _check_count(config, before: Parent) -> None:
     stated, expected = config.text_config.num_hidden_layers, len(before.renumbered)
     if stated != expected:
-        raise GateError(
-            f"config.json says {stated} decoder layers, but {expected} of the model before were to be kept."
-        )
+        raise GateError(f"config.json says {stated} decoder layers, but {expected} of the model before should be left.")
 
 
 def _cache_error(config) -> float | None:
@@ -145,9 +138,9 @@ def _free() -> None:
 
 
 def _may_differ(config, change: Change | None) -> Callable[[str], bool]:
-    """Return what tells by its name whether a tensor may differ from the model before: none if that was pruned alone.
+    """Return a function from a tensor's name to whether it may differ from the model before.
 
-    Training and rounding change the decoder's linears; AWQ their norms and biases, too.
+    Pruning changes no tensor; training and rounding change the decoder's linears, AWQ also norms and biases.
     """
     if change is Change.PRUNED:
         return lambda name: False
@@ -165,14 +158,14 @@ def load_plainly(spec: ModelSpec, config):
     if layout and layout.reader:
         importlib.import_module(layout.reader)
     extra = {"quantization_config": cpu_awq(config.quantization_config)} if device == "cpu" and layout is GEMM else {}
-    model, info = loaded(
+    model, info = load_or_refuse(
         lambda: AutoModelForImageTextToText.from_pretrained(
             spec.path,
             dtype=getattr(torch, spec.dtype),
             device_map={"": device},
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the loading info then, by name
+            ignore_mismatched_sizes=True,  # the loading info then names them
             trust_remote_code=spec.trust_remote_code,
             **extra,
         )
@@ -185,9 +178,11 @@ def load_plainly(spec: ModelSpec, config):
     return model.eval()
 
 
-def _close(logits: np.ndarray, reference: np.ndarray, tolerance: float, what: str, off: str | None = None) -> str:
+def _compare_logits(
+    logits: np.ndarray, reference: np.ndarray, tolerance: float, what: str, off: str | None = None
+) -> str:
     if logits.shape != reference.shape:
-        raise GateError(f"The logits are {len(logits)}, those of {what} {len(reference)}.")
+        raise GateError(f"There are {len(logits)} logits, but {len(reference)} of {what}.")
     error = float(np.linalg.norm(logits - reference)) / (float(np.linalg.norm(reference)) or 1.0)
     allowed = "any" if tolerance == float("inf") else f"{tolerance:g}"
     if not error <= tolerance:
@@ -200,8 +195,8 @@ def _close(logits: np.ndarray, reference: np.ndarray, tolerance: float, what: st
 def check_cache(model, processor, tolerance: float) -> str:
     """Refuse a model whose greedy answer depends on the key/value cache by more than rounding.
 
-    Where the two answers part, their logits may differ by `tolerance` of the largest one; the two tokens' logits are
-    then at most twice that apart, since each answer prefers its own.
+    At the first token that differs, the logits may be up to `tolerance` times the largest one apart; the two tokens'
+    logits are then at most twice that apart, since each answer prefers its own.
     """
     inputs = placed_probe(model, processor)
     start = inputs["input_ids"].shape[1]
@@ -211,8 +206,8 @@ def check_cache(model, processor, tolerance: float) -> str:
     place = next((i for i, (cached_token, plain_token) in enumerate(pairs) if cached_token != plain_token), None)
     if place is None:
         return f"{plain.sequences.shape[1] - start} tokens are the same with and without it"
-    cached_token, plain_token = (answer.logits[place][0].float() for answer in (cached, plain))
-    apart, allowed = float((cached_token - plain_token).abs().max()), tolerance * float(plain_token.abs().max())
+    cached_logits, plain_logits = (answer.logits[place][0].float() for answer in (cached, plain))
+    apart, allowed = float((cached_logits - plain_logits).abs().max()), tolerance * float(plain_logits.abs().max())
     if not apart <= allowed:
         raise GateError(
             f"Generation with the cache differs from generation without it at new token {place}: the logits are up to "

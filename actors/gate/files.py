@@ -1,4 +1,4 @@
-"""What the gate reads off a checkpoint's files: decoder layers, numbers, names, sums, what must not have changed."""
+"""What the gate checks in a checkpoint's files: decoder layers, finite values, names, sums, unchanged tensors."""
 
 import hashlib
 import re
@@ -16,12 +16,12 @@ PUBLISHED = re.compile(
     r"|vision_tower\.vision_model\.|multi_modal_projector\.)"
 )
 LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
-PACKED = re.compile(r"\.weight_(packed|scale|zero_point|shape)$")  # of a layer that has bits of its own
+PACKED = re.compile(r"\.weight_(packed|scale|zero_point|shape)$")  # in the compressed-tensors layout
 T = TypeVar("T")
 
 
-def loaded(load: Callable[[], T]) -> T:
-    """Return what `load` returns; GateError: it raised (libraries raise anything at files that do not fit)."""
+def load_or_refuse(load: Callable[[], T]) -> T:
+    """Return `load()`; GateError: it raised (libraries raise any exception at files that do not fit)."""
     try:
         return load()
     except Exception as error:
@@ -37,7 +37,7 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def check_tensors(folder: Path, config) -> str:
-    """Refuse tensors that are not numbers, and decoder layers that are not 0..n-1 with n as the config says."""
+    """Refuse NaN and infinity, and decoder layers that are not 0..n-1, where n is the config's number."""
     layers: dict[int, set[str]] = {}
     count = 0
     for name, tensor in tensors_of(folder):
@@ -60,16 +60,16 @@ def check_tensors(folder: Path, config) -> str:
     return f"{count} finite tensors, {stated} decoder layers"
 
 
-def check_sums(folder: Path, known: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the SHA-256 of every tensor's bytes; refuse one that is not what `known` says."""
+def check_sums(folder: Path, published: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the SHA-256 of every tensor's bytes; refuse a tensor whose sum is not the `published` one."""
     sums = {}
     for name, tensor in tensors_of(folder):
         sums[name] = hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-    if known is not None:
-        for name in sorted(set(known) | set(sums)):
-            if known.get(name) != sums.get(name):
-                other = next((n for n, s in known.items() if s == sums.get(name)), None)
-                state = "missing" if name not in sums else "new" if name not in known else "not what was published"
+    if published is not None:
+        for name in sorted(set(published) | set(sums)):
+            if published.get(name) != sums.get(name):
+                other = next((n for n, s in published.items() if s == sums.get(name)), None)
+                state = "missing" if name not in sums else "new" if name not in published else "not what was published"
                 raise GateError(f"{name!r} is {state}{f' (it holds {other!r})' if other else ''}.")
     return sums
 
@@ -83,10 +83,10 @@ def check_names(folder: Path) -> str:
 
 
 def check_kept(folder: Path, before: Path, renumbered: Mapping[int, int], changed: Callable[[str], bool]) -> str:
-    """Refuse a tensor that is not, in its own type, that of the checkpoint `before` which it stands for.
+    """Refuse a tensor that differs from the same tensor of the checkpoint `before`, cast to its own type.
 
-    renumbered: {number before: number now} of the decoder layers that were kept. changed: tells by its published name
-    whether a tensor may differ. GateError names the first one that does, and what it holds.
+    renumbered: {number before: number now} of the decoder layers that were kept. changed: from a published name to
+    whether the tensor may differ. GateError names the first one that does, and the tensor that it holds instead.
     """
     places = tensor_places(before)
     numbers = {now: old for old, now in renumbered.items()}

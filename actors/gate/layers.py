@@ -1,8 +1,8 @@
-"""What the gate computes layer by layer: does each decoder layer still do what it did in the model before?
+"""Compares each decoder layer with the one in the model before, for the gate.
 
-Both layers get the same input, what the model before gives on the probe. The outputs W x [T, out] of a layer's linears
-are compared rather than their weights, for AWQ divides what goes in by scales and multiplies the weight's columns with
-them. It scales the outputs of v_proj and up_proj, too: theirs are compared up to one factor for each output.
+Both layers get the same input, which the model before computes from the probe. The outputs W x [T, out] of their
+linears are compared, not the weights: AWQ divides a linear's input by scales and multiplies the weight's columns by
+them. It also scales the outputs of v_proj and up_proj: these are compared up to one factor per output.
 """
 
 from collections.abc import Iterator
@@ -22,43 +22,43 @@ from actors.quantizers.structure import AWQ_GROUPS, scaling_groups
 from actors.quantizers.table import for_bits
 from actors.specs import GateError
 
-# Largest relative error of a linear's outputs in a layer that AWQ rounded, by bits. Sound ones show at most .02, .17,
-# .36 and .72 (derm-tiny, and random models of six architectures), one that was swapped with another layer's at least
-# .84. What down_proj is given is off already: there sound ones show .02, .26, .53 and 1.01, swapped ones 1.29. Phi's
-# dense and fc2 need no more than the others: there sound ones show .01, .17, .36 and .72, swapped ones 1.27.
+# Largest relative error of a linear's outputs in a layer that AWQ rounded, by bits. Sound linears have at most .02,
+# .17, .36 and .72 (derm-tiny, and random models of six architectures), linears swapped between layers at least .84.
+# down_proj's input is off already: its sound errors are .02, .26, .53 and 1.01, its swapped ones 1.29. Phi's dense and
+# fc2 need no bound of their own: their sound errors are .01, .17, .36 and .72, their swapped ones 1.27.
 SCALED = {8: 0.2, 4: 0.4, 3: 0.55, 2: 0.78}
 DOWN = 1.5  # times as much for down_proj
-EQUAL = 5e-3  # largest relative difference of what keeps 16 bits
+EQUAL = 5e-3  # largest relative difference of a tensor that keeps 16 bits
 
 
 def check_layers(parent: Parent, model, processor, rounding, same: float) -> tuple[str, str | None]:
-    """Refuse a decoder layer that does something else than in the model before; GateError names the first linear.
+    """Refuse a decoder layer that computes something else than in the model before; GateError names the first linear.
 
-    rounding: the config of a checkpoint with rounded weights, None where nothing was rounded. same: how far what was
-    not rounded may be off. A layer whose linears are those of the model before, rounded to nearest, passes however far
-    its outputs are: activations with outliers make that far. Where AWQ cannot have been at work, the weights are
-    bounded instead (actors.gate.linears). Returns (what was found, the first linear that is further off than SCALED).
+    rounding: the config of a checkpoint with rounded weights, None where nothing was rounded. same: the largest error
+    of what was not rounded. A layer whose linears are those of the model before, rounded to nearest, passes whatever
+    the error of its outputs, which outlier activations make large. If AWQ cannot have rounded the checkpoint, the
+    weights are checked instead (actors.gate.linears). Returns (findings, the first linear whose error exceeds SCALED).
     """
     layers = language_model(model).layers
     embedded, arguments = decoder_inputs(model, placed_probe(model, processor), len(layers))
-    error = _relative(embedded.float(), parent.embedded.float())
+    error = _relative_error(embedded.float(), parent.embedded.float())
     if not error <= same:
         raise GateError(
-            f"What the decoder is given differs from the model before by {error:.2g} (allowed: {same:g}): see the "
+            f"The decoder's input differs from that in the model before by {error:.2g} (allowed: {same:g}): check the "
             "vision tower, the projector, the embeddings and their settings in config.json."
         )
     awq = rounding is not None and may_be_scaled(rounding)
     worst, nearest, off = 0.0, 0, None
-    for number, layer, hidden, given in parent.layers():
+    for number, layer, hidden, arguments_before in parent.layers():
         layer_now, changed = layers[number], None
-        inputs = (hidden, given), (hidden.to(embedded.dtype), arguments[number])
+        inputs = (hidden, arguments_before), (hidden.to(embedded.dtype), arguments[number])
         if awq and _only_rounded(layer, layer_now):
-            errors = _errors(layer, layer_now, set(), *inputs, _nearest(layer, rounding, number))
+            errors = _errors(layer, layer_now, set(), *inputs, _round_linears(layer, rounding, number))
             changed = next((stem for stem, error in errors if not error <= max(KERNEL, same)), None)
             if changed is None:
                 nearest += 1
                 continue
-        scaled = _scaled(layer, parent.config) if awq else set()
+        scaled = _scaled_linears(layer, parent.config) if awq else set()
         for stem, error in _errors(layer, layer_now, scaled, *inputs, {}):
             bits = 16 if rounding is None else stated_bits(rounding, number, stem)
             allowed = same if bits == 16 else for_bits(SCALED, bits) * (DOWN if stem == "mlp.down_proj" else 1)
@@ -90,14 +90,14 @@ def _linears(layer: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _only_rounded(layer: nn.Module, layer_now: nn.Module) -> bool:
-    """Tell whether all but the linears' weights are those of `layer`: AWQ would have scaled a norm."""
+    """Tell whether all parameters but the linears' weights equal those of `layer`; AWQ would have scaled a norm."""
     weights = {f"{name}.weight" for name in _linears(layer)}
     others = [(name, value) for name, value in layer.named_parameters() if name not in weights]
-    return all(_relative(attrgetter(name)(layer_now).float(), value.float()) < EQUAL for name, value in others)
+    return all(_relative_error(attrgetter(name)(layer_now).float(), value.float()) < EQUAL for name, value in others)
 
 
-def _nearest(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
-    """Return the weights of a layer's linears, rounded to nearest as the config of a rounded checkpoint says."""
+def _round_linears(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a layer's linears, rounded to nearest as in the rounded checkpoint's config."""
     weights = {}
     for stem in _linears(layer):
         weight, bits = layer.get_submodule(stem).weight.detach(), stated_bits(config, number, stem)
@@ -106,19 +106,19 @@ def _nearest(layer: nn.Module, config, number: int) -> dict[str, torch.Tensor]:
 
 
 def _errors(
-    layer: nn.Module, layer_now: nn.Module, scaled: set[str], inputs, own_inputs, weights: dict[str, torch.Tensor]
+    layer: nn.Module, layer_now: nn.Module, scaled: set[str], inputs, inputs_now, weights: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
     """Yield (linear, relative error of its outputs) of `layer_now` in the order they run.
 
-    scaled: linears whose outputs are compared up to a factor each. weights: stand for those of `layer`.
+    scaled: linears whose outputs are compared up to a factor each. weights: replace those of `layer`.
     """
     exact, outputs = (
         _outputs(layer, layer, scaled, *inputs, weights),
-        _outputs(layer_now, layer, scaled, *own_inputs, {}),
+        _outputs(layer_now, layer, scaled, *inputs_now, {}),
     )
     for stem, wanted in exact.items():
         output = outputs[stem].to(wanted.device)
-        yield stem, _relative(_fitted(output, wanted) if stem in scaled else output, wanted)
+        yield stem, _relative_error(_fit_outputs(output, wanted) if stem in scaled else output, wanted)
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def _outputs(
 ) -> dict[str, torch.Tensor]:
     """Return the outputs [T, out] of a layer's linears without their biases, in float32, in the order they run.
 
-    like: the layer of the model before, whose biases they are, but for the linears whose outputs are `scaled`.
+    The bias taken off is that of `like`, the layer of the model before; for `scaled` linears, that of `layer`.
     """
     outputs: dict[str, torch.Tensor] = {}
 
@@ -150,16 +150,16 @@ def _outputs(
     return outputs
 
 
-def _scaled(layer: nn.Module, config) -> set[str]:
+def _scaled_linears(layer: nn.Module, config) -> set[str]:
     """Return the linears whose outputs AWQ scales."""
-    known = config.text_config.model_type in AWQ_GROUPS
-    return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if known else set()
+    supported = config.text_config.model_type in AWQ_GROUPS
+    return {group.before for group in scaling_groups(layer)} & set(_linears(layer)) if supported else set()
 
 
-def _fitted(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return `output` [T, out] with every output multiplied by what brings it nearest to `exact`."""
+def _fit_outputs(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Return `output` [T, out] with every output multiplied by its least-squares factor to `exact`."""
     return output * ((output * exact).sum(0) / output.square().sum(0).clamp(min=torch.finfo(output.dtype).tiny))
 
 
-def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+def _relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))

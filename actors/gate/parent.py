@@ -1,4 +1,4 @@
-"""The model that a checkpoint was made from, as the gate meets it: one decoder layer at a time."""
+"""The model that a checkpoint was made from, run by the gate one decoder layer at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,8 +21,8 @@ from actors.specs import ModelSpec
 class Parent:
     """Runs the probe through a checkpoint without the decoder layers `removed`.
 
-    In memory are the tower, the projector and the embeddings while the probe is embedded; then one layer after the
-    other, the final norm and the head. ValueError: no LLaVA-shaped checkpoint, or one that lacks weights.
+    Memory holds the tower, the projector and the embeddings while the probe is embedded; then the final norm, the head
+    and one layer at a time. ValueError: not a LLaVA-shaped checkpoint, or weights are missing.
     """
 
     def __init__(self, spec: ModelSpec, removed: Sequence[int] = ()):
@@ -57,5 +57,5 @@ class Parent:
 
     @torch.inference_mode()
     def logits(self) -> np.ndarray:
-        """Return the logits [V] of the token after the probe, in float32, once `layers` has been run through."""
+        """Return the logits [V] of the token after the probe, in float32; `layers` must be exhausted first."""
         return self._head(self._norm(self._hidden[:, -1:]))[0, -1].float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""What the gate checks of the scales of rounded weights: that no block of a linear is larger or smaller than before."""
+"""Checks the scales of rounded weights, for the gate: no block of a linear may be larger or smaller than before."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -9,7 +9,7 @@ from torch import nn
 from actors.maths.slopes import slopes
 from actors.specs import GateError
 
-FEED = 512  # inputs whose columns are read off a linear at once
+FEED = 512  # columns of a linear's weight that are computed at once
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Rounding:
 def check_scales(name: str, module: nn.Module, weight: torch.Tensor, rounding: Rounding, dtype: torch.dtype) -> float:
     """Refuse a linear whose weights, or some blocks of them, are systematically larger or smaller than `weight`.
 
-    weight: [out, in], before rounding. dtype: of what the linear is given. Returns how far the slope of the whole
-    linear is from 1; GateError names it.
+    weight: [out, in], before rounding. dtype: of the linear's input. Returns the distance of the whole linear's slope
+    from 1; GateError names the linear.
     """
     weight_now = computed_weight(module, weight.shape[1], dtype)
     before = weight.to(weight_now.device).float()
@@ -67,5 +67,5 @@ def computed_weight(module: nn.Module, inputs: int, dtype: torch.dtype) -> torch
 
 
 def _blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
-    """Return a weight's values, output by output, as [blocks, block]; zeros fill the last."""
+    """Return a weight's values, output by output, as [blocks, block], padded with zeros."""
     return nn.functional.pad(weight.flatten(), (0, -weight.numel() % block)).view(-1, block)

@@ -1,4 +1,4 @@
-"""What the gate says of vLLM: a checkpoint is loaded there where vLLM is installed, else held against its documents."""
+"""Checks that vLLM can load a checkpoint: by loading it where vLLM is installed, else by vLLM's documents."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ from actors.specs import NOT_ROUNDED, GateError
 TEXTS = ("llama", "mistral", "qwen2", "phi")
 PACKED_BITS = (4, 8)  # of compressed-tensors with zero points
 LOAD = "import sys; from vllm import LLM; LLM(model=sys.argv[1], max_model_len=1024, enforce_eager=True)"
-LOAD_S = 1800  # with the compiling of kernels, which the first start on a machine does
+LOAD_S = 1800  # including the kernels that the first start on a machine compiles
 OTHERS = (
     "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
     "multi_modal_projector.linear_1",
@@ -30,7 +30,9 @@ WEIGHTS = {"type": "int", "symmetric": False, "strategy": "group"}
 
 
 def check_vllm(folder: Path, config, is_ours: bool) -> str:
-    """Say whether vLLM takes the checkpoint; GateError: it `is_ours`, and vLLM or its documents refuse it.
+    """Return, in words, whether vLLM loads the checkpoint; GateError: vLLM, or its documents, refuse it.
+
+    is_ours: whether Prunella wrote the checkpoint; if not, the refusal is returned.
 
     vLLM runs in a process of its own, which takes most of a GPU: nothing else should be on it.
     """
@@ -46,22 +48,22 @@ def _run_vllm(folder: Path, config) -> str:
     if not config.architectures:
         return "not run; config.json names no architectures, by which vLLM chooses the model's class"
     if config.text_config.model_type not in TEXTS:
-        return f"not run; text model {config.text_config.model_type!r} is not one that vLLM is known to take"
+        return f"not run; vLLM is not known to support text models of type {config.text_config.model_type!r}"
     layout = layout_of(config)
     if layout and layout.vllm is None:
         return "not run; vLLM does not read this format"
     if layout is COMPRESSED_TENSORS and weight_bits(config, 16) not in PACKED_BITS:
-        return f"not run; of this format vLLM reads 4 and 8 bits, and there are {weight_bits(config, 16)}"
+        return f"not run; vLLM reads this format with 4 and 8 bits, not with {weight_bits(config, 16)}"
     if quant_method(config):
         check_layout(config)
     if importlib.util.find_spec("vllm") is None:
         return "not run (vLLM is not installed); the layout is the documented one"
     if pick_device() == "cpu":
         return "not run (no GPU here); the layout is the documented one"
-    return _loaded(folder)
+    return _load_in_vllm(folder)
 
 
-def _loaded(folder: Path) -> str:
+def _load_in_vllm(folder: Path) -> str:
     command, pipe = [sys.executable, "-c", LOAD, str(folder)], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         try:
@@ -79,38 +81,38 @@ def _loaded(folder: Path) -> str:
 
 def check_layout(config) -> None:
     """Refuse a quantization_config that is not as vLLM documents it; GateError names the entry."""
-    given, layout = config.quantization_config, layout_of(config)
+    stored, layout = config.quantization_config, layout_of(config)
     if layout is None:
         raise GateError(
             f"quantization_config says quant_method {quant_method(config)!r}, whose layout is not known here."
         )
-    _expect(given, layout.vllm or {})
+    _expect(stored, layout.vllm or {})
     if layout.skipped:
-        _expect_skipped(given, layout.skipped)
+        _expect_skipped(stored, layout.skipped)
     if layout is COMPRESSED_TENSORS:
-        for name, group in given["config_groups"].items():
+        for name, group in stored["config_groups"].items():
             _expect(group["weights"], WEIGHTS, f"config_groups.{name}.weights.")
         _check_matched(config)
 
 
-def _expect(given: dict, wanted: Mapping, where: str = "") -> None:
+def _expect(stored: dict, wanted: Mapping, where: str = "") -> None:
     for key, value in wanted.items():
-        if given.get(key) != value:
+        if stored.get(key) != value:
             raise GateError(
-                f"quantization_config says {where}{key} {given.get(key)!r}: vLLM's documents say {value!r}."
+                f"quantization_config says {where}{key} {stored.get(key)!r}: vLLM's documents say {value!r}."
             )
 
 
-def _expect_skipped(given: dict, key: str) -> None:
-    missing = [name for name in NOT_ROUNDED if name not in (given.get(key) or ())]
+def _expect_skipped(stored: dict, key: str) -> None:
+    missing = [name for name in NOT_ROUNDED if name not in (stored.get(key) or ())]
     if missing:
         raise GateError(f"quantization_config's {key} lacks {missing[0]!r}: vLLM would look for rounded weights there.")
 
 
 def _check_matched(config) -> None:
     """Refuse a linear that neither a group nor `ignore` matches: vLLM stops at it."""
-    given = config.quantization_config
-    patterns = [*given.get("ignore", ()), *(t for group in given["config_groups"].values() for t in group["targets"])]
+    stored = config.quantization_config
+    patterns = [*stored.get("ignore", ()), *(t for group in stored["config_groups"].values() for t in group["targets"])]
     layers = range(config.text_config.num_hidden_layers)
     for name in [*OTHERS, *(NAME.format(number, stem) for number in layers for stem in linear_shapes(config))]:
         if not any(re.match(pattern.removeprefix("re:"), name) for pattern in patterns):

@@ -1,4 +1,4 @@
-"""The name of a verdict: the hash of everything that decides it, and of nothing else."""
+"""The cache key of a verdict: the hash of everything that decides it, and of nothing else."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from actors.judge.verdict import Verdict
 
 @dataclass(frozen=True)
 class JudgeIdentity:
-    """Which judge it is, all of it in words: a change of any makes other verdicts.
+    """What identifies a judge; with any other value the verdicts are new ones.
 
     revision: model and commit; tokenizer: its commit or hash; chat_template: its text or hash, and whether the
     system's text is folded into the user's turn; engine: name and version; dtype: of the weights; sampling: its
@@ -30,8 +30,8 @@ class JudgeIdentity:
 def verdict_key(judge: JudgeIdentity, question: str, reference: str, candidate: str, replicate: int) -> str:
     """Return the SHA-256 (hex) of the judge, the rubric, every call that the ladder may make, and the texts.
 
-    The calls hold prompt and schema as the judge sees them. Row numbers and the candidate's model are no part of it:
-    equal answers share a verdict. replicate: number of the repetition, 0 for the first.
+    The calls hold prompt and schema as the judge sees them. Row numbers and the candidate's model are not in the key,
+    so equal answers share a verdict. replicate: number of the repetition, 0 for the first.
     """
     calls: list[Request] = [request(question, reference, candidate, rung) for rung in RUNGS]
     parts = {
@@ -45,5 +45,5 @@ def verdict_key(judge: JudgeIdentity, question: str, reference: str, candidate: 
 
 
 def may_be_cached(verdict: Verdict) -> bool:
-    """Tell whether a verdict is kept for other runs: failures are not, they are tried again."""
+    """Tell whether other runs may use a verdict; unscored answers are judged again."""
     return verdict.scored

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Asking again would not help. refused: this call (a prompt that is too long); denied: any call (a wrong key, no model).
+# refused: for this call a retry is useless (the prompt is too long); denied: for every call (a wrong key, no model).
 FailureKind = Literal["rate_limit", "server_error", "timeout", "closed", "refused", "denied"]
 
 
@@ -28,7 +28,7 @@ class Request:
 
 
 def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return a chat without a system's message: its text stands before that of the user's which follows it."""
+    """Return a chat without its system message, whose text is put before that of the user's message after it."""
     if [message["role"] for message in messages[:2]] != ["system", "user"]:
         return messages
     system, user, *rest = messages
@@ -37,10 +37,10 @@ def fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge wrote, and the probabilities of the labels 0-4 where it wrote the label (None: not offered).
+    """The judge's output, and the probabilities of the labels 0-4 at the label's token (None: not offered).
 
-    The probabilities are those of the model before any constraint; their sum is the labels' mass. masked: they are not,
-    the schema had ruled out every other token: how likely the labels are among each other holds, their mass does not.
+    The probabilities are the model's before any constraint; their sum is the labels' mass. masked: they are from after
+    the constraint, which allowed only labels: their ratios are valid, their mass is not.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why no output came, and how long the server asks to wait (s; None: it did not say)."""
+    """Why there is no output, and how long the server asks to wait (s; None: it did not say)."""
 
     kind: FailureKind
     message: str

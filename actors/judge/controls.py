@@ -20,7 +20,7 @@ KINDS = ("reference", "other_class", *WORTHLESS)
 
 @dataclass(frozen=True)
 class Control:
-    """An answer to judge, and the lowest and highest label that it may get."""
+    """An answer to judge, and the lowest and highest label that are right for it."""
 
     kind: str
     question: str
@@ -32,38 +32,38 @@ class Control:
 
 @dataclass(frozen=True)
 class Miss:
-    """A control with another label than it may get (None: UNSCORED)."""
+    """A control whose label is wrong (None: UNSCORED)."""
 
     control: Control
     label: int | None
 
 
 def controls(rows: Sequence[Mapping], count: int, seed: int) -> list[Control]:
-    """Return the controls for `count` of the judged rows (columns question, reference, class), drawn with `seed`.
+    """Return the controls of `count` judged rows (columns question, reference, class), sampled with `seed`.
 
-    Another class's reference is one to the same question, with other words; rows without one, or without a class,
-    lack this control, which `unbuilt` tells if it is true of all of them.
+    other_class takes another class's reference to the same question, in other words. Rows without a class, or without
+    such a reference, lack this control; `unbuilt` names it if all rows do.
     """
     unique = {(row["question"], row["reference"], row.get("class")) for row in rows}
     everything = sorted(unique, key=lambda item: (item[0], item[1], item[2] or ""))
     sample = random.Random(seed).sample(everything, min(count, len(everything)))
-    made = []
+    built = []
     for number, (question, reference, label) in enumerate(sample):
-        made.append(Control("reference", question, reference, reference, TOP_LABEL, TOP_LABEL))
-        candidates = {other for asked, other, kind in everything if asked == question and kind == label}
+        built.append(Control("reference", question, reference, reference, TOP_LABEL, TOP_LABEL))
+        own_references = {other for about, other, kind in everything if about == question and kind == label}
         others = [
             other
-            for asked, other, kind in everything
-            if asked == question and label is not None and kind not in (label, None) and other not in candidates
+            for about, other, kind in everything
+            if about == question and label is not None and kind not in (label, None) and other not in own_references
         ]
         if others:
-            made.append(Control("other_class", question, reference, others[(seed + number) % len(others)], 0, 1))
-        made += [Control(kind, question, reference, text, 0, 0) for kind, text in WORTHLESS.items()]
-    return made
+            built.append(Control("other_class", question, reference, others[(seed + number) % len(others)], 0, 1))
+        built += [Control(kind, question, reference, text, 0, 0) for kind, text in WORTHLESS.items()]
+    return built
 
 
 def misses(built: Sequence[Control], labels: Sequence[int | None]) -> list[Miss]:
-    """Return the controls that did not get what they must get; UNSCORED is a miss."""
+    """Return the controls whose label is outside their bounds; UNSCORED is a miss."""
     return [
         Miss(control, label)
         for control, label in zip(built, labels, strict=True)
@@ -72,5 +72,5 @@ def misses(built: Sequence[Control], labels: Sequence[int | None]) -> list[Miss]
 
 
 def unbuilt(built: Sequence[Control]) -> list[str]:
-    """Return the kinds of control that the rows did not allow, which a report has to name."""
+    """Return the kinds of control that no row allowed, which a report must name."""
     return [kind for kind in KINDS if all(control.kind != kind for control in built)]

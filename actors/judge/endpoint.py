@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from actors.judge.calls import Failure
-from actors.judge.constrained import LABELS, Written
+from actors.judge.constrained import LABELS, Output
 from actors.judge.local import Chat, LocalJudge
 
 _STATUS = {"refused": 400, "rate_limit": 429, "timeout": 504, "closed": 503, "server_error": 500}
-_NEVER = -9999.0  # the logarithm of a probability of 0, which JSON has no number for; vLLM's value
+_NEVER = -9999.0  # vLLM's value for the log-probability of 0, -inf, which JSON cannot hold
 _PATH = "/v1/chat/completions"
 
 
@@ -41,7 +41,7 @@ class _Body(BaseModel):
     messages: Annotated[list[_Message], Field(min_length=1)]
     response_format: Annotated[_Constrained | _Free, Field(discriminator="type")] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # its newer name
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name of max_tokens
     model: str
     stream: Literal[False] = False
     logprobs: bool = False
@@ -70,19 +70,19 @@ class JudgeEndpoint(LocalJudge):
         form = call.response_format
         schema = form.json_schema.value if isinstance(form, _Constrained) else None
         messages = [message.model_dump() for message in call.messages]
-        written = await self.complete(Chat(messages, schema, call.max_completion_tokens or call.max_tokens))
-        if isinstance(written, Failure):
-            return _error(_STATUS[written.kind], written.message)
-        return 200, self._completion(written, call)
+        output = await self.complete(Chat(messages, schema, call.max_completion_tokens or call.max_tokens))
+        if isinstance(output, Failure):
+            return _error(_STATUS[output.kind], output.message)
+        return 200, self._completion(output, call)
 
-    def _completion(self, written: Written, call: _Body) -> dict:
+    def _completion(self, output: Output, call: _Body) -> dict:
         choice: dict[str, Any] = {
             "index": 0,
-            "message": {"role": "assistant", "content": written.text},
-            "finish_reason": "length" if written.cut else "stop",
+            "message": {"role": "assistant", "content": output.text},
+            "finish_reason": "length" if output.cut else "stop",
         }
         if call.logprobs:
-            choice["logprobs"] = {"content": _tokens(written)}
+            choice["logprobs"] = {"content": _tokens(output)}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
@@ -92,16 +92,16 @@ class JudgeEndpoint(LocalJudge):
         }
 
 
-def _tokens(written: Written) -> list[dict]:
+def _tokens(output: Output) -> list[dict]:
     """Return the output's tokens; the label's has the five labels beside it, the others none."""
     tokens: list[dict] = [
         {"token": piece, "logprob": logprob, "top_logprobs": []}
-        for piece, logprob in zip(written.pieces, written.logprobs, strict=True)
+        for piece, logprob in zip(output.pieces, output.logprobs, strict=True)
     ]
-    if written.label_at is not None and written.probabilities is not None:
-        tokens[written.label_at]["top_logprobs"] = [
+    if output.label_at is not None and output.probabilities is not None:
+        tokens[output.label_at]["top_logprobs"] = [
             {"token": label, "logprob": math.log(p) if p else _NEVER}
-            for label, p in zip(LABELS, written.probabilities, strict=True)
+            for label, p in zip(LABELS, output.probabilities, strict=True)
         ]
     return tokens
 

@@ -1,7 +1,7 @@
-"""When the judge is asked again: a pure function of what has come so far, and the loop that follows it.
+"""When the judge is asked again: a pure function of the replies and failures so far, and the loop that follows it.
 
 Bad output: one longer try, then one for the label alone, then UNSCORED. Transport: each of these calls is tried
-up to five times, with waits that double, by kind of failure. What asking again cannot mend is not asked again.
+up to five times, with waits that double, by kind of failure. Failures that would recur are not retried.
 """
 
 import asyncio
@@ -44,48 +44,49 @@ class Ask:
     wait: float
 
 
-def next_step(came: Sequence[Reply | Failure], jitter: float) -> Ask | Verdict:
-    """Return what to do after all that has come so far; jitter in [0, 1] spreads the waits of many callers.
+def next_step(history: Sequence[Reply | Failure], jitter: float) -> Ask | Verdict:
+    """Return the next call, or the verdict, after all replies and failures so far.
 
-    Fed with the raw outputs of a verdict as replies, it reads them again: that is how parsing is replayed.
+    jitter: in [0, 1], spreads the waits of many callers. Called with a verdict's raw outputs as replies, it parses them
+    again.
     """
-    replies = [item for item in came if isinstance(item, Reply)]
-    if came and isinstance(came[-1], Failure):
-        return _after_failure(came, came[-1], replies, jitter)
+    replies = [item for item in history if isinstance(item, Reply)]
+    if history and isinstance(history[-1], Failure):
+        return _after_failure(history, history[-1], replies, jitter)
     if replies:
         try:
-            return _read_verdict(came, replies)
+            return _read_verdict(history, replies)
         except ValueError as error:
             if len(replies) == len(RUNGS):
-                return _unscored(came, replies, f"bad output {len(RUNGS)} times, at last: {error}")
+                return _unscored(history, replies, f"bad output {len(RUNGS)} times, at last: {error}")
     return Ask(RUNGS[len(replies)], 0.0)
 
 
 def _after_failure(
-    came: Sequence[Reply | Failure], failure: Failure, replies: list[Reply], jitter: float
+    history: Sequence[Reply | Failure], failure: Failure, replies: list[Reply], jitter: float
 ) -> Ask | Verdict:
     failed = 0
-    while failed < len(came) and isinstance(came[-1 - failed], Failure):
+    while failed < len(history) and isinstance(history[-1 - failed], Failure):
         failed += 1
-    asked = failure.retry_after or 0.0
-    if failure.kind not in FIRST_WAIT or failed >= TRIES or asked > LONGEST_RETRY_AFTER:
-        return _unscored(came, replies, f"{failure.kind} at try {failed}: {failure.message}")
+    retry_after = failure.retry_after or 0.0
+    if failure.kind not in FIRST_WAIT or failed >= TRIES or retry_after > LONGEST_RETRY_AFTER:
+        return _unscored(history, replies, f"{failure.kind} at try {failed}: {failure.message}")
     backoff = FIRST_WAIT[failure.kind] * 2 ** (failed - 1) * (0.5 + 0.5 * jitter)
-    return Ask(RUNGS[len(replies)], asked + backoff)
+    return Ask(RUNGS[len(replies)], retry_after + backoff)
 
 
-def _read_verdict(came: Sequence[Reply | Failure], replies: list[Reply]) -> Verdict:
-    read = read_output(replies[-1].text, RUNGS[len(replies) - 1].output).model_dump()
+def _read_verdict(history: Sequence[Reply | Failure], replies: list[Reply]) -> Verdict:
+    output = read_output(replies[-1].text, RUNGS[len(replies) - 1].output).model_dump()
     expected, mass = None, None
     if replies[-1].probabilities is not None:
         expected, mass = expected_score(replies[-1].probabilities)
         mass = None if replies[-1].masked else mass
     raw = tuple(reply.text for reply in replies)
-    return Verdict(read["label"], read.get("reason", ""), expected, mass, raw, len(came))
+    return Verdict(output["label"], output.get("reason", ""), expected, mass, raw, len(history))
 
 
-def _unscored(came: Sequence[Reply | Failure], replies: list[Reply], reason: str) -> Verdict:
-    return Verdict(None, reason, None, None, tuple(reply.text for reply in replies), len(came))
+def _unscored(history: Sequence[Reply | Failure], replies: list[Reply], reason: str) -> Verdict:
+    return Verdict(None, reason, None, None, tuple(reply.text for reply in replies), len(history))
 
 
 def request(question: str, reference: str, candidate: str, rung: Rung) -> Request:
@@ -102,9 +103,9 @@ async def judge(
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> Verdict:
     """Ask until there is a verdict, scored or UNSCORED."""
-    came: list[Reply | Failure] = []
-    while isinstance(step := next_step(came, random.random()), Ask):
+    history: list[Reply | Failure] = []
+    while isinstance(step := next_step(history, random.random()), Ask):
         if step.wait:
             await sleep(step.wait)
-        came.append(await ask(request(question, reference, candidate, step.rung)))
+        history.append(await ask(request(question, reference, candidate, step.rung)))
     return step

@@ -1,7 +1,7 @@
-"""A judge held in this process by transformers: calls that come at the same time are answered together.
+"""A judge that transformers runs in this process: calls that come at the same time are answered as one batch.
 
-Greedy. In float32 a call's output does not depend on the calls beside it; in half precision sums are rounded by the
-batch's shape, so that two tokens which are all but equally likely may change places.
+Greedy. In float32 a call's output does not depend on the batch; in half precision the rounding of sums depends on the
+batch's shape, so that one of two almost equally likely tokens may be chosen instead of the other.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from actors.checkpoint.loading import check_complete, check_finite, check_source, placement, quiet
 from actors.checkpoint.tensors import stored_bytes
 from actors.judge.calls import Failure, Reply, Request, fold_system
-from actors.judge.constrained import Grammars, Task, Written, schema_text, write
+from actors.judge.constrained import Grammars, Output, Task, schema_text, write
 from actors.judge.prefix import SharedPrefix
 from actors.memory import GIB, claim_devices, free_bytes, out_of_memory
 
 LOG = logging.getLogger("actors.judge")
 
-LINGER_S = 0.005  # for calls that were sent together to arrive together
-LASTING = 3  # different calls that fail one after the other
-_REFUSALS = (ValueError, TypeError, TemplateError)  # of a template, or a schema
-LONGEST_TEXT = 1024  # tokens of an output whose length nobody limited
+LINGER_S = 0.005  # the wait for more calls of the same batch
+LASTING = 3  # different calls that fail in a row: the judge is broken
+_REFUSALS = (ValueError, TypeError, TemplateError)  # raised by a template, or by a schema
+LONGEST_TEXT = 1024  # tokens of an output whose call sets no limit
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Chat:
 class LocalJudge:
     """Any causal language model with a chat template, as a judge; use it within one event loop.
 
-    gpus: whole GPUs over which the layers are spread, 0: the CPU; batch: calls answered together; max_length: of
-    prompt and output together (tokens), at most what the model was built for. ValueError: no such checkpoint, weights
-    missing or not numbers, no chat template, a tokenizer that cannot be constrained, too little memory.
+    gpus: whole GPUs over which the layers are spread, 0: the CPU; batch: most calls in one batch; max_length: of
+    prompt and output together (tokens), at most the model's own. ValueError: no such checkpoint, weights missing or
+    not finite, no chat template, a tokenizer that cannot be constrained, too little memory.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class LocalJudge:
         self._broken: str | None = None
 
     async def ask(self, request: Request) -> Reply | Failure:
-        """Return the judge's output, or why none came."""
-        written = await self.complete(request)
-        return written if isinstance(written, Failure) else Reply(written.text, written.probabilities)
+        """Return the judge's output, or why there is none."""
+        output = await self.complete(request)
+        return output if isinstance(output, Failure) else Reply(output.text, output.probabilities)
 
-    async def complete(self, call: Request | Chat) -> Written | Failure:
-        """Return the output token by token, or why none came."""
+    async def complete(self, call: Request | Chat) -> Output | Failure:
+        """Return the output with its tokens, or why there is none."""
         task = self._task(call)
         if isinstance(task, Failure):
             return task
@@ -95,19 +95,19 @@ class LocalJudge:
         return await future
 
     def check_health(self) -> None:
-        """RuntimeError if calls have failed in a way that lasts: a new process has to take over."""
+        """Raise RuntimeError if the judge is broken: a new process must replace it."""
         if self._broken:
             raise RuntimeError(self._broken)
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         messages = fold_system(messages) if self._folds else messages
-        made = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(made["input_ids"])
+        inputs = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(inputs["input_ids"])
 
     def _control_tokens(self, ids: Sequence[int]) -> int:
         return sum(map(self._grammars.tokens.is_special_token, ids))
 
-    def _own_controls(self, roles: tuple[str, ...]) -> int:
+    def _template_controls(self, roles: tuple[str, ...]) -> int:
         """Return how many control tokens the template itself puts around messages of these roles."""
         if roles not in self._controls:
             prompt = self._prompt([{"role": role, "content": "x"} for role in roles])
@@ -118,22 +118,22 @@ class LocalJudge:
         messages = call.messages
         try:
             prompt = self._prompt(messages)
-            controls = self._own_controls(tuple(message["role"] for message in messages))
+            controls = self._template_controls(tuple(message["role"] for message in messages))
             schema = "" if call.schema is None else schema_text(call.schema)
             self._grammars.matcher(schema)
         except _REFUSALS as error:
             return Failure("refused", str(error))
         if self._control_tokens(prompt) != controls:
             return Failure("refused", "a text in the prompt reads as one of the model's control tokens")
-        most = call.max_tokens or max(1, min(LONGEST_TEXT, self._longest - len(prompt)))
-        if len(prompt) + most > self._longest:
+        limit = call.max_tokens or max(1, min(LONGEST_TEXT, self._longest - len(prompt)))
+        if len(prompt) + limit > self._longest:
             return Failure(
-                "refused", f"{len(prompt)} tokens of prompt and {most} of output are more than {self._longest}"
+                "refused", f"{len(prompt)} tokens of prompt and {limit} of output are more than {self._longest}"
             )
-        return Task(prompt, schema, most, self._prefix_of(messages[0]))
+        return Task(prompt, schema, limit, self._prefix_of(messages[0]))
 
     def _prefix_of(self, first: dict[str, str]) -> list[int]:
-        """Return the token ids with which every prompt begins that has this first message, a system's, and a user's."""
+        """Return the token ids that all prompts with this system message share; [] if it is not a system's."""
         system = first["content"]
         if first["role"] != "system":
             return []
@@ -150,29 +150,29 @@ class LocalJudge:
         """Answer the waiting calls, batch by batch, until there are none."""
         while self._waiting:
             await asyncio.sleep(LINGER_S)
-            self._waiting = [(task, future) for task, future in self._waiting if not future.done()]  # given up since
-            taken, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
-            if not taken:
+            self._waiting = [(task, future) for task, future in self._waiting if not future.done()]  # not cancelled
+            batch, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+            if not batch:
                 continue
-            answers = await self._answered([task for task, _ in taken])
-            for (_, future), answer in zip(taken, answers, strict=True):
+            answers = await self._answer([task for task, _ in batch])
+            for (_, future), answer in zip(batch, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
 
-    async def _answered(self, tasks: list[Task]) -> Sequence[Written | Failure]:
+    async def _answer(self, tasks: list[Task]) -> Sequence[Output | Failure]:
         """Answer tasks together; if that fails, one by one, so that one of them does not cost the others.
 
-        What fails alone may be at fault itself; the judge is broken when LASTING different ones failed with no answer
-        in between, or its device did.
+        A task that fails alone may be the cause itself. The judge is broken when LASTING different tasks failed with no
+        answer in between, or after a CUDA error.
         """
         if self._broken:
             return [Failure("server_error", self._broken) for _ in tasks]
         try:
-            answers = await asyncio.to_thread(self._answers, tasks)
+            answers = await asyncio.to_thread(self._write_batch, tasks)
         except Exception as error:
             device = "CUDA error" in str(error)
             if len(tasks) > 1 and not device:
-                return [answer for task in tasks for answer in await self._answered([task])]
+                return [answer for task in tasks for answer in await self._answer([task])]
             LOG.exception("The judge failed")
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self._failed.add(tuple(tasks[0].prompt))
@@ -182,8 +182,8 @@ class LocalJudge:
         self._failed.clear()
         return answers
 
-    def _answers(self, tasks: list[Task]) -> Sequence[Written | Failure]:
-        """Answer tasks in one batch; out of memory, in halves from then on."""
+    def _write_batch(self, tasks: list[Task]) -> Sequence[Output | Failure]:
+        """Answer tasks in one batch; when it runs out of memory, halve this and all later batches."""
         try:
             return write(self._model, self._grammars, tasks, self._pad, self._shared)
         except RuntimeError as error:
@@ -193,7 +193,7 @@ class LocalJudge:
                 return [Failure("refused", f"out of memory at {len(tasks[0].prompt)} tokens of prompt")]
         torch.cuda.empty_cache()
         half = self._batch = (len(tasks) + 1) // 2
-        return [*self._answers(tasks[:half]), *self._answers(tasks[half:])]
+        return [*self._write_batch(tasks[:half]), *self._write_batch(tasks[half:])]
 
 
 def judge_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -210,13 +210,13 @@ def judge_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
 
 
 def folds_system(tokenizer: Any) -> bool:
-    """Tell whether the chat template refuses a system's message, as Gemma's, or drops it: the user's then holds it."""
+    """Tell whether the chat template refuses a system message (as Gemma's does) or drops it."""
     system, user = "what the system says", "what the user says"
     try:
-        made = tokenizer.apply_chat_template(Request(system, user, {}, 0).messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(Request(system, user, {}, 0).messages, tokenize=False)
     except _REFUSALS:
         return True
-    return system not in made
+    return system not in prompt
 
 
 def _load(path: str, dtype: str, gpus: int, common: dict) -> Any:
@@ -245,7 +245,7 @@ def _load(path: str, dtype: str, gpus: int, common: dict) -> Any:
 
 
 def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an output: the tokenizer's, and those that the checkpoint's generation settings name."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({number for number in [tokenizer.eos_token_id, *named] if number is not None})
+    """Return the token ids that end an output: the tokenizer's, and those of the checkpoint's generation config."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({number for number in [tokenizer.eos_token_id, *stops] if number is not None})

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, a service): one call, no retries.
 
-The answers travel to wherever the URL points. The key comes from an environment variable only, is sent over https or
-to this machine only, and is blotted out of error messages.
+The answers are sent to the URL's host. The key comes only from an environment variable, is sent only over https or to
+this machine, and is removed from error messages.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from actors.judge.calls import Failure, FailureKind, Reply, Request
 LABEL_DIGITS = "01234"
 TOP_LOGPROBS = 20  # what OpenAI allows at most and vLLM by default
 _LONGEST_MESSAGE = 220  # characters
-_MOST_MASS = 1.01  # of the labels together; more are no probabilities
+_MOST_MASS = 1.01  # largest sum of the labels' probabilities; above it they are not probabilities
 
 
 class _Likely(BaseModel):
@@ -44,7 +44,7 @@ class _Message(BaseModel):
 
 class _Choice(BaseModel):
     message: _Message
-    logprobs: Any = None  # read apart: an output is one without them, too
+    logprobs: Any = None  # validated separately: an output without them is valid
 
 
 class _Completion(BaseModel):
@@ -54,13 +54,13 @@ class _Completion(BaseModel):
 class OpenAIJudge:
     """Asks a chat-completions endpoint; use it with `async with`, within one event loop.
 
-    url: up to and with /v1; key_variable: environment variable that holds the key (None: no key); timeout: of a whole
-    call (s), however slowly bytes drip in; logprobs: whether the endpoint offers them. ValueError: no http(s) URL,
-    the variable holds no key, or a key would travel in the clear to another machine.
+    url: up to and including /v1; key_variable: environment variable that holds the key (None: no key); timeout: for a
+    whole call (s), however slowly its bytes arrive; logprobs: whether the endpoint offers them. ValueError: not an
+    http(s) URL, the variable holds no key, or a key would be sent unencrypted to another machine.
     """
 
     def __init__(self, url: str, model: str, key_variable: str | None, timeout: float, logprobs: bool):
-        parsed = _parsed(url)
+        parsed = _parse_url(url)
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise ValueError(f"The judge's key is expected in the environment variable {key_variable}, which is empty.")
@@ -72,7 +72,7 @@ class OpenAIJudge:
         if self._key and parsed.scheme == "http" and not local:
             raise ValueError(f"The judge's key would travel unencrypted to {parsed.host}: use https.")
         self._url, self._model, self._timeout, self._logprobs = url.rstrip("/"), model, timeout, logprobs
-        # A new connection for each call: on a shared one, a server that answers twice answers the next question, too.
+        # A new connection per call: on a shared one, a second answer to one call would be taken for the next call's.
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=None,
@@ -100,7 +100,7 @@ class OpenAIJudge:
                     f"{self._url}/chat/completions", json=chat_body(request, self._model, self._logprobs)
                 )
         except TimeoutError:
-            return Failure("timeout", f"no whole answer within {self._timeout:g} s")
+            return Failure("timeout", f"no complete answer within {self._timeout:g} s")
         except httpx2.RequestError as error:
             return Failure("closed", self._excerpt(f"{type(error).__name__}: {error}"))
         if response.status_code != 200:
@@ -115,8 +115,8 @@ class OpenAIJudge:
         return (message.replace(self._key, "***") if self._key else message)[:_LONGEST_MESSAGE]
 
 
-def _parsed(url: str) -> httpx2.URL:
-    """Return an endpoint's URL; ValueError: it is none, or holds a password, which tables and caches would keep."""
+def _parse_url(url: str) -> httpx2.URL:
+    """Return an endpoint's URL; ValueError: not a URL, or it holds a password, which tables and caches would keep."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
@@ -124,7 +124,7 @@ def _parsed(url: str) -> httpx2.URL:
     if parsed.userinfo:
         raise ValueError("The judge's URL holds a user or password: give the key by judge.key_variable instead.")
     if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
-        raise ValueError(f"The judge's URL {url!r} is not one: give something like https://host/v1.")
+        raise ValueError(f"The judge's URL {url!r} is not an http(s) URL: give something like https://host/v1.")
     return parsed
 
 
@@ -151,7 +151,7 @@ def chat_body(request: Request, model: str, logprobs: bool) -> dict:
 
 
 def read_completion(content: str | bytes) -> Reply | Failure:
-    """Return what a chat completion (JSON) says, or that it is none."""
+    """Return the reply of a chat completion (JSON), or a failure if it is not one."""
     try:
         choice = _Completion.model_validate_json(content).choices[0]
     except ValidationError as error:
@@ -164,11 +164,11 @@ def read_completion(content: str | bytes) -> Reply | Failure:
 
 
 def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
-    """Return the probabilities of 0-4 at the place of the label, which is the output's last digit.
+    """Return the probabilities of the labels 0-4 at the label's token, which has the output's last digit.
 
-    A tokenizer may join the label with its neighbours (" 4", "4}"): then the same token with another digit counts.
-    Labels that are not among the likeliest tokens count as 0. None: no such place, no likeliest tokens, or numbers
-    that are no probabilities.
+    A tokenizer may join the label with its neighbours (" 4", "4}"): then the other labels are the same token with
+    another digit. Labels that are not among the likeliest tokens have 0. None: no such token, no likeliest tokens, or
+    values that are not probabilities.
     """
     for token in reversed(tokens):
         text = token.token.strip()
@@ -177,14 +177,14 @@ def label_probabilities(tokens: list[Token]) -> tuple[float, ...] | None:
                 return None
             shapes = [text.translate({ord(sign): digit for sign in text if sign.isdigit()}) for digit in LABEL_DIGITS]
             masses = [sum(_probability(t) for t in token.top_logprobs if t.token.strip() == s) for s in shapes]
-            return tuple(masses) if sum(masses) <= _MOST_MASS else None  # neither if there is a NaN among them
+            return tuple(masses) if sum(masses) <= _MOST_MASS else None  # NaN fails this, too
     return None
 
 
 def _probability(likely: _Likely) -> float:
     """Return exp(logprob), at most 1 (rounding); NaN if it is missing, not a number or infinite."""
-    known = likely.logprob is not None and likely.logprob < math.inf
-    return math.exp(min(likely.logprob, 0.0)) if known else math.nan  # type: ignore[arg-type, type-var]
+    finite = likely.logprob is not None and likely.logprob < math.inf
+    return math.exp(min(likely.logprob, 0.0)) if finite else math.nan  # type: ignore[arg-type, type-var]
 
 
 def failure_kind(status: int) -> FailureKind:

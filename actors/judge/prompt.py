@@ -1,4 +1,4 @@
-"""What the judge is asked: role, rubric, and the candidate as data that cannot pass for anything else.
+"""The judge's prompt: role, rubric, and the candidate as data that cannot be taken for anything else.
 
 The judge never learns which model answered: nothing here takes a model's name. The question, the reference and the
 candidate are JSON strings on lines of their own, in which no chat-control token of a model and no invisible
@@ -13,7 +13,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 RUBRIC_VERSION = "1"
-MAX_CANDIDATE = 4000  # characters; what a candidate has beyond them is cut, and the judge is told
+MAX_CANDIDATE = 4000  # characters; the rest of a longer candidate is cut, and the judge is told
 MAX_REASON = 300  # characters
 
 SYSTEM = """\
@@ -43,7 +43,7 @@ CLOSINGS = {
 }
 _FIELDS = ("Question", "Reference", "Candidate")
 
-# Line ends and other controls, which become a space; and what is not seen at all: zero-width and bidirectional
+# Line ends and other controls, which become a space; and invisible characters: zero-width and bidirectional
 # controls, soft hyphens, tag characters, variation selectors, lone surrogates, private characters.
 _CONTROL = r"[\p{Cc}\p{Zl}\p{Zp}--[\n\t]]"
 _UNSEEN = r"[\p{Cf}\p{Cs}\p{Co}\p{Default_Ignorable_Code_Point}]"
@@ -54,7 +54,7 @@ _control, _unseen, _markup = (regex.compile(pattern, regex.V1) for pattern in (_
 _special = regex.compile(f"{_CONTROL}|{_UNSEEN}|{_MARKUP}", regex.V1)
 
 
-# One digit, so one token; strict integers, which a Literal is not: it takes true for 1 and 4.0 for 4.
+# One digit, so one token. Strict integers: a Literal would accept true as 1 and 4.0 as 4.
 Label = Annotated[int, Field(ge=0, le=4), WithJsonSchema({"type": "integer", "enum": [0, 1, 2, 3, 4]})]
 
 
@@ -63,7 +63,7 @@ class Judgement(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    # Where the engine knows maxLength the reason is short; a longer one, of an engine that does not, is no bad output.
+    # An engine that supports maxLength keeps the reason short; a longer one, from another engine, is valid.
     reason: Annotated[str, Field(max_length=10_000), WithJsonSchema({"type": "string", "maxLength": MAX_REASON})]
     label: Label
 
@@ -110,9 +110,9 @@ def parse_user_message(message: str) -> tuple[str, str, str]:
 
 
 def _json_string(text: str) -> str:
-    """Return a JSON string in which other scripts are readable, and what is special stands as \\uXXXX."""
-    return _special.sub(_escaped, json.dumps(text, ensure_ascii=False))
+    """Return a JSON string in which other scripts stay readable and special characters are \\uXXXX."""
+    return _special.sub(_escape, json.dumps(text, ensure_ascii=False))
 
 
-def _escaped(match: regex.Match) -> str:
+def _escape(match: regex.Match) -> str:
     return {"<": "\\u003c", "[": "\\u005b"}.get(match[0]) or json.dumps(match[0])[1:-1]

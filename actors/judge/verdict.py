@@ -16,7 +16,7 @@ class Verdict:
 
     reason: the judge's, or why there is no label; expected: mean of the labels under their renormalised
     probabilities (0-4), label_mass: what these summed to (fraction), both None where the engine gives none;
-    raw: every output of the judge, the one that counted last; tries: calls made, failed ones included.
+    raw: all outputs of the judge in order, of which the last counts; tries: number of calls, failed ones included.
     """
 
     label: int | None
@@ -35,18 +35,18 @@ class Verdict:
 def read_output(text: str, kind: type[BaseModel]) -> BaseModel:
     """Return the judge's output as `kind`; ValueError says what is wrong with it.
 
-    It has to be one JSON object and nothing else, each key once and in the schema's order, so that a label that was
-    written before its reason, an echo or a second verdict is not taken for one.
+    It must be exactly one JSON object, with each key once and in the schema's order: a label before its reason, an echo
+    or a second verdict is an error.
     """
     wanted = list(kind.model_fields)
 
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    def check_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if [name for name, _ in pairs] != wanted:
             raise ValueError(f"the keys are {[name for name, _ in pairs]} instead of {wanted}")
         return dict(pairs)
 
     try:
-        return kind.model_validate(json.loads(text, object_pairs_hook=once))
+        return kind.model_validate(json.loads(text, object_pairs_hook=check_keys))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'output'}: {first['msg']}") from None
@@ -61,9 +61,10 @@ def expected_score(probabilities: Sequence[float]) -> tuple[float | None, float]
 
 
 def tally(labels: Sequence[int | None]) -> dict:
-    """Summarise labels: scored and total, percent = mean / 4 * 100, its bounds with all unscored at 0 and at 4.
+    """Summarise labels: {scored, total, judge_pct, judge_bounds_pct}.
 
-    judge_pct is the mean of the scored ones; None, i.e. no headline, where more than 2 % are unscored.
+    judge_pct: mean of the scored labels / 4 * 100; None (no headline) if more than 2 % are unscored. judge_bounds_pct:
+    the same with all unscored ones at 0 and at 4.
     """
     scored = [label for label in labels if label is not None]
     missing, total = len(labels) - len(scored), len(labels)

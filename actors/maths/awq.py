@@ -26,7 +26,7 @@ def scale_grid(mean: Float[Tensor, "in"]) -> Float[Tensor, "alphas in"]:
 
 
 def rounded(weight: Float[Tensor, "out in"], group: int, bits: int) -> Float[Tensor, "out in"]:
-    """Return Q(W), the weight after rounding to nearest and back, in its own type."""
+    """Return Q(W): the weight rounded to nearest and dequantized, in its own type."""
     parts = [dequantize(*round_to_nearest(part, group, bits)).to(weight.dtype) for part in weight.split(ROWS)]
     return torch.cat(parts)
 
@@ -34,7 +34,7 @@ def rounded(weight: Float[Tensor, "out in"], group: int, bits: int) -> Float[Ten
 def rounded_with_scale(
     weight: Float[Tensor, "out in"], scale: Float[Tensor, "in"], group: int, bits: int
 ) -> Float[Tensor, "out in"]:
-    """Return Q(W diag(s)) diag(s)^-1: the weight that the unscaled input meets in effect (eq. 6)."""
+    """Return Q(W diag(s)) diag(s)^-1: the effective weight for the unscaled input (eq. 6)."""
     return (rounded(weight.float() * scale, group, bits) / scale).to(weight.dtype)
 
 
@@ -47,8 +47,8 @@ def grid_errors(
 ) -> Float[Tensor, "alphas"]:
     """Return the squared error of `run(weights)` under every scale of the grid (eq. 7), summed over the outputs.
 
-    `weights`, each [out_j, in], share the input; `run` computes the output that they decide. Errors of disjoint
-    inputs add up, so a large calibration set may come in parts.
+    weights: each [out_j, in], of linears that share the input. run: computes the output from such weights. The errors
+    of disjoint parts of a calibration set add up.
     """
     exact = run(list(weights))
     errors = [
@@ -59,7 +59,7 @@ def grid_errors(
 
 
 def group_gram(x: Float[Tensor, "tokens in"], group: int) -> Float[Tensor, "groups group group"]:
-    """Return sum_t x_t x_t' within each group of inputs: all that the error of clipping depends on."""
+    """Return the Gram matrix sum_t x_t x_t' of each group of inputs, which determines clipping's error."""
     grouped = x.float().reshape(x.shape[0], -1, group).transpose(0, 1)
     return grouped.mT @ grouped
 
@@ -67,9 +67,9 @@ def group_gram(x: Float[Tensor, "tokens in"], group: int) -> Float[Tensor, "grou
 def best_limit(
     weight: Float[Tensor, "out in"], gram: Float[Tensor, "groups group group"], bits: int
 ) -> Float[Tensor, "out groups"]:
-    """Return the limit of |W| per output and group whose rounding errs least on the group's share of the output.
+    """Return, per output and group, the limit of |W| with the least squared error of the group's part of the output.
 
-    Limits max|W| * (1 - i/20), i = 0..9. With D = Q(clip(W)) - W the error sum_t (D x_t)^2 is D gram D'.
+    Limits: max|W| * (1 - i/20), i = 0..9. With D = Q(clip(W)) - W the error sum_t (D x_t)^2 is D gram D'.
     """
     groups, group, _ = gram.shape
     outputs = weight.shape[0]
@@ -87,7 +87,7 @@ def best_limit(
 
 
 def clip(weight: Float[Tensor, "out in"], limit: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
-    """Return the weight with every group kept within +-limit."""
+    """Return the weight with every group clamped to +-limit."""
     bound = limit.to(weight.dtype)[..., None]
     grouped = weight.reshape(*limit.shape, -1)
     return grouped.clamp(-bound, bound).reshape(weight.shape)

@@ -1,12 +1,12 @@
-"""A table's columns as arrays, a row each: what formulas take. numpy only."""
+"""Turns a table's columns into arrays, which the formulas take. numpy only."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Number = float | int  # to beartype an int is no float
-Array = np.ndarray  # what jobs hand from one formula to the next, and do not look into
+Number = float | int  # beartype does not accept an int as a float
+Array = np.ndarray  # jobs pass it from one formula to the next, and do not look into it
 
 
 def to_floats(values: Sequence[Number]) -> Float[np.ndarray, "n"]:
@@ -20,17 +20,17 @@ def to_percent(values: Sequence[Number], top: Number) -> Float[np.ndarray, "n"]:
 
 
 def to_flags(values: Sequence[bool]) -> Bool[np.ndarray, "n"]:
-    """Return what is so or not, row by row."""
+    """Return a column of booleans."""
     return np.array(values, dtype=bool)
 
 
 def to_places(values: Sequence[int]) -> Int[np.ndarray, "n"]:
-    """Return places in a list, counted from 0."""
+    """Return a column of indices, counted from 0."""
     return np.array(values, dtype=np.int64)
 
 
 def number_names(names: Sequence) -> Int[np.ndarray, "n"]:
-    """Return each name's place among the different ones, sorted: which cluster (image, pair of raters) a row is of.
+    """Return each name's index among the sorted distinct names: the row's cluster (image, pair of raters).
 
     names: all strings or all numbers.
     """

@@ -1,4 +1,4 @@
-"""What a decoder layer is worth: pure formulas of the criteria for layer removal.
+"""Formulas of the criteria for layer removal.
 
 Axes: T tokens, D width, V vocabulary.
 """

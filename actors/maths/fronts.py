@@ -1,4 +1,4 @@
-"""Which of several things no other dominates (Pareto)."""
+"""The Pareto front of costs and scores."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from actors.maths.columns import Number
 
 
 def find_undominated(costs: Sequence[Number], scores: Sequence[Number]) -> list[int]:
-    """Return the places of what is not dominated, cheapest first; of those equal in both, the first.
+    """Return the indices of the Pareto front, cheapest first; of points equal in both, only the first.
 
-    One is dominated if another has at least its score at the same cost or less, and is better in one of the two. A
-    column of costs and one of scores, each in any unit; high scores are good. No number is NaN.
+    A point is dominated if another has at least its score at the same cost or less, and is better in one of the two.
+    costs, scores: columns in any unit, without NaN; high scores are good.
     """
     front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):

@@ -1,9 +1,9 @@
 """One option per layer under a memory budget, chosen exactly: a multiple-choice knapsack (Kellerer, Pferschy and
 Pisinger 2004, chapter 11), solved as an integer program by HiGHS through scipy.
 
-minimise sum_l damage[l, choice_l] subject to sum_l bytes[m, l, choice_l] <= budget[m] in every moment m: what is in
-memory differs from one moment of the work to another, and none may exceed its budget. What it is given are tables of
-single changes: an option for one layer, and the others as they are.
+minimise sum_l damage[l, choice_l] subject to sum_l bytes[m, l, choice_l] <= budget[m] in every moment m,
+since what is in memory differs between moments of the work. Damage and bytes are tables of single changes:
+one layer takes another option, and the other layers stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from jaxtyping import Float, Int
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 INFEASIBLE = 2  # scipy's status for a program without a solution
-SCALE = 1e3  # of the largest damage: HiGHS takes differences below 1e-6 for ties
+SCALE = 1e3  # the largest damage is scaled to this: HiGHS treats differences below 1e-6 as ties
 
 
 def tabulate_bytes(
     held: Sequence[Sequence[Sequence[int]]], base: Sequence[int], budget: int
 ) -> tuple[Int[np.ndarray, "m l o"], list[int]]:
-    """Return bytes_MLO of every option, and what each moment leaves for the layers (bytes).
+    """Return bytes_MLO, what every option adds in every moment, and each moment's remaining budget (bytes).
 
-    base: what each moment holds with all layers at one option; held: by layer and option, what it holds with that
-    option for that layer instead. The program's bytes are the differences, so `base` itself counts 0.
+    base: bytes of each moment with all layers at one option. held: by layer and option, bytes of each moment if that
+    layer has that option instead. The differences are returned, so the option of `base` adds 0.
     """
     bytes_MLO = np.array([[np.array(option) - np.array(base) for option in layer] for layer in held], dtype=np.int64)
     return np.ascontiguousarray(np.moveaxis(bytes_MLO, -1, 0)), [int(budget - moment) for moment in base]
@@ -31,20 +31,20 @@ def tabulate_bytes(
 def tabulate_damage(
     at: float, measured: Mapping[tuple[int, int], float], centre: Sequence[int], options: Sequence[int]
 ) -> Float[np.ndarray, "l o"]:
-    """Return what a change of one layer costs beside `centre`, which loses `at` (the damage's unit).
+    """Return the damage of changing one layer's option in the choice `centre`, whose loss is `at`.
 
-    measured: the loss of every single change, by (layer, number of the option). The centre's own option costs 0; one
-    that was not measured (it would remove the last layer that is left) is no choice: infinite.
+    measured: the loss of every single change, by (layer, number of the option). The centre's own options do 0 damage;
+    an option that was not measured (it would remove the last layer) does infinite damage.
     """
-    own_LO = np.array(centre)[:, None] == np.array(options)
-    damage_LO = np.where(own_LO, 0.0, np.inf)
+    centre_LO = np.array(centre)[:, None] == np.array(options)
+    damage_LO = np.where(centre_LO, 0.0, np.inf)
     for place, loss in measured.items():
         damage_LO[place] = loss - at
     return damage_LO
 
 
 def predict_damage(at: float, damage_LO: Float[np.ndarray, "l o"], picked: Sequence[int]) -> float:
-    """Return the loss of a choice (a column per layer) if single changes add up: `at` and the damage of each layer."""
+    """Return a choice's predicted loss if single changes add up; picked: the column of each layer's option."""
     return at + float(sum(damage_LO[layer, option] for layer, option in enumerate(picked)))
 
 
@@ -58,23 +58,23 @@ def best_choices(
 ) -> list[tuple[int, ...]]:
     """Return the `count` choices of least summed damage within the budgets (bytes), best first; or all, if fewer.
 
-    A choice names one option (column) per layer. A layer does not have an option whose damage is not finite. `excluded`
-    choices are never returned; near (choice, n): only those that differ from it in at most n layers are. ValueError: no
-    choice fits a moment; it gives the least possible bytes. RuntimeError: HiGHS gave up.
+    A choice names one option (column) per layer. Options whose damage is not finite are not available. `excluded`
+    choices are never returned; near = (choice, n) allows only choices that differ from it in at most n layers.
+    ValueError: no choice fits a moment's budget; it gives the least possible bytes. RuntimeError: HiGHS failed.
     """
     layers, options = damage_LO.shape
-    there_LO = np.isfinite(damage_LO)
-    if not there_LO.any(1).all():
-        raise ValueError(f"Layer {int(np.argmin(there_LO.any(1)))} has no option of finite damage.")
+    available_LO = np.isfinite(damage_LO)
+    if not available_LO.any(1).all():
+        raise ValueError(f"Layer {int(np.argmin(available_LO.any(1)))} has no option of finite damage.")
     fits = []
     for bytes_LO, budget in zip(bytes_MLO, budget_M, strict=True):
-        least = int(np.where(there_LO, bytes_LO, np.iinfo(np.int64).max).min(1).sum())
+        least = int(np.where(available_LO, bytes_LO, np.iinfo(np.int64).max).min(1).sum())
         if least > budget:
             raise ValueError(f"No choice fits into {budget} bytes: the least possible is {least} bytes.")
-        # Whole numbers, as small as they get: a row that is wrong is wrong by 1 or more, far above HiGHS's tolerance.
+        # Integers divided by their greatest divisor: a violation is at least 1, far above HiGHS's tolerance.
         unit = int(np.gcd.reduce(bytes_LO, axis=None)) or 1
         fits.append(LinearConstraint((bytes_LO // unit).reshape(1, -1), -np.inf, budget // unit))
-    damage = np.where(there_LO, damage_LO, 0.0)
+    damage = np.where(available_LO, damage_LO, 0.0)
     largest = np.abs(damage).max() or 1.0
     one_each = LinearConstraint(np.kron(np.eye(layers), np.ones(options)), 1, 1)
     if near is not None:
@@ -82,12 +82,12 @@ def best_choices(
     cuts = [_cut(choice, options) for choice in excluded]
     choices: list[tuple[int, ...]] = []
     while len(choices) < count:
-        given = [one_each, *fits, *([LinearConstraint(np.array(cuts), -np.inf, layers - 1)] if cuts else [])]
+        constraints = [one_each, *fits, *([LinearConstraint(np.array(cuts), -np.inf, layers - 1)] if cuts else [])]
         solved = milp(
             damage.reshape(-1) * (SCALE / largest),
             integrality=np.ones(damage.size),
-            bounds=Bounds(0, there_LO.reshape(-1).astype(float)),
-            constraints=given,
+            bounds=Bounds(0, available_LO.reshape(-1).astype(float)),
+            constraints=constraints,
             options={"mip_rel_gap": 0},
         )
         if solved.status == INFEASIBLE:

@@ -1,4 +1,4 @@
-"""What questions lose without sets of layers: means to rank by, and what the cluster bootstrap says of them.
+"""Losses of questions without sets of layers: the means that rank the sets, and their cluster-bootstrap intervals.
 
 Axes: N questions, K sets of layers (or choices), B draws. Low losses are good; their unit is the criterion's.
 """
@@ -15,7 +15,7 @@ from actors.maths.statistics import cluster_bootstrap_means, mark_differing_pair
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of N questions (those that have all) without K sets of layers; clusters_N numbers their images."""
+    """Losses of N questions without K sets of layers; clusters_N numbers the questions' images."""
 
     values_NK: Float[np.ndarray, "n k"]
     weights_NK: Float[np.ndarray, "n k"]
@@ -28,12 +28,12 @@ class Losses:
 
     @property
     def ranked_K(self) -> Float[np.ndarray, "k"]:
-        """The means to rank by: what is no number is the largest."""
+        """The means to rank by: NaN becomes infinity, the largest."""
         return np.where(np.isnan(self.means_K), np.inf, self.means_K)
 
     @property
     def draws_BK(self) -> Float[np.ndarray, "b k"]:
-        """The means when whole images are resampled, the same for all columns."""
+        """Cluster-bootstrap draws of the means; all columns share the resampled images."""
         return cluster_bootstrap_means(self.values_NK, self.weights_NK, self.clusters_N)
 
 
@@ -42,7 +42,7 @@ class Ranking:
     """K sets by loss, with 95 % intervals of the cluster bootstrap.
 
     order: places of the sets, least loss first. low_K, high_K: of the mean; first_K, last_K: of the rank (1: least).
-    apart_KK: which pairs differ, the paired interval of their difference not holding 0.
+    apart_KK: which pairs differ: the interval of their paired difference excludes 0.
     """
 
     order: list[int]
@@ -61,9 +61,9 @@ def tabulate_losses(
 
 
 def rank_losses(losses: Losses, names: Sequence[int]) -> Ranking:
-    """Rank K sets of layers; of those that lose the same the least name goes first, and their intervals hold all ranks.
+    """Rank K sets of layers by their mean losses, of which NaN is the largest.
 
-    A mean that is no number is the largest.
+    Of equal losses the smallest name comes first; the intervals of their ranks hold all ranks that they share.
     """
     draws_BK, lost_K = losses.draws_BK, losses.ranked_K
     low_K, high_K = percentile_interval(draws_BK)
@@ -82,7 +82,7 @@ def count_apart(losses: Losses) -> tuple[int, int]:
 
 
 def compare_losses(losses: Losses) -> tuple[float, float, float]:
-    """Return by how much the second set's mean loss is above the first one's, and that paired difference's interval."""
+    """Return the paired difference of the mean losses, second set - first, and its interval."""
     means_K, draws_BK = losses.means_K, losses.draws_BK
     low, high = (float(bound[0]) for bound in percentile_interval(draws_BK[:, 1:] - draws_BK[:, :1]))
     return float(means_K[1] - means_K[0]), low, high

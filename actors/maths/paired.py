@@ -1,4 +1,4 @@
-"""Comparing two models on the same answers, with the image as the unit. numpy and scipy only."""
+"""Paired comparison of two models' answers to the same questions, with the image as the unit. numpy and scipy only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MAX_EXACT = 20  # images up to which all sign flips are counted
 class PairedDifference:
     """The mean of scores - others over the same answers, its interval, p value (of this comparison alone) and power.
 
-    detectable: what 80 % power would find; None where nothing differs, and with one image.
+    detectable: the mean difference that is found with 80 % power; None where nothing differs, and with one image.
     """
 
     mean: float
@@ -31,14 +31,14 @@ class PairedDifference:
 def compare_pairs(
     scores_N: Float[np.ndarray, "n"], others_N: Float[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"]
 ) -> PairedDifference:
-    """Compare two models' scores of the same answers, with the image as the unit; all but p in the scores' unit."""
-    gained_N = scores_N - others_N
-    identical, several = not gained_N.any(), clusters_N.max() > clusters_N.min()
+    """Compare two models' scores of the same questions, with the image as the unit; all but p in the scores' unit."""
+    differences_N = scores_N - others_N
+    identical, several = not differences_N.any(), clusters_N.max() > clusters_N.min()
     return PairedDifference(
-        float(gained_N.mean()),
+        float(differences_N.mean()),
         *paired_interval(scores_N, others_N, clusters_N),
-        sign_flip_p(gained_N, clusters_N),
-        detectable_difference(gained_N, clusters_N) if several and not identical else None,
+        sign_flip_p(differences_N, clusters_N),
+        detectable_difference(differences_N, clusters_N) if several and not identical else None,
         identical,
     )
 
@@ -85,7 +85,7 @@ def paired_interval(
 def ratio_interval(
     draws_B: Float[np.ndarray, "b"], others_B: Float[np.ndarray, "b"], level: float = 0.95
 ) -> tuple[float, float] | None:
-    """Return the interval of a ratio of two models' numbers from the same draws; None where the lower one can be 0."""
+    """Return the interval of the ratio draws / others, paired draw by draw; None if the denominator is 0 in a draw."""
     if (others_B == 0).any():
         return None
     return bound_draws(draws_B / others_B, level)
@@ -94,13 +94,13 @@ def ratio_interval(
 def sign_flip_p(
     differences_N: Float[np.ndarray, "n"], clusters_N: Int[np.ndarray, "n"], draws: int = 20_000, seed: int = 0
 ) -> float:
-    """Return the two-sided p value of a mean difference of 0 when the sign of each image is arbitrary (Fisher 1935).
+    """Return the two-sided p value of a mean difference of 0, by flipping the signs of whole images (Fisher 1935).
 
-    Exact for at most 20 images with a difference; above that (1 + as extreme) / (1 + draws) of sampled flips
+    Exact for at most 20 images with a difference; above that (1 + number as extreme) / (1 + draws) of sampled flips
     (Phipson and Smyth 2010).
     """
     sums_C = _cluster_sums(differences_N, clusters_N)[0]
-    sums_C = sums_C[sums_C != 0]  # to flip a 0 changes nothing
+    sums_C = sums_C[sums_C != 0]  # flipping a 0 changes nothing
     extreme = abs(sums_C.sum()) - 1e-9 * np.abs(sums_C).sum()  # ties count, whatever their rounding
     if len(sums_C) <= MAX_EXACT:
         flipped = np.zeros(1)
@@ -113,7 +113,7 @@ def sign_flip_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values adjusted for their number, in the given order (Holm 1979): at most one false find at the level.
+    """Return p values adjusted for their number, in the same order (Holm 1979); controls the family-wise error rate.
 
     Sorted, the k-th smallest of m becomes the running maximum of (m - k + 1) p_k, at most 1.
     """
@@ -151,7 +151,7 @@ def detectable_difference(
 
 
 def finding(low: float, high: float, p: float, level: float = 0.95) -> Literal["better", "worse", "unresolved"]:
-    """Say what a difference's interval and its adjusted p value allow to say: "unresolved" unless both exclude 0."""
+    """Return the verdict of a difference's interval and adjusted p value: "unresolved" unless both exclude 0."""
     if low <= 0 <= high or p > 1 - level:
         return "unresolved"
     return "better" if low > 0 else "worse"

@@ -3,13 +3,13 @@
 import numpy as np
 
 OUTLIER = 20.0  # times the median of the channels' largest |x|
-NAMED = 10  # outlier channels of one input that are named, at most
+NAMED = 10  # most outlier channels of one input that are listed
 
 
 def range_facts(largest: np.ndarray) -> dict:
     """Summarise `largest` [channels], max |x| of every channel: {channels, median, p99, max, outliers, ...}.
 
-    outliers: how many exceed OUTLIER times the median; the largest NAMED of them are told by index (channel_ids) and
+    outliers: how many exceed OUTLIER times the median; the largest NAMED of them are listed by index (channel_ids) and
     by ratio to the median (ratios).
     """
     median = float(np.median(largest))

@@ -1,4 +1,4 @@
-"""How far two orders of the same things agree. scipy only."""
+"""Rank correlations of two columns. scipy only."""
 
 from collections.abc import Sequence
 from math import isnan

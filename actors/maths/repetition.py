@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 LONGEST_BLOCK = 32  # tokens of the block that repeats
-COPIES = 3  # times that it stands in a row, at least
-SHORTEST_LOOP = 8  # tokens of all copies together, at least: "..." and "itchy, itchy, itchy" are no loops
+COPIES = 3  # least number of its copies in a row
+SHORTEST_LOOP = 8  # least number of tokens of all copies: "..." and "itchy, itchy, itchy" are no loops
 
 
 def loop_length(tokens: Sequence[int]) -> int:
     """Return the tokens of an answer's longest loop, 0 if it has none.
 
-    A loop is a block of at most 32 tokens at least 3 times in a row, 8 tokens or more in all, anywhere in the answer;
-    the last copy may be followed by the beginning of another one, which counts.
+    A loop is a block of at most 32 tokens, repeated at least 3 times in a row, of 8 tokens or more in all. The
+    beginning of another copy at its end counts.
     """
     ids = np.asarray(tokens)
     longest = 0

@@ -18,13 +18,13 @@ def round_to_nearest(
 ) -> tuple[Int[Tensor, "out in"], Int[Tensor, "out groups"], Float[Tensor, "out groups"]]:
     """Return (q, zero, scale) of a weight: min-max range per group of `group` inputs, scales rounded to float16.
 
-    ValueError: the inputs do not divide into groups, or the outputs into words of eight.
+    ValueError: the inputs do not divide into groups, the outputs do not divide by eight, or a scale is not finite.
     """
     outputs, inputs = weight.shape
     if inputs % group or outputs % PER_WORD:
         raise ValueError(
-            f"A weight of {outputs} x {inputs} cannot be stored in groups of {group}: its inputs must divide by the "
-            f"group size and its outputs by {PER_WORD}. Choose another quantize.group_size."
+            f"A weight of {outputs} x {inputs} cannot be stored in groups of {group}: the group size must divide its "
+            f"inputs, and {PER_WORD} its outputs. Choose another quantize.group_size."
         )
     grouped = weight.float().reshape(outputs, inputs // group, group)
     low = grouped.amin(dim=-1).clamp(max=0)
@@ -32,7 +32,7 @@ def round_to_nearest(
     top = 2**bits - 1
     scale = ((high - low) / top).clamp(min=1e-5).to(torch.float16)
     if not torch.isfinite(scale).all():
-        raise ValueError("A weight's range exceeds float16, or is no number: its scale cannot be stored.")
+        raise ValueError("A weight's range exceeds float16, or is NaN: its scale cannot be stored.")
     exact = scale.float()
     zero = (-low / exact).round().clamp(0, top)
     q = (grouped / exact[..., None]).round().add(zero[..., None]).clamp(0, top)

@@ -1,4 +1,4 @@
-"""Drawing questions and images from a seed: the same for the same seed, for ever. numpy only."""
+"""Seeded samples of questions and images: a seed always gives the same sample. numpy only."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,30 +7,31 @@ import numpy as np
 
 
 def draw_calibration(images: Sequence[str], samples: int, seed: int, per_image: int | None = None) -> list[int]:
-    """Return places of `samples` questions (fewer where there are no more), given the image of each, in their order.
+    """Return the sorted indices of `samples` questions for calibration (all, if there are fewer).
 
-    per_image: draw images, and at most so many questions about each; None: draw questions one by one.
+    images: the image of each question. per_image: draw images, and at most this many questions about each; None: draw
+    questions one by one.
     """
     stream = np.random.default_rng(seed)
     shuffled = stream.permutation(len(images)).tolist()
     if per_image is not None:
-        asked: dict[str, list[int]] = {}
+        by_image: dict[str, list[int]] = {}
         for i in shuffled:
-            asked.setdefault(images[i], []).append(i)
-        turns = stream.permutation(sorted(asked)).tolist()  # any image is as likely as another
-        shuffled = [i for image in turns for i in asked[image][:per_image]]
+            by_image.setdefault(images[i], []).append(i)
+        turns = stream.permutation(sorted(by_image)).tolist()  # any image is as likely as another
+        shuffled = [i for image in turns for i in by_image[image][:per_image]]
     return sorted(shuffled[:samples])
 
 
 def draw_places(count: int, samples: int, seed: int) -> list[int]:
-    """Return `samples` of the places 0 to count - 1 (all where there are no more), each once, in a random order."""
+    """Return `samples` of the indices 0 to count - 1 (all, if there are fewer), each once, in a random order."""
     return np.random.default_rng(seed).permutation(count)[:samples].tolist()
 
 
 def draw_partners(classes: Mapping[str, str], seed: int) -> dict[str, str]:
-    """Return an image of another class for every image, given the class of each; none where there is one class.
+    """Return an image of another class for every image; {} where there is one class.
 
-    Any image of another class is as likely as another, and may be drawn for several.
+    classes: the class of each image. All images of other classes are equally likely, and may be drawn several times.
     """
     images, stream = sorted(classes), random.Random(seed)
     partners = {}

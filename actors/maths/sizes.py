@@ -1,6 +1,6 @@
-"""Bytes of rounded weights, of keys and values, and of what a pass holds meanwhile: the formulas of actors.estimate.
+"""Bytes of rounded weights, keys and values, and working memory: the formulas of actors.estimate.
 
-They count what the allocator is asked for at one moment, not what it keeps in reserve (fragments, rounding up).
+They count the bytes allocated at one moment, not what the allocator keeps in reserve (fragments, rounding up).
 Working memory is that of transformers' eager modules with fused attention (sdpa), which holds no [tokens, tokens]
 scores; tests compare it with a trace of every allocation of transformers' own modules.
 """
@@ -17,7 +17,7 @@ _SHAPE = 16  # bytes of the compressed-tensors layout's weight_shape: two int64
 
 
 def gemm_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
-    """AWQ's gemm layout: a float16 scale and a zero point of `bits` bits a group. Nominal where `bits` is not 4."""
+    """AWQ's gemm layout: a float16 scale and a zero point of `bits` bits per group. Nominal where `bits` is not 4."""
     weights = outputs * inputs
     groups = weights // group
     return -(-(weights * bits + groups * bits) // 8) + _SCALE * groups
@@ -31,19 +31,19 @@ def compressed_tensors_bytes(bits: int, group: int, outputs: int, inputs: int) -
 
 
 def nf4_bytes(bits: int, block: int, outputs: int, inputs: int) -> int:
-    """bitsandbytes' NF4: a float32 scale a block, the 16 levels, and the description that bitsandbytes stores."""
+    """bitsandbytes' NF4: a float32 scale per block, the 16 levels, and the description that bitsandbytes stores."""
     weights = outputs * inputs
     facts = {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": [outputs, inputs]}
     return -(-weights * bits // 8) + 4 * -(-weights // block) + 4 * _NF4_LEVELS + len(json.dumps(facts))
 
 
 def int8_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
-    """bitsandbytes' LLM.int8: a float32 scale an output, and a byte that names the format."""
+    """bitsandbytes' LLM.int8: a float32 scale per output, and a byte that names the format."""
     return outputs * inputs * bits // 8 + 4 * outputs + 1
 
 
 def hqq_bytes(bits: int, group: int, outputs: int, inputs: int) -> int:
-    """hqq's own packing: words of values from several groups, a 16-bit scale and zero point a group."""
+    """hqq's own packing: words of values from several groups, a 16-bit scale and zero point per group."""
     groups, word = outputs * inputs // group, 4 if bits == 3 else 1
     return word * group * -(-groups // HQQ_ROWS[bits]) + 2 * _SCALE * groups
 
@@ -59,14 +59,14 @@ def mlp_copies(activation: str, gated: bool) -> int:
 def cached_tokens(prompt: int, new_tokens: int, window: int | None) -> int:
     """Return the tokens whose keys and values a layer holds at an answer's end, in its sliding window if it has one.
 
-    The last new token is never fed, so that it has none.
+    The last new token is never fed to the model, so it has none.
     """
     tokens = prompt + max(new_tokens - 1, 0)
     return tokens if window is None else min(tokens, window)
 
 
 def tower_bytes(images: int, tokens: int, hidden: int, intermediate: int, copies: int, itemsize: int) -> int:
-    """Return what the vision tower holds in an MLP, its largest moment.
+    """Return the bytes of the vision tower's peak, which is in an MLP.
 
     tokens: of one image, class token included; copies: [tokens, intermediate] tensors alive at once. Four [tokens,
     hidden] are alive: the states that are selected and handed on, the residual and its norm.
@@ -77,11 +77,11 @@ def tower_bytes(images: int, tokens: int, hidden: int, intermediate: int, copies
 def prefill_bytes(
     rows: int, tokens: int, hidden: int, intermediate: int, copies: int, head: int, masked: bool, itemsize: int
 ) -> int:
-    """Return what a decoder layer holds while it reads prompts, keys and values apart: in its MLP or its attention.
+    """Return a decoder layer's peak bytes in prefill, in its MLP or its attention, without keys and values.
 
     copies: [rows, tokens, intermediate] tensors alive at once in the MLP. Four [rows, tokens, hidden] are always alive:
     the embeddings, the layer's input, the residual after attention and its norm; and the rotary cosines and sines.
-    masked: a mask is needed (padding, or a sliding window), a byte an entry, which attention turns into the
+    masked: a mask is needed (padding, or a sliding window): a byte per entry, which attention converts to the
     activations' type.
     """
     mask = rows * tokens * tokens * masked
@@ -91,12 +91,12 @@ def prefill_bytes(
 
 
 def logit_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Return what choosing a token holds: the last position's logits as they come, in float32, and without stops."""
+    """Return the bytes that choosing a token takes: the last logits, their float32 copy, and that without stops."""
     return rows * vocabulary * (itemsize + 8)
 
 
 def largest_share(parts: Sequence[int], devices: int) -> int:
-    """Return the least that the fullest of `devices` must hold when `parts` are laid on them in their order."""
+    """Return the smallest possible load of the fullest of `devices` when `parts` are placed on them in order."""
     low, high = max(parts), sum(parts)
     while low < high:
         share = (low + high) // 2

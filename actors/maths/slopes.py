@@ -1,8 +1,8 @@
-"""What is systematic in the error of rounded weights: whether they are as large as before, block by block.
+"""The systematic error of rounded weights: whether they are as large as before, block by block.
 
-Sound rounding moves weights both ways; a wrong scale makes all that share it larger or smaller, by less than rounding
-itself where the bits are few. So the size of the error does not tell, its direction does. Both w' (rounded) and w have
-errors when seen from the other, and the two regressions, w' on w and w on w', bracket the slope (Frisch 1934):
+Sound rounding moves weights both ways; a wrong scale makes all weights that share it larger or smaller. With few bits
+that is less than the rounding error, so the error's direction must tell, not its size. Both w' (rounded) and w have
+errors as regressors, and the two regressions, w' on w and w on w', bracket the slope (Frisch 1934):
 
     low = w'.w / w.w  <=  high = w'.w' / w'.w
 
@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FLOOR = 1e-3  # of the weights' root mean square: below it in size a block has no slope
+FLOOR = 1e-3  # of the root mean square of all weights: a block of smaller weights has a slope near 1
 
 
 def slopes(after: Float[Tensor, "blocks n"], before: Float[Tensor, "blocks n"]) -> Float[Tensor, "blocks"]:
     """Return each block's slope of `after` on `before`: the one nearest to 1 of those the two regressions bracket.
 
-    As if every block held one more value, FLOOR of the whole's size, that was rounded to itself: blocks of zeros give
-    1. Where after and before point away from each other the slope is that of after on before, which is negative.
+    Every block gets one more value, FLOOR of an average block's norm, rounded to itself: so a block of zeros gives 1.
+    Where `after` and `before` point in opposite directions it is the slope of after on before, which is negative.
     """
     floor = before.square().mean() * before.shape[1] * FLOOR**2
     product = (after * before).sum(1) + floor

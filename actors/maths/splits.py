@@ -1,19 +1,19 @@
-"""Choosing whole groups for a test split: a bounded subset sum, so that the split comes as near as the sizes allow."""
+"""Chooses whole groups for a test split: a bounded subset sum, as near to the wanted size as the groups allow."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-FAR = 0.05  # share of the total by which a split may miss what is wanted before too much in the test split is better
+FAR = 0.05  # of all images: a test split that is too small by more than this share is worse than one that is too large
 
 
 def choose_groups(sizes: Sequence[int], wanted: int, random: np.random.Generator) -> list[int]:
-    """Return the places of the groups that make the test split: as near to `wanted` images as whole groups come.
+    """Return the indices of the groups of the test split, which has as nearly `wanted` images as whole groups allow.
 
-    sizes: images of each group, all at least 1. At least one group is chosen, and one is left. Rather too few images
-    are chosen than too many, unless that misses `wanted` by more than FAR of all and the next larger sum does not. Of
-    groups of one size, which are equal here, `random` draws; of every size about the same share is chosen.
+    sizes: images of each group, all at least 1. At least one group is chosen, and one is left. Too few images are
+    preferred to too many, unless they miss `wanted` by more than FAR of all and the next larger sum does not. About
+    the same share of the groups of each size is chosen; `random` draws which.
     """
     places = defaultdict(list)
     for place, size in enumerate(sizes):
@@ -30,11 +30,11 @@ def choose_groups(sizes: Sequence[int], wanted: int, random: np.random.Generator
     total = _nearest_sum(reached[-1], wanted, sum(sizes))
     chosen: list[int] = []
     for size, before in zip(reversed(kinds), reversed(reached[:-1]), strict=True):
-        here = places[size]
-        possible = [k for k in range(min(len(here), total // size) + 1) if before >> (total - k * size) & 1]
-        share = len(here) * wanted / sum(sizes)
+        members = places[size]
+        possible = [k for k in range(min(len(members), total // size) + 1) if before >> (total - k * size) & 1]
+        share = len(members) * wanted / sum(sizes)
         count = min(possible, key=lambda k: (abs(k - share), k))
-        chosen += [here[i] for i in random.permutation(len(here))[:count]]
+        chosen += [members[i] for i in random.permutation(len(members))[:count]]
         total -= count * size
     return sorted(chosen)
 

@@ -1,4 +1,4 @@
-"""Intervals for scores whose unit is the image, not the answer. numpy and scipy only."""
+"""Intervals of scores, with the image as the unit instead of the answer. numpy and scipy only."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def cluster_share_interval(
     """Return Wilson's interval of a share with the effective number of answers (Korn and Graubard 1998), as fractions.
 
     That number is p (1 - p) / SE^2, where SE^2 = sum_c (hits of image c - its number of answers * p)^2 / N^2, at most
-    N; where all answers are alike, the number of images. Unlike a bootstrap it has a width there, too.
+    N; where all answers are alike, the number of images. (There a bootstrap interval would have no width.)
     """
     _, index_N = np.unique(clusters_N, return_inverse=True)
     counts_C, share = np.bincount(index_N), float(hits_N.mean())
@@ -41,7 +41,7 @@ def cluster_share_interval(
 
 
 def cluster_draws(count: int, draws: int = 2000, seed: int = 0) -> Float[np.ndarray, "draws count"]:
-    """Return how often each of `count` clusters is drawn when they are resampled, draw by draw."""
+    """Return how often each of `count` clusters is picked in each bootstrap draw."""
     picks = np.random.default_rng(seed).integers(count, size=(draws, count))
     places = picks + count * np.arange(draws)[:, None]
     return np.bincount(places.ravel(), minlength=draws * count).reshape(draws, count).astype(float)
@@ -54,14 +54,14 @@ def cluster_bootstrap_means(
     draws: int = 2000,
     seed: int = 0,
 ) -> Float[np.ndarray, "draws k"]:
-    """Return the weighted means of K columns when whole clusters (images) are resampled, the same for all columns."""
+    """Return cluster-bootstrap draws of K columns' weighted means; all share the resampled clusters (images)."""
     _, index = np.unique(clusters_N, return_inverse=True)
     count = int(index.max()) + 1
     sums, totals = np.zeros((count, values_NK.shape[1])), np.zeros((count, values_NK.shape[1]))
     np.add.at(sums, index, values_NK * weights_NK)
     np.add.at(totals, index, weights_NK)
-    chosen = cluster_draws(count, draws, seed)
-    return (chosen @ sums) / (chosen @ totals)
+    counts_BC = cluster_draws(count, draws, seed)
+    return (counts_BC @ sums) / (counts_BC @ totals)
 
 
 def percentile_interval(
@@ -80,7 +80,7 @@ def cluster_bootstrap_interval(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean when whole clusters (images) are resampled."""
+    """Return the percentile interval of the mean by the cluster bootstrap (clusters: images)."""
     column = values.astype(float)[:, None]
     low, high = percentile_interval(cluster_bootstrap_means(column, np.ones_like(column), clusters, draws, seed), level)
     return float(low[0]), float(high[0])
@@ -98,7 +98,7 @@ def bootstrap_mean(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Return the mean and its interval when whole clusters (images) are resampled, in the values' unit."""
+    """Return the mean and its cluster-bootstrap interval (clusters: images), in the values' unit."""
     return float(values_N.mean()), *cluster_bootstrap_interval(values_N, clusters_N, level, draws, seed)
 
 
@@ -111,9 +111,9 @@ def bound_draws(draws_B: Float[np.ndarray, "b"], level: float = 0.95) -> tuple[f
 def rank_intervals(
     draws_BK: Float[np.ndarray, "b k"], level: float = 0.95
 ) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "k"]]:
-    """Return the percentile interval of every column's rank: 1 for the smallest; what is no number is the largest.
+    """Return the percentile interval of every column's rank: 1 for the smallest; NaN is the largest.
 
-    Equal columns share the ranks that they take together: the low end counts the first of them, the high end the last.
+    Of equal columns the low end counts the first of the ranks that they share, the high end the last.
     """
     filled_BK = np.where(np.isnan(draws_BK), np.inf, draws_BK)
     first_BK, last_BK = (rankdata(filled_BK, method=ties, axis=1).astype(float) for ties in ("min", "max"))
@@ -121,7 +121,7 @@ def rank_intervals(
 
 
 def mark_differing_pairs(draws_BK: Float[np.ndarray, "b k"], level: float = 0.95) -> Bool[np.ndarray, "k k"]:
-    """Tell which pairs of columns differ: the interval of their paired difference does not hold 0."""
+    """Tell which pairs of columns differ: the interval of their paired difference excludes 0."""
     columns = draws_BK.shape[1]
     differs = np.zeros((columns, columns), dtype=bool)
     for k in range(columns):

@@ -1,4 +1,4 @@
-"""Searching sets of layers: which come next, and which go on. A set is an increasing tuple of layers. numpy only."""
+"""Steps of a search over sets of layers: extend, select, mutate. A set is an increasing tuple of layers. numpy only."""
 
 from collections.abc import Sequence
 
@@ -23,15 +23,16 @@ def select_earliest(losses: Sequence[float], sets: Sequence[Subset], width: int)
 
 
 def start_stream(seed: int) -> np.random.Generator:
-    """Return the random numbers that a search's generations draw from, one after another."""
+    """Return the random generator that all generations of a search share."""
     return np.random.default_rng(seed)
 
 
 def mutate_set(random: np.random.Generator, parent: Subset, order: Sequence[int], count: int) -> list[Subset]:
     """Return up to `count` different sets, each with one to three of the parent's layers swapped for kept ones.
 
-    The number swapped is the lesser of two draws from 1 to 3 (EvoPress, Sieberling et al. 2024), at most as many as
-    there are. No set is the parent; where no layer of `order` is kept there is none. `random` moves on.
+    The number of swaps is the smaller of two draws from 1 to 3 (EvoPress, Sieberling et al. 2024), or fewer if the
+    layers do not suffice. The parent is not among the sets; if no layer of `order` is kept there are none. The state of
+    `random` advances.
     """
     present = [layer for layer in order if layer not in parent]
     mutated: dict[Subset, None] = {}

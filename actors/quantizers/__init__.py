@@ -1,1 +1,1 @@
-"""Quantizers: each turns a checkpoint folder into a smaller one; the language model's linears alone are rounded."""
+"""Quantizers: each turns a checkpoint folder into a smaller one; only the decoder's linears are rounded."""

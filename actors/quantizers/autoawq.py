@@ -1,8 +1,8 @@
 """AWQ (Lin et al. 2024; paper eq. 6-8) with the search of the autoawq package.
 
-autoawq is archived and knows neither today's module names nor image inputs, so this file, and no other, adapts
-it: the search for scales and clipping is autoawq's, run on the inputs that real image-and-text conversations
-give the decoder; the rounding and the file layout are those of actors.quantizers.rtn.
+autoawq is archived and supports neither today's module names nor image inputs; only this file adapts it. The search
+for scales and clipping is autoawq's, on the inputs that image-and-text conversations give the decoder; the rounding
+and the file layout are those of actors.quantizers.rtn.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from actors.quantizers.structure import scaling_groups
 from actors.specs import Conversation, ModelSpec, QuantizeSettings
 
 MISSING = (
-    "The search of autoawq needs that package, which is not installed: pip install --no-deps autoawq==0.2.9 "
+    "autoawq's search needs the autoawq package, which is not installed: pip install --no-deps autoawq==0.2.9 "
     "(or use the built-in search: --quantize.awq_search layerwise)."
 )
 LAYERWISE = "Or let AWQ hold one layer at a time: --quantize.awq_search layerwise."
@@ -53,9 +53,9 @@ def quantize_autoawq(
     hidden, kwargs = decoder_inputs(
         model, calibration_inputs(model, processor, calibration), len(language_model(model).layers)
     )
-    if any(not _same(each["attention_mask"], kwargs[0]["attention_mask"]) for each in kwargs):
+    if any(not _same_mask(each["attention_mask"], kwargs[0]["attention_mask"]) for each in kwargs):
         raise ValueError(
-            "autoawq's search knows one attention mask, but this model's layers have several (sliding windows): "
+            "autoawq's search supports one attention mask, but this model's layers have several (sliding windows): "
             "set quantize.awq_search to layerwise."
         )
 
@@ -87,7 +87,7 @@ def quantize_autoawq(
     return {"calibration_tokens": hidden.shape[0] * hidden.shape[1]}
 
 
-def _same(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _same_mask(mask: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return mask is other or (mask is not None and other is not None and torch.equal(mask, other))
 
 
@@ -102,7 +102,7 @@ class _Structure:
 
     @staticmethod
     def get_layers_for_scaling(layer, features: dict, kwargs: dict) -> list[dict]:
-        """List one decoder layer's scaling groups in autoawq's terms, which inspect a single module for each."""
+        """List one decoder layer's scaling groups in autoawq's terms, with one inspected module each."""
         return [
             {
                 "prev_op": layer.get_submodule(group.before),

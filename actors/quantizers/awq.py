@@ -67,7 +67,7 @@ def search_to_files(
 
 
 def write_searched(source: Path, config, settings: QuantizeSettings, folder: Path, out: Path) -> None:
-    """Round what `search_to_files` has written of all layers to `folder`, and write the checkpoint to `out`."""
+    """Round the layers that `search_to_files` wrote to `folder` (all of them), and write the checkpoint to `out`."""
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for number in range(config.text_config.num_hidden_layers):
@@ -93,7 +93,7 @@ def inputs_for(
 def scaled_tensors(
     source: Path, config, settings: QuantizeSettings, hidden: torch.Tensor, kwargs: list[dict]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the checkpoint's tensors, decoder layers scaled and clipped, not rounded; `hidden` is used up."""
+    """Yield the checkpoint's tensors, the decoder layers scaled and clipped, not rounded; `hidden` is overwritten."""
     for _, tensors in searched_layers(source, config, hidden, kwargs, dict.fromkeys(range(len(kwargs)), settings)):
         for name in list(tensors):
             yield name, tensors.pop(name)  # free before the next layer is read
@@ -105,8 +105,8 @@ def searched_layers(
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield (number, tensors by their names in the file) of the `chosen` layers, scaled and clipped, in order.
 
-    `chosen` gives each its settings. `hidden` is used up: it passes through the other layers, too, as far as the last
-    chosen one.
+    chosen: number -> settings. hidden: the first layer's input; it is overwritten layer by layer, up to the last chosen
+    one.
     """
     decoder = empty_decoder(config)
     layers = read_layers(source, len(decoder.layers))
@@ -126,17 +126,17 @@ def searched_layers(
 
 @torch.no_grad()
 def pass_through(layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> None:
-    """Turn `hidden` [B, T, D], a decoder layer's input, into its output, some rows at a time."""
+    """Overwrite `hidden` [B, T, D], a decoder layer's input, with its output, some rows at a time."""
     for part in hidden.split(rows_at_once(hidden.shape[1])):
         part.copy_(_first(layer(part, **kwargs)))
 
 
 @torch.no_grad()
 def search_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict, settings: QuantizeSettings) -> None:
-    """Scale and clip one decoder layer in place; `hidden` [B, T, D], its input, becomes the output it had before.
+    """Scale and clip one decoder layer in place; overwrite its input `hidden` [B, T, D] with its output before that.
 
-    The inputs are run some rows at a time: first for each input channel's mean |X| and for what clipping needs,
-    then for the errors of all scales.
+    Two passes over the inputs, some rows at a time: the first collects each input channel's mean |X| and the Gram
+    matrices for clipping, the second the errors of all scales.
     """
     group, bits = settings.group_size, settings.bits
     groups = scaling_groups(layer)
@@ -192,9 +192,9 @@ def _errors(layer: nn.Module, g: ScalingGroup, x: torch.Tensor, kwargs: dict, gr
     names = [f"{name}.weight" for name in g.linears]
 
     def output(inspected: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        stem, given = f"{inspected}.", kwargs if inspected == "self_attn" else {}
+        stem, arguments = f"{inspected}.", kwargs if inspected == "self_attn" else {}
         parameters = {name.removeprefix(stem): weight for name, weight in weights.items() if name.startswith(stem)}
-        return _first(functional_call(layer.get_submodule(inspected), parameters, (x,), given))
+        return _first(functional_call(layer.get_submodule(inspected), parameters, (x,), arguments))
 
     def run(weights: list[torch.Tensor]) -> torch.Tensor:
         named = dict(zip(names, weights, strict=True))

@@ -1,6 +1,6 @@
 """bitsandbytes' NF4 (Dettmers et al. 2023) and LLM.int8 (Dettmers et al. 2022), written one tensor at a time.
 
-bitsandbytes rounds; the files are those that transformers saves after rounding a whole model in memory.
+bitsandbytes rounds; the files equal those that transformers saves after rounding a whole model in memory.
 """
 
 from pathlib import Path
@@ -22,8 +22,8 @@ def quantize_bnb(source: Path, config, settings: QuantizeSettings, out: Path) ->
     nf4 = settings.method == "nf4"
 
     def parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        made = _nf4(weight.to(device, dtype)) if nf4 else _int8(weight.to(device, torch.float16))
-        return {name: tensor.cpu() for name, tensor in made.items()}
+        tensors = _nf4(weight.to(device, dtype)) if nf4 else _int8(weight.to(device, torch.float16))
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     config.quantization_config = (nf4_config(dtype) if nf4 else int8_config()).to_dict()
     write_rounded(source, out, config, dtype, iterate_tensors(source), parts)

@@ -1,4 +1,4 @@
-"""What AWQ's search is run on: the inputs that image-and-text conversations give the decoder layers."""
+"""The calibration inputs of AWQ's search: what image-and-text conversations give the decoder layers."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,12 +14,12 @@ from actors.checkpoint.tensors import loadable
 from actors.conversations import collate
 from actors.specs import Conversation, Llava, ModelSpec
 
-TOKENS = 2048  # of calibration that are run at once
-KEPT = ("attention_mask", "position_ids", "position_embeddings")
+TOKENS = 2048  # calibration tokens that are run at once
+ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings")
 
 
 def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-    """Return a batch without padding: the longer half of the conversations, cut to the shortest of them."""
+    """Return a batch without padding: the longer half of the conversations, cut to the shortest one's length."""
     lengths = [int(collate(processor, [c])["attention_mask"].sum()) for c in conversations]
     order = sorted(range(len(conversations)), key=lambda i: -lengths[i])[: (len(conversations) + 1) // 2]
     batch = collate(processor, [conversations[i] for i in order])
@@ -32,10 +32,10 @@ def calibration_inputs(model: Llava, processor, conversations: Sequence[Conversa
 
 
 class _Recorder(nn.Module):
-    """Stands for a decoder layer: notes what it is given and passes the hidden states on."""
+    """Stands in for a decoder layer: records its arguments and returns the hidden states unchanged."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        self.hidden, self.kwargs = hidden_states, {name: kwargs.get(name) for name in KEPT}
+        self.hidden, self.kwargs = hidden_states, {name: kwargs.get(name) for name in ARGUMENTS}
         return hidden_states
 
 
@@ -43,11 +43,11 @@ class _Recorder(nn.Module):
 def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> tuple[torch.Tensor, list[dict]]:
     """Return the first decoder layer's hidden states [B, T, D] and, for each of `layers`, its keyword arguments.
 
-    Without padding the arguments are the same for all rows: they are those of one row. The decoder's own layers do
-    not run, and may be others than the model's.
+    Since no row is padded, the arguments of one row hold for all. The decoder's own layers do not run: the model may
+    lack most of them (`without_layers`).
     """
     decoder = language_model(model)
-    stock = decoder.layers
+    original = decoder.layers
     decoder.layers = nn.ModuleList(_Recorder() for _ in range(layers))
     try:
         first = decoder.layers[0]
@@ -55,11 +55,11 @@ def decoder_inputs(model: Llava, rows: dict[str, torch.Tensor], layers: int) -> 
         kwargs = [recorder.kwargs for recorder in decoder.layers]
         count = rows["input_ids"].shape[0]
         hidden = torch.empty(count, *first.hidden.shape[1:], dtype=first.hidden.dtype, device=first.hidden.device)
-        for picked in torch.arange(count).split(rows_at_once(rows["input_ids"].shape[1])):
-            model.model(**{name: value[picked] for name, value in rows.items()}, use_cache=False)
-            hidden[picked] = first.hidden
+        for places in torch.arange(count).split(rows_at_once(rows["input_ids"].shape[1])):
+            model.model(**{name: value[places] for name, value in rows.items()}, use_cache=False)
+            hidden[places] = first.hidden
     finally:
-        decoder.layers = stock
+        decoder.layers = original
     return hidden, kwargs
 
 
@@ -71,7 +71,7 @@ def rows_at_once(length: int) -> int:
 def inputs_of_checkpoint(
     spec: ModelSpec, source: Path, config, conversations: Sequence[Conversation]
 ) -> tuple[torch.Tensor, list[dict]]:
-    """Return `decoder_inputs` of a checkpoint whose decoder layers stay on the disk, all but one of each kind.
+    """Return `decoder_inputs` of a checkpoint, of whose decoder layers only one of each kind is loaded.
 
     ValueError: a weight of the vision tower, the projector or the embeddings is missing.
     """
@@ -82,7 +82,7 @@ def inputs_of_checkpoint(
 
 
 def without_layers(spec: ModelSpec, source: Path, config) -> Llava:
-    """Load a checkpoint but for its decoder layers, of which one of each kind comes along, for `decoder_inputs`.
+    """Load a checkpoint with only one decoder layer of each kind, for `decoder_inputs`.
 
     ValueError: a weight of the vision tower, the projector or the embeddings is missing.
     """

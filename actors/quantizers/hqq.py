@@ -1,12 +1,12 @@
 """Half-quadratic quantization (Badri and Shaji 2023) by the hqq library, one tensor at a time, without calibration.
 
-HQQLinear rounds; the files are our own: in place of a decoder linear's weight its packed numbers, flat, with scale and
-zero beside them. Only actors.checkpoint.loading.load_model reads them, by means of the quantizer that this module
+HQQLinear rounds; the file layout is our own: a decoder linear's `weight` holds its packed numbers, flat, with `scale`
+and `zero` beside it. Only actors.checkpoint.loading.load_model reads it, through the quantizer that this module
 registers. Plain transformers stops with an error about the shape of such weights (its own support for hqq does not load
 LLaVA with today's versions).
 
-HQQ's zero point is a real number, so 0 is not among a group's values: where a few input channels are very large and
-their weights very small, the common offset of these weights is multiplied by those inputs, and HQQ loses more than RTN.
+HQQ's zero point is a real number, so a weight of 0 is not exact. Where a few input channels are very large and their
+weights very small, these weights share an offset, which the large inputs amplify: there HQQ loses more than RTN.
 """
 
 from pathlib import Path
@@ -32,13 +32,13 @@ def quantize_hqq(source: Path, config, settings: QuantizeSettings, out: Path) ->
     """Write the checkpoint `source` with its decoder linears rounded to `out`. ValueError: hqq is missing."""
     hqq = _library()
     dtype = rest_dtype(source)
-    given = hqq.BaseQuantizeConfig(nbits=settings.bits, group_size=settings.group_size, axis=1)
+    options = hqq.BaseQuantizeConfig(nbits=settings.bits, group_size=settings.group_size, axis=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        linear = hqq.HQQLinear.from_weights(weight.to(device), None, given, compute_dtype=dtype, device=device)
-        made = {"weight": linear.W_q.data.flatten(), "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
-        return {name: tensor.cpu() for name, tensor in made.items()}
+        linear = hqq.HQQLinear.from_weights(weight.to(device), None, options, compute_dtype=dtype, device=device)
+        tensors = {"weight": linear.W_q.data.flatten(), "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     config.quantization_config = {
         **HQQ.marks,
@@ -58,7 +58,7 @@ def _library():
 
 
 class HqqLinear(nn.Module):
-    """A linear whose weight is stored as hqq packs it and unpacked by hqq whenever it is used."""
+    """A linear whose weight is stored as hqq packs it, and dequantized by hqq at every use."""
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int, dtype: torch.dtype):
         super().__init__()
@@ -79,19 +79,19 @@ class HqqLinear(nn.Module):
             "compute_dtype": dtype,
         }
 
-    def dequantized(self) -> torch.Tensor:
-        """Return (weight unpacked - zero) * scale, [out, in], in the 16-bit type that the scales are stored in."""
+    def dequantize(self) -> torch.Tensor:
+        """Return (q - zero) * scale, [out, in], in the 16-bit type of the scales."""
         packed = self.weight.view(-1, self._meta["group_size"])
         return self._quantizer.dequantize(packed, {**self._meta, "scale": self.scale, "zero": self.zero})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W' + b in x's type."""
-        return nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
 @register_quantization_config(HQQ.marks["quant_method"])
 class HqqCheckpointConfig(QuantizationConfigMixin):
-    """The quantization_config of such a checkpoint."""
+    """The quantization_config of a checkpoint in this layout."""
 
     def __init__(self, bits: int, group_size: int, dtype: str, **_):
         self.quant_method = HQQ.marks["quant_method"]
@@ -100,18 +100,18 @@ class HqqCheckpointConfig(QuantizationConfigMixin):
 
 @register_quantizer(HQQ.marks["quant_method"])
 class HqqCheckpointQuantizer(HfQuantizer):
-    """Gives transformers' loader modules to put the stored tensors into."""
+    """Replaces the decoder's linears by modules into which transformers' loader puts the stored tensors."""
 
     requires_calibration = True  # that is: only stored weights are loaded, none are rounded
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        given = self.quantization_config
-        dtype = getattr(torch, given.dtype)
+        settings = self.quantization_config
+        dtype = getattr(torch, settings.dtype)
         layers = model.model.language_model.layers
         linears = [(name, module) for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
         for name, module in linears:
             with torch.device("meta"):
-                layers.set_submodule(name, HqqLinear(module, given.bits, given.group_size, dtype))
+                layers.set_submodule(name, HqqLinear(module, settings.bits, settings.group_size, dtype))
 
     def is_serializable(self) -> bool:
         """Refuse to save a loaded model: the checkpoint's files are there already."""

@@ -66,7 +66,7 @@ def pack_weight(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.
 
 
 def unpacked(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """Return the weight [out, in] in float32 that the parts of `packed` stand for."""
+    """Return the dequantized weight [out, in], in float32, from the parts that `pack_weight` returned."""
     _, unpack = packer()
     shape, scale = torch.Size(parts["weight_shape"].tolist()), parts["weight_scale"]
     q = unpack(parts["weight_packed"], bits, shape)
@@ -84,8 +84,8 @@ def rounded_layers(
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield (number, tensors by their names in the layer) of every decoder layer, its linears packed at its `bits`.
 
-    awq: scaled and clipped at these bits first; the calibration inputs are those of the unrounded model, so that a
-    layer is the same whatever bits the others have. 16 bits: the layer as it is.
+    With awq a layer is scaled and clipped for its bits first; the calibration inputs are the unrounded model's, so that
+    a layer does not depend on the other layers' bits. 16 bits: the layer is not rounded.
     """
     rounded = [number for number, each in enumerate(bits) if each < 16]
     linears = tuple(f"{name}.weight" for name in linear_shapes(config))
@@ -99,16 +99,16 @@ def rounded_layers(
         if number in rounded and settings.method == "awq":
             names = {name: part for part, (name, _) in layer.items()}
             tensors = {names[name]: tensor for name, tensor in next(scaled)[1].items()}
-        made: dict[str, torch.Tensor] = {}
+        packed: dict[str, torch.Tensor] = {}
         for part, tensor in tensors.items():
             if number in rounded and part in linears:
                 stem = part.removesuffix("weight")
-                made |= {
+                packed |= {
                     stem + name: value for name, value in pack_weight(tensor, bits[number], settings.group_size).items()
                 }
             else:
-                made[part] = cast_tensor(NAME.format(number, part), tensor, STORED)
-        yield number, made
+                packed[part] = cast_tensor(NAME.format(number, part), tensor, STORED)
+        yield number, packed
 
 
 def quantization_config(bits: Sequence[int], group: int, linears: Sequence[str]) -> dict:
@@ -154,7 +154,7 @@ def group_bits(config: dict, number: int, stem: str) -> int:
 
 
 class MixedQuantizer:
-    """Rounds decoder layers to bits of their own; a worker class."""
+    """Rounds each decoder layer to its own bits; a worker class."""
 
     def __init__(self):
         quiet()
@@ -170,14 +170,15 @@ class MixedQuantizer:
     ) -> dict:
         """Write the checkpoint of `spec` with every decoder layer's linears at its `bits` to `out`; returns facts.
 
-        settings: awq or rtn, the group size and clipping; its own bits are not read. The facts are those of
-        actors.quantizers.storage.check_rounded. ValueError: bits for another number of layers, or the method cannot.
+        settings: awq or rtn, the group size and clipping; its bits are not used. The facts are those of
+        actors.quantizers.storage.check_rounded. ValueError: `bits` is not one per layer, or the method cannot round
+        this model.
         """
         packer()
         source, config = open_checkpoint(spec, settings)
         layers = config.text_config.num_hidden_layers
         if len(bits) != layers:
-            raise ValueError(f"Bits were given for {len(bits)} layers, the model has {layers}.")
+            raise ValueError(f"Bits were given for {len(bits)} layers, but the model has {layers}.")
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for number, layer in rounded_layers(spec, source, config, settings, bits, calibration):
@@ -201,14 +202,13 @@ class MixedQuantizer:
     ) -> dict:
         """Write every decoder layer at each of `bits` to a file of its own in `folder`; returns {layers, bytes}.
 
-        They are what `quantize` would write of them; `read_option` reads one.
+        `quantize` would store the same tensors; `read_option` reads one file.
         """
         packer()
         source, config = open_checkpoint(spec, settings)
         layers, size = config.text_config.num_hidden_layers, 0
         for each in bits:
-            made = rounded_layers(spec, source, config, settings, [each] * layers, calibration)
-            for number, tensors in made:
+            for number, tensors in rounded_layers(spec, source, config, settings, [each] * layers, calibration):
                 file = option_file(folder, number, each)
                 save_file({part: tensor.contiguous() for part, tensor in tensors.items()}, file)
                 size += file.stat().st_size
@@ -221,7 +221,7 @@ def option_file(folder: str, number: int, bits: int) -> Path:
 
 
 def read_option(folder: str, number: int, bits: int) -> dict[str, torch.Tensor]:
-    """Return a decoder layer's parameters by name, rounded to `bits` and unpacked to float32."""
+    """Return a decoder layer's parameters by name, rounded to `bits` and dequantized to float32."""
     stored = load_file(option_file(folder, number, bits))
     stems = [name.removesuffix("weight_packed") for name in stored if name.endswith("weight_packed")]
     rounded = {f"{stem}weight": unpacked({part: stored[stem + part] for part in PARTS}, bits) for stem in stems}

@@ -23,8 +23,9 @@ class Quantizer:
     ) -> dict:
         """Write the checkpoint of `spec` with its decoder linears rounded to `out` and return facts about it.
 
-        `calibration` (training split only) is read by calibrated methods alone. The facts are those of
-        actors.quantizers.storage.check_rounded, and AWQ's calibration_tokens. ValueError: the method cannot do this.
+        Only calibrated methods use `calibration` (of the training split). The facts are those of
+        actors.quantizers.storage.check_rounded, and AWQ's calibration_tokens. ValueError: the method cannot round this
+        model.
         """
         source, config = open_checkpoint(spec, settings)
         method = find_method(settings.method)
@@ -41,14 +42,14 @@ class Quantizer:
         parts: int,
         folder: str,
     ) -> dict:
-        """Search the layers of part 0 <= `part` < `parts`; see actors.quantizers.awq.search_to_files."""
+        """Search share `part` (0 to `parts` - 1) of the layers; see actors.quantizers.awq.search_to_files."""
         source, config = open_checkpoint(spec, settings)
         layers = config.text_config.num_hidden_layers
         share = range(layers * part // parts, layers * (part + 1) // parts)
         return search_to_files(spec, source, config, settings, calibration, share, Path(folder))
 
     def finish(self, spec: ModelSpec, settings: QuantizeSettings, folder: str, out: str) -> dict:
-        """Write the checkpoint from what `search` has written to `folder` of all layers; returns facts about it."""
+        """Write the checkpoint from the layers that `search` wrote to `folder`; return facts about it."""
         source, config = open_checkpoint(spec, settings)
         write_searched(source, config, settings, Path(folder), Path(out))
         return check_rounded(Path(out), config, settings)

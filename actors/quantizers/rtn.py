@@ -25,7 +25,7 @@ def quantize_rtn(source: Path, config, settings: QuantizeSettings, out: Path) ->
 def write_gemm(
     source: Path, config, settings: QuantizeSettings, out: Path, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Round `tensors`, which stand for those of `source`, and write the checkpoint to `out`."""
+    """Round `tensors`, which replace those of `source`, and write the checkpoint to `out`."""
 
     def pack_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if settings.simulated:

@@ -23,7 +23,7 @@ from actors.quantizers.table import find_method
 from actors.specs import QuantizeSettings
 
 SHARD_BYTES = 2**28  # of one file; as much is in memory while it is written
-BLOCK_BYTES = 2**20  # of memory, from which on a block is the system's again as soon as it is freed
+BLOCK_BYTES = 2**20  # the smallest block of memory that returns to the system as soon as it is freed
 _LAYER = re.compile(r"^.*\blanguage_model\.(?:model\.)?layers\.(\d+)\.(.+)$")
 
 
@@ -36,7 +36,7 @@ def rest_dtype(source: Path) -> torch.dtype:
 def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torch.Tensor]]]:
     """Yield the decoder layers in order, each as {name in the layer: (name in the file, tensor)}.
 
-    ValueError: the files hold another number of layers than `layers`, what the config says.
+    ValueError: the files hold another number of layers than `layers`, the config's number.
     """
     where: dict[int, dict[str, tuple[str, Path]]] = {}
     for file in weight_files(source):
@@ -51,9 +51,9 @@ def read_layers(source: Path, layers: int) -> Iterator[dict[str, tuple[str, torc
 
 
 def keep_blocks_apart() -> None:
-    """Let glibc take every block of BLOCK_BYTES or more from the system by itself, and give it back when it is freed.
+    """Make glibc map every block of BLOCK_BYTES or more by itself, so that it returns to the system when it is freed.
 
-    By default it soon takes weights from its heap, where what was freed lies between what is held and stays.
+    By default glibc soon takes weights from its heap, where freed blocks between live ones stay with the process.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
@@ -61,16 +61,16 @@ def keep_blocks_apart() -> None:
 
 
 def fill(layer: nn.Module, tensors: Mapping[str, tuple[str, torch.Tensor]], like: torch.Tensor) -> None:
-    """Give a decoder layer without weights those of `read_layers`, on the device and in the type of `like`."""
+    """Load a layer's tensors (`read_layers`) into a module on the meta device, with the device and type of `like`."""
     layer.load_state_dict(
         {part: tensor.to(like.device, like.dtype, copy=True) for part, (_, tensor) in tensors.items()}, assign=True
     )
 
 
 def release() -> None:
-    """Give freed memory back to the system: glibc keeps what lies below anything still in use.
+    """Return freed memory to the system: glibc keeps what lies below a block in use.
 
-    The parts of rounded weights, held until their shard is written, would otherwise pin what lay between them.
+    The parts of rounded weights, held until their shard is written, would otherwise pin the memory between them.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -92,7 +92,7 @@ def write_rounded(
 ) -> int:
     """Write `tensors` with every decoder linear's weight replaced by its `parts`, the rest as `dtype`; one at a time.
 
-    Returns how many were rounded. ValueError: a value that `dtype` cannot hold.
+    Returns the number of rounded weights. ValueError: a value that `dtype` cannot hold.
     """
     copy_companions(source, out)
     for section in (config, config.text_config, config.vision_config):
@@ -121,16 +121,16 @@ def cast_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Te
         return tensor
     cast = tensor.to(dtype)
     if not torch.isfinite(cast.sum(dtype=torch.float64)):
-        raise ValueError(f"{name!r} has a value that {dtype} cannot hold (or that is no number).")
+        raise ValueError(f"{name!r} has a value that {dtype} cannot hold (or that is NaN).")
     return cast
 
 
 def check_rounded(out: Path, config, settings: QuantizeSettings) -> dict:
-    """Check that a quantizer rounded the decoder's linears and nothing else, and return what it stored.
+    """Check that a quantizer rounded the decoder's linears and nothing else, and return facts about the checkpoint.
 
-    Whether the rest is what it was before, bit for bit, actors.gate.files.check_kept tells. Returns {linears,
+    (actors.gate.files.check_kept checks that the other tensors are unchanged, bit for bit.) Returns {linears,
     rounded_weights, bits_per_weight (with scales and all else that is stored for it; where simulated, by the
-    layout's linear_bytes), simulated, nominal_bytes (the whole checkpoint at those bits: what is stored, unless
+    layout's linear_bytes), simulated, nominal_bytes (the whole checkpoint at those bits: the stored bytes, unless
     simulated)}. RuntimeError: a library rounded what it must not.
     """
     shapes = linear_shapes(config)

@@ -1,4 +1,4 @@
-"""What the quantizers know of a decoder layer: its linears, which of them share a scale, and what must be refused."""
+"""What the quantizers know about decoder layers: the linears, which of them share a scale, and what is refused."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +13,17 @@ from actors.checkpoint.tensors import local_folder
 from actors.quantizers.table import METHODS, SIMULATED, find_method, load_function
 from actors.specs import Llava, ModelSpec, QuantizeSettings
 
-NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product is what counts, not their outputs
+NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # only their outputs' product matters
 CLIP_BLOCK = 64  # autoawq walks outputs in blocks of 64 to clip
 
 
 @dataclass(frozen=True)
 class ScalingGroup:
-    """Linears that share an input: it is divided by s in what comes before, and their columns are multiplied by s."""
+    """Linears that share an input: the module `before` divides it by s, and their columns are multiplied by s."""
 
     before: str
     linears: tuple[str, ...]
-    inspected: tuple[str, ...]  # the modules that take this input, whose summed output tells how good a scale is
+    inspected: tuple[str, ...]  # the modules that take this input; the error of their summed output rates a scale
 
 
 _QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
@@ -44,8 +44,8 @@ AWQ_GROUPS = {"llama": _GATED, "mistral": _GATED, "qwen2": _GATED, "phi": _PARAL
 def scaling_groups(layer: nn.Module) -> list[ScalingGroup]:
     """List the scaling groups of one decoder layer of a type in AWQ_GROUPS.
 
-    What comes before has as many outputs as the linears have inputs, but with grouped-query attention: one output of v
-    feeds several inputs of o, and v -> o is left out.
+    A group is left out if `before` has fewer outputs than its linears have inputs: with grouped-query attention, where
+    one output of v feeds several inputs of o.
     """
 
     def width(name: str, axis: int) -> int:
@@ -69,7 +69,7 @@ def linear_shapes(config) -> dict[str, tuple[int, int]]:
 
 
 def open_checkpoint(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, Any]:
-    """Return a checkpoint's folder and its config; ValueError: the method cannot do this."""
+    """Return a checkpoint's folder and its config; ValueError: the method cannot round this model."""
     source = local_folder(spec.path, spec.revision)
     config = read_config(source, trust_remote_code=spec.trust_remote_code)
     check_quantizable(config, settings)
@@ -77,10 +77,10 @@ def open_checkpoint(spec: ModelSpec, settings: QuantizeSettings) -> tuple[Path, 
 
 
 def check_quantizable(config, settings: QuantizeSettings) -> None:
-    """Refuse, from a LLaVA checkpoint's config alone, what the method cannot do.
+    """Refuse a checkpoint that the method cannot round, by its config alone.
 
-    ValueError: no LLaVA's config, quantized already, a decoder layer that awq does not know, or a linear's size that
-    does not divide.
+    ValueError: not a LLaVA's config, quantized already, decoder layers that awq does not support, or linears whose
+    inputs the group size does not divide.
     """
     check_llava(config)
     if getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None):
@@ -98,16 +98,16 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
 
 
 def check_awq(config, settings: QuantizeSettings) -> None:
-    """Refuse decoder layers that AWQ does not know, or whose linears autoawq cannot clip (ValueError)."""
+    """Refuse decoder layers that AWQ does not support, or whose linears autoawq cannot clip (ValueError)."""
     kind, search = config.text_config.model_type, settings.awq_search
     if kind not in AWQ_GROUPS:
         raise ValueError(
-            f"awq does not know the decoder layers of {kind!r} (only of {', '.join(AWQ_GROUPS)}): "
+            f"awq does not support the decoder layers of {kind!r} (only of {', '.join(AWQ_GROUPS)}): "
             f"choose --quantize.method {', '.join(name for name in METHODS if name != settings.method)}."
         )
     if search == "autoawq" and any(len(group.inspected) > 1 for group in AWQ_GROUPS[kind]):
         raise ValueError(
-            f"autoawq does not know the decoder layers of {kind!r}, whose attention and MLP share an input: "
+            f"autoawq does not support the decoder layers of {kind!r}, whose attention and MLP share an input: "
             "choose the built-in search, --quantize.awq_search layerwise."
         )
     if search == "layerwise" or not settings.clip:
@@ -121,14 +121,14 @@ def check_awq(config, settings: QuantizeSettings) -> None:
 
 
 def weight_bits(config, stored: int) -> int:
-    """Return the bits of the decoder's weights that a checkpoint's config tells; `stored` if they are not rounded.
+    """Return the bits of the decoder's weights by a checkpoint's config; `stored` if they are not rounded.
 
-    Where layers have bits of their own: the fewest.
+    Where the layers' bits differ: the fewest.
     """
     rounded = getattr(config, "quantization_config", None) or getattr(config, SIMULATED, None)
     if not rounded:
         return stored
-    given = rounded if isinstance(rounded, dict) else rounded.to_dict()
-    if groups := given.get("config_groups"):
+    settings = rounded if isinstance(rounded, dict) else rounded.to_dict()
+    if groups := settings.get("config_groups"):
         return min(group["weights"]["num_bits"] for group in groups.values())
-    return given.get("bits") or (8 if given.get("load_in_8bit") else 4)
+    return settings.get("bits") or (8 if settings.get("load_in_8bit") else 4)

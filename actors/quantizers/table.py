@@ -210,7 +210,7 @@ def layouts() -> list[Layout]:
 
 
 def find_layout(stored: Mapping[str, Any] | None) -> Layout | None:
-    """Return the layout that a checkpoint's quantization_config tells; None: none, or none that is known here."""
+    """Return the layout of a checkpoint's quantization_config; None: there is none, or it is not known here."""
     return next((each for each in layouts() if stored and each.marks and each.marks.items() <= stored.items()), None)
 
 

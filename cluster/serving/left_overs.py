@@ -1,4 +1,4 @@
-"""Applications that a killed driver left behind: their names tell its Ray job, and the next driver ends them."""
+"""Applications that a killed driver left behind: their names hold its Ray job, and the next driver ends them."""
 
 import logging
 import re
@@ -18,12 +18,12 @@ _OWN = re.compile(r"-job([0-9a-f]+)-[0-9a-f]{6}$")
 
 
 def own_name(name: str) -> str:
-    """Return a name that no other application has, with this driver's Ray job in it."""
+    """Return a unique name for an application, which holds this driver's Ray job."""
     return f"{name}-job{ray.get_runtime_context().get_job_id()}-{secrets.token_hex(3)}"
 
 
 def end_left() -> None:
-    """End the applications named by `own_name` whose driver has ended; they hold cores and GPUs for nobody."""
+    """End the applications named by `own_name` whose driver has ended, since nobody uses their cores and GPUs."""
     job_of = {name: match[1] for name in serve.status().applications if (match := _OWN.search(name))}
     dead = {job["JobID"] for job in jobs() if job["IsDead"]} if job_of else set()
     for name in [name for name, job in job_of.items() if job in dead]:
@@ -32,7 +32,7 @@ def end_left() -> None:
 
 
 def end(name: str) -> None:
-    """Remove an application; where that fails it is said, and whatever led here goes on."""
+    """Remove an application; a failure is logged, not raised."""
     try:
         serve.delete(name)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A plain class as a Ray Serve application for the length of a block: replicas that come back, calls that end.
+"""Runs a plain class as a Ray Serve application while a block runs: dead replicas are replaced, and calls time out.
 
 An application is called through its handle, within the cluster; over HTTP only where a port is asked for, and then on
 127.0.0.1 of the cluster's head. How many calls are in flight is the caller's business.
@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster.artifacts import digest, file_sha256
 from cluster.connection import capacity, is_private, protect, room
-from cluster.pool import DEATHS, unwrapped
+from cluster.pool import DEATHS, unwrap
 from cluster.serving.left_overs import end, end_left, own_name
 from cluster.serving.start import QUIET, check_http, check_port, is_running, shut_down, start
 from cluster.text import one_line
@@ -34,10 +34,10 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException  
 
 LOG = logging.getLogger("cluster.serving")
 
-TRIES = 4  # of one call whose replica dies under it
+TRIES = 4  # of one call, if its replica dies
 POLL_S = 0.2
 HEALTH_PERIOD_S = 2.0  # how soon a dead replica is noticed
-SAID_EVERY_S = 60.0  # why an application is not up yet
+EXPLAIN_EVERY_S = 60.0  # log why an application is not up yet
 
 
 class ServiceLost(RuntimeError):
@@ -84,20 +84,20 @@ class Service:
     async def call(self, method: str, *args: Any, timeout: float) -> Any:
         """Return `method(*args)` of a replica's object; what it raises is raised here.
 
-        timeout: for the answer with all tries and waits (s), else TimeoutError. A replica that dies is not the
-        caller's business until it happened TRIES times: ServiceLost, as when the application is gone.
+        timeout: for all tries and waits together (s), else TimeoutError. If the replica dies the call is repeated;
+        ServiceLost: it died TRIES times, or the application is gone.
         """
-        return await answered(lambda: self.handle.call.remote(method, args), self.name, timeout)
+        return await send_with_retries(lambda: self.handle.call.remote(method, args), self.name, timeout)
 
 
-async def answered(send: Callable[[], Awaitable], name: str, timeout: float) -> Any:
+async def send_with_retries(send: Callable[[], Awaitable], name: str, timeout: float) -> Any:
     """Await what `send()` returns, again if its replica dies; see Service.call."""
     async with asyncio.timeout(timeout):
         for number in range(1, TRIES + 1):
             try:
                 return await send()
             except RayTaskError as error:
-                raise unwrapped(error) from error
+                raise unwrap(error) from error
             except DEATHS as error:
                 if number == TRIES:
                     raise ServiceLost(f"{TRIES} replicas of {name} died over one call ({one_line(error)}).") from None
@@ -117,7 +117,7 @@ async def serve_class(
 
     A method may be `async def`. With `port` a request to any path of 127.0.0.1:port goes to the object's
     `async def http(method, path, body) -> (status, JSON value)`. An object's `check_health()` that raises has its
-    replica replaced. See `hosted` for the rest.
+    replica replaced. See `host_application` for the rest.
     """
     options = {"ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": scale.gpus}, **scale.options()}
     application = serve.deployment(_Replica, name="replica", **options).bind(target, kwargs, scale.gpus)
@@ -132,16 +132,15 @@ async def host_application(
 ) -> AsyncIterator[Service]:
     """Run a Serve application while the block lasts, and yield it when all its replicas are up.
 
-    With keep it stays afterwards under `name`; one that was kept is used again, and ends with the first block that
-    does not ask to keep it. Without, it has a name of its own. ValueError: no room on a private Ray, a port that is
-    taken or that Serve cannot offer, or the object's constructor refused its arguments; RuntimeError: it never came
-    up, and why.
+    keep: it stays up under `name`; later blocks reuse it, and the first one without keep ends it. Without keep it has a
+    unique name. ValueError: no room on a private Ray, a port that is taken or that Serve cannot offer, or the object's
+    constructor refused its arguments; RuntimeError: it did not come up, with the reason.
     """
     for logger in ("ray.serve", "ray.serve._private.router"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     _check_room(scale)
-    began = not is_running()
-    if began:
+    started_serve = not is_running()
+    if started_serve:
         check_port(port)
     try:
         start(port)
@@ -150,18 +149,18 @@ async def host_application(
         runs_already = _state(name) in ("RUNNING", "DEPLOYING")
         if not runs_already:
             if _state(name) is not None:
-                serve.delete(name)  # kept, and broken since
+                serve.delete(name)  # an earlier block kept it, and it broke
             name = name if keep else own_name(name)
         try:
             if not runs_already:
                 prefix = None if port is None else "/"
                 serve.run_many([serve.RunTarget(application, name, prefix, QUIET)], wait_for_applications_running=False)
-            await _running(name)
+            await _wait_until_running(name)
             yield Service(name, serve.get_app_handle(name))
         finally:
             _leave(name, keep)
     finally:
-        if began and not is_private():
+        if started_serve and not is_private():
             shut_down()
 
 
@@ -179,7 +178,7 @@ def _leave(name: str, keep: bool) -> None:
 
 
 def application_name(label: str, target: str, recipe: dict) -> str:
-    """Return a name that tells apart what is served, down to the code of the target's package and of this one."""
+    """Return a name that differs with label, target, recipe, and the code of the target's package and of this one."""
     package = importlib.util.find_spec(target.partition(":")[0].partition(".")[0])
     folders = [Path(__file__).parents[1], *map(Path, (package and package.submodule_search_locations) or ())]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
@@ -188,7 +187,7 @@ def application_name(label: str, target: str, recipe: dict) -> str:
 
 
 class _Replica:
-    """The Serve edge of a plain class."""
+    """The Serve deployment of a plain class."""
 
     def __init__(self, target: str, kwargs: dict, gpus: float):
         bind_to_node()
@@ -239,8 +238,8 @@ def _check_room(scale: Scale) -> None:
     fit = room(scale.cpus, scale.gpus)
     if fit >= scale.replicas:
         return
-    there = "{:g} cores and {:g} GPUs".format(*capacity())
-    text = f"{scale.replicas} replica(s) of {scale.cpus:g} cores and {scale.gpus:g} GPUs are wanted; there are {there}"
+    total = "{:g} cores and {:g} GPUs".format(*capacity())
+    text = f"{scale.replicas} replica(s) of {scale.cpus:g} cores and {scale.gpus:g} GPUs are wanted; there are {total}"
     if is_private():
         raise ValueError(f"{text}: ask for fewer or smaller ones, or add nodes.")
     LOG.warning(f"serving: {text}; waiting for nodes")
@@ -251,9 +250,9 @@ def _state(name: str) -> str | None:
     return application.status.value if application else None
 
 
-async def _running(name: str) -> None:
+async def _wait_until_running(name: str) -> None:
     """Wait until the application is up; RuntimeError (ValueError if its constructor raised one) with the reason."""
-    began = explained = time.monotonic()
+    started = explained = time.monotonic()
     while True:
         application = serve.status().applications.get(name)
         if application is None:
@@ -265,11 +264,11 @@ async def _running(name: str) -> None:
             kind, reason = _last_error("\n".join(messages) or application.message)
             raise (ValueError if kind.endswith("ValueError") else RuntimeError)(f"{name} did not come up: {reason}")
         if is_private() and any("to be scheduled" in message for message in messages):
-            raise RuntimeError(f"{name} finds no room: {messages[0]}")
-        if time.monotonic() - explained >= SAID_EVERY_S:
+            raise RuntimeError(f"There is no room for {name}: {messages[0]}")
+        if time.monotonic() - explained >= EXPLAIN_EVERY_S:
             explained = time.monotonic()
             reason = messages[0] if messages else application.status.value
-            LOG.warning(f"serving: {name} is not up after {explained - began:.0f} s: {reason}")
+            LOG.warning(f"serving: {name} is not up after {explained - started:.0f} s: {reason}")
         await asyncio.sleep(POLL_S)
 
 

@@ -33,7 +33,7 @@ def start(port: int | None) -> None:
 
 
 def check_port(port: int | None) -> None:
-    """ValueError if 127.0.0.1:port is taken on this machine; of a cluster, whose head it may not be, Serve says so."""
+    """Raise ValueError if 127.0.0.1:port is taken on this machine; on a cluster Serve reports a taken port."""
     if port is None or not is_private():
         return
     with socket.socket() as probe:
@@ -52,7 +52,7 @@ def http_options(port: int | None) -> dict:
 
 
 def check_http(port: int | None) -> None:
-    """ValueError if Serve, which has one HTTP setting for the whole cluster, runs with another than is asked for."""
+    """Raise ValueError if Serve, which has one HTTP setting for the whole cluster, runs with another one."""
     if port is None:
         return
     from ray.serve.context import _get_global_client
@@ -68,9 +68,9 @@ def check_http(port: int | None) -> None:
 
 
 def shut_down() -> None:
-    """End Serve if it serves nothing, so that the next job may choose otherwise about HTTP."""
+    """End Serve if it serves nothing, so that the next job may choose another HTTP setting."""
     try:
         if not serve.status().applications:
             serve.shutdown()
-    except Exception as error:  # the cluster is gone: no reason to lose what was computed
+    except Exception as error:  # the cluster is gone; the job's results are not
         LOG.warning(f"serving: Ray Serve could not be ended ({one_line(error)})")

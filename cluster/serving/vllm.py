@@ -1,4 +1,4 @@
-"""vLLM behind Ray Serve, through ray.serve.llm: large judges on GPUs. Imports it when it is asked for, and not before.
+"""vLLM behind Ray Serve, through ray.serve.llm: large judges on GPUs. ray.serve.llm is only imported when it is used.
 
 Names and meanings: docs.ray.io, "Serve LLM API" (LLMConfig, build_llm_deployment, build_openai_app) and docs.vllm.ai,
 "Engine Arguments".
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.connection import protect
-from cluster.serving.service import Scale, Service, answered, bind_to_node
+from cluster.serving.service import Scale, Service, bind_to_node, send_with_retries
 
 protect()
 
@@ -30,7 +30,7 @@ class VLLM:
 
 
 def require() -> None:
-    """ValueError if ray.serve.llm or vLLM is not installed here."""
+    """Raise ValueError if ray.serve.llm or vLLM is not installed here."""
     _library()
 
 
@@ -60,7 +60,7 @@ async def chat(service: Service, body: dict, timeout: float) -> str:
             return str(answer.model_dump_json())
         raise RuntimeError("vLLM ended its stream without an answer")
 
-    return str(await answered(send, service.name, timeout))
+    return str(await send_with_retries(send, service.name, timeout))
 
 
 def _config(model: VLLM, scale: Scale) -> Any:
@@ -98,7 +98,7 @@ def _bound_server() -> type:
 
 
 def _bound_ingress() -> type:
-    """Return ray.serve.llm's HTTP side with its replica's port bound likewise."""
+    """Return ray.serve.llm's HTTP ingress with the port of its replica bound in the same way."""
     _library()
     from ray.serve.llm.ingress import OpenAiIngress
 

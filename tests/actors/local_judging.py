@@ -41,17 +41,17 @@ def judge(path):
 
 
 def ask_all(judge, requests, method="complete") -> list:
-    async def together():
+    async def ask():
         return await asyncio.gather(*(getattr(judge, method)(each) for each in requests))
 
-    return asyncio.run(together())
+    return asyncio.run(ask())
 
 
-def naive(judge: LocalJudge, wanted: Request | Chat) -> tuple[list[int], list[torch.Tensor]]:
+def naive(judge: LocalJudge, call: Request | Chat) -> tuple[list[int], list[torch.Tensor]]:
     """Decode without cache, batch or padding: the likeliest of the tokens that may follow; and all logits."""
-    matcher = judge._grammars.matcher(schema_text(wanted.schema) if wanted.schema else "")
-    prompt, ids, seen = judge._prompt(wanted.messages), [], []
-    while not matcher.is_stopped() and len(ids) < wanted.max_tokens:
+    matcher = judge._grammars.matcher(schema_text(call.schema) if call.schema else "")
+    prompt, ids, seen = judge._prompt(call.messages), [], []
+    while not matcher.is_stopped() and len(ids) < call.max_tokens:
         with torch.inference_mode():
             logits_V = judge._model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].double()
         allowed = matcher.compute_logit_bias()

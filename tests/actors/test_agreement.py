@@ -58,15 +58,15 @@ def test_interval_covers_over_images_and_not_over_answers():
     runs over images, in fewer than 88 % over answers."""
     images = np.repeat(np.arange(39), 3)
 
-    def drawn(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_labels(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         shown = np.repeat(rng.normal(2, 1.2, count // 3), 3) + rng.normal(0, 0.4, count)
         wrong = np.repeat(rng.normal(0, 1.0, count // 3), 3) + rng.normal(0, 0.3, count)
         return np.clip(np.round(shown), 0, 4), np.clip(np.round(shown + wrong), 0, 4)
 
-    truth = cohen_kappa_score(*drawn(np.random.default_rng(0), 300_000), labels=range(5), weights="quadratic")
+    truth = cohen_kappa_score(*draw_labels(np.random.default_rng(0), 300_000), labels=range(5), weights="quadratic")
     rng, covered = np.random.default_rng(2), np.zeros(2)
     for run in range(150):
-        first, second = drawn(rng, 117)
+        first, second = draw_labels(rng, 117)
         for column, clusters in enumerate((images, np.arange(117))):
             _, low, high = kappa(first, second, clusters_N=clusters, draws=300, seed=run)
             covered[column] += low <= truth <= high

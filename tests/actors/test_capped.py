@@ -25,12 +25,12 @@ def test_a_cap_that_one_model_fits_in_and_a_larger_one_does_not(tiny_path, wide_
 
 
 def test_a_cap_that_not_even_the_libraries_fit_in(tiny_path, probe):
-    found = Capped().answers(ModelSpec(tiny_path, gpus=0), [probe], 4, 40 * MIB)
-    assert (found["fits"], found["stage"], found["baseline_bytes"]) == (False, "starting", None)
+    outcome = Capped().answers(ModelSpec(tiny_path, gpus=0), [probe], 4, 40 * MIB)
+    assert (outcome["fits"], outcome["stage"], outcome["baseline_bytes"]) == (False, "starting", None)
 
 
-def said(monkeypatch, resident: int, code: int, *notes: dict, gpus: float = 0) -> dict:
-    """What `Capped` makes of a process that took `resident` bytes, ended with `code`, and noted this; cap 1 GiB."""
+def judge_process(monkeypatch, resident: int, code: int, *notes: dict, gpus: float = 0) -> dict:
+    """Return `Capped`'s answer for a process with these peak bytes, exit code and notes, under a cap of 1 GiB."""
 
     def watched(folder, cap_bytes):
         assert cap_bytes == (None if gpus else GIB)
@@ -38,7 +38,7 @@ def said(monkeypatch, resident: int, code: int, *notes: dict, gpus: float = 0) -
         (folder / "notes").write_text("".join(json.dumps(note) + "\n" for note in notes) + '{"half')
         return resident, code
 
-    monkeypatch.setattr(actors.capped, "_watched", watched)
+    monkeypatch.setattr(actors.capped, "_run_watched", watched)
     return Capped().answers(ModelSpec("m", gpus=gpus), [], 4, GIB)
 
 
@@ -46,24 +46,24 @@ LOADING, DONE = {"stage": "loading", "baseline_bytes": 5}, {"stage": "done", "an
 
 
 def test_verdicts_on_a_cpu(monkeypatch):
-    assert said(monkeypatch, GIB, 0, LOADING, DONE, {"peak_bytes": GIB})["fits"]
-    late = said(monkeypatch, GIB - 5, 0, LOADING, DONE, {"peak_bytes": GIB + 1})
+    assert judge_process(monkeypatch, GIB, 0, LOADING, DONE, {"peak_bytes": GIB})["fits"]
+    late = judge_process(monkeypatch, GIB - 5, 0, LOADING, DONE, {"peak_bytes": GIB + 1})
     assert not late["fits"] and late["peak_bytes"] == GIB + 1, "a peak between two looks counts"
-    assert not said(monkeypatch, GIB + 1, -9, LOADING)["fits"]
-    with pytest.raises(RuntimeError, match=r"ended with -9 and 0\.50 GiB .* \(last words\)"):
-        said(monkeypatch, GIB // 2, -9, LOADING)
+    assert not judge_process(monkeypatch, GIB + 1, -9, LOADING)["fits"]
+    with pytest.raises(RuntimeError, match=r"exit code -9 at 0\.50 GiB .* \(last words\)"):
+        judge_process(monkeypatch, GIB // 2, -9, LOADING)
     with pytest.raises(ValueError, match="no such checkpoint"):
-        said(monkeypatch, 5, 0, LOADING, {"error": "no such checkpoint"}, {"peak_bytes": 7})
+        judge_process(monkeypatch, 5, 0, LOADING, {"error": "no such checkpoint"}, {"peak_bytes": 7})
 
 
 def test_verdicts_on_a_gpu(monkeypatch):
     """Main memory is not capped there; out of memory ends early; what the driver gave counts at the end."""
-    assert said(monkeypatch, 3 * GIB, 0, LOADING, DONE, {"peak_bytes": GIB}, gpus=1)["fits"]
-    out = said(monkeypatch, 3 * GIB, 0, LOADING, {"peak_bytes": GIB - 9}, gpus=1)
+    assert judge_process(monkeypatch, 3 * GIB, 0, LOADING, DONE, {"peak_bytes": GIB}, gpus=1)["fits"]
+    out = judge_process(monkeypatch, 3 * GIB, 0, LOADING, {"peak_bytes": GIB - 9}, gpus=1)
     assert (out["fits"], out["peak_bytes"], out["stage"]) == (False, GIB - 9, "loading")
-    assert not said(monkeypatch, 5, 0, LOADING, DONE, {"peak_bytes": GIB + 1}, gpus=1)["fits"]
-    with pytest.raises(RuntimeError, match="is not known"):
-        said(monkeypatch, 3 * GIB, -9, LOADING, gpus=1)
+    assert not judge_process(monkeypatch, 5, 0, LOADING, DONE, {"peak_bytes": GIB + 1}, gpus=1)["fits"]
+    with pytest.raises(RuntimeError, match="Cannot tell whether"):
+        judge_process(monkeypatch, 3 * GIB, -9, LOADING, gpus=1)
 
 
 def test_the_process_tells_out_of_memory_from_faults(tmp_path, monkeypatch):

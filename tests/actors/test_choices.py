@@ -57,21 +57,23 @@ def forced(model, processor, sample):
 def test_answers_are_those_of_the_built_models(critic, built, samples):
     processor = load_processor(str(DERM_TINY))
     rows = critic.measure("answers", samples, CHOICES)
-    found = {(row["sample_id"], tuple(row["choice"])): row for row in rows}
-    assert len(found) == len(rows) == len(samples) * len(CHOICES)
-    whole = [found[sample.id, WHOLE]["answer"] for sample in samples]
+    by_choice = {(row["sample_id"], tuple(row["choice"])): row for row in rows}
+    assert len(by_choice) == len(rows) == len(samples) * len(CHOICES)
+    whole = [by_choice[sample.id, WHOLE]["answer"] for sample in samples]
     for choice, model in zip(CHOICES, built, strict=True):
         answers = []
         for sample in samples:
-            row = found[sample.id, choice]
+            row = by_choice[sample.id, choice]
             assert row["token_ids"] == plain_answer(model, processor, sample, TOKENS), choice
             answers.append(row["answer"])
         expected = Embedder(EMBEDDER, "cpu").similarities(list(zip(answers, whole, strict=True)))
-        losses = [found[sample.id, choice]["loss"] for sample in samples]
+        losses = [by_choice[sample.id, choice]["loss"] for sample in samples]
         assert losses == pytest.approx([1 - cosine for cosine in expected], abs=1e-5)
-    known = [DraftContext(row["answer"], row["token_ids"]) for row in (found[sample.id, WHOLE] for sample in samples)]
+    known = [
+        DraftContext(row["answer"], row["token_ids"]) for row in (by_choice[sample.id, WHOLE] for sample in samples)
+    ]
     assert critic.measure("answers", samples, CHOICES[:2], WHOLE, known) == [
-        found[sample.id, choice] for choice in CHOICES[:2] for sample in samples
+        by_choice[sample.id, choice] for choice in CHOICES[:2] for sample in samples
     ]
 
 
@@ -100,5 +102,5 @@ def test_the_model_is_itself_again_afterwards(critic, samples):
 
 def test_a_choice_names_every_layer_and_leaves_one(critic, samples):
     for choice in [(4, 4), (0,) * 10]:
-        with pytest.raises(ValueError, match="is no choice for 10 layers"):
+        with pytest.raises(ValueError, match="is not a choice for 10 layers"):
             critic.measure("answers", samples, [choice])

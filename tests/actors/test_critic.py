@@ -119,11 +119,11 @@ def test_block_influence_of_image_and_text_tokens(checkpoint, critic, samples):
 def test_padding_does_not_change_block_influence(critic, lesions):
     prompts = [critic.replica.embedded(sample)[0] for sample in draw_samples(lesions)]
     assert len({len(prompt) for prompt in prompts}) > 1
-    together = layer_cosines(critic.replica.model, prompts)
-    for prompt, cosines in zip(prompts, together, strict=True):
-        alone = layer_cosines(critic.replica.model, [prompt])[0]
-        assert cosines.shape == alone.shape == (LAYERS, len(prompt))
-        torch.testing.assert_close(cosines, alone, atol=1e-5, rtol=1e-4)
+    batched = layer_cosines(critic.replica.model, prompts)
+    for prompt, cosines in zip(prompts, batched, strict=True):
+        single = layer_cosines(critic.replica.model, [prompt])[0]
+        assert cosines.shape == single.shape == (LAYERS, len(prompt))
+        torch.testing.assert_close(cosines, single, atol=1e-5, rtol=1e-4)
 
 
 def test_taylor_equals_plain_gradients(checkpoint, critic, samples):

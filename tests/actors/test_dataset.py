@@ -37,7 +37,7 @@ def file(path: str, label: str = "a", sha: str | None = None, dhash: int = 0) ->
     return ImageFile(path, label, sha or path, dhash)
 
 
-def together(groups: list[int]) -> list[list[int]]:
+def list_groups(groups: list[int]) -> list[list[int]]:
     """Return the groups as lists of indices."""
     return sorted([i for i, group in enumerate(groups) if group == wanted] for wanted in set(groups))
 
@@ -124,22 +124,22 @@ def test_groups_by_bytes_hash_and_series():
         file("A/s-7-b.png", dhash=0xFFFF0000),
         file("A/t-7-b.png", dhash=0xFFFF00000000),
     ]
-    assert together(group_files(files, 2, SERIES)) == [[0, 1, 2], [3, 4], [5]]
-    assert together(group_files(files, 1, SERIES)) == [[0, 1], [2], [3, 4], [5]]
-    assert together(group_files(files, -1, None)) == [[0, 1], [2], [3], [4], [5]]
+    assert list_groups(group_files(files, 2, SERIES)) == [[0, 1, 2], [3, 4], [5]]
+    assert list_groups(group_files(files, 1, SERIES)) == [[0, 1], [2], [3, 4], [5]]
+    assert list_groups(group_files(files, -1, None)) == [[0, 1], [2], [3], [4], [5]]
 
 
 def test_chains_join_far_ends():
     """Hashes 0, 11, 1111, 111111 (binary): neighbours differ by two bits, the ends by six; one chain, one group."""
     files = [file(str(i), dhash=(1 << 2 * i) - 1) for i in (3, 0, 2, 1)]
-    assert together(group_files(files, 2, None)) == [[0, 1, 2, 3]]
-    assert together(group_files([files[0], files[1], files[3]], 2, None)) == [[0], [1, 2]]
+    assert list_groups(group_files(files, 2, None)) == [[0, 1, 2, 3]]
+    assert list_groups(group_files([files[0], files[1], files[3]], 2, None)) == [[0], [1, 2]]
 
 
 def test_series_of_two_classes_are_two():
     """The same number in two class folders is not one series."""
     files = [file("A/img-1-a.png", "a", dhash=0), file("B/img-1-b.png", "b", dhash=0xFF)]
-    assert together(group_files(files, -1, SERIES)) == [[0], [1]]
+    assert list_groups(group_files(files, -1, SERIES)) == [[0], [1]]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_drawn_tree_groups_its_series(tmp_path):
     files, skipped = scan(tmp_path, classes)
     assert len(files) == 8 * 11 and [item.path for item in skipped] == ["annotations.csv", "sentences.csv"]
     groups = group_files(files, -1, SERIES)
-    pairs = [[files[i].path for i in group] for group in together(groups) if len(group) > 1]
+    pairs = [[files[i].path for i in group] for group in list_groups(groups) if len(group) > 1]
     assert len(set(groups)) == 8 * 9 and len(pairs) == 16
     assert all(a.removesuffix("-a.png") == b.removesuffix("-b.png") for a, b in map(sorted, pairs))
 

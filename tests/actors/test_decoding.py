@@ -35,9 +35,9 @@ def test_static_decoding_gives_the_same_tokens(tmp_path, lesions, monkeypatch, n
     static = Static(replica.model)
     for prompt in [*prompts, prompts[0]]:
         ticks: list[int] = []
-        found = static(prompt, 12, lambda ticks=ticks: ticks.append(1))
-        assert found == Plain(replica.model)(prompt, 12, lambda: None) and len(found) == len(ticks) == 12
-        assert not {first[3], first[5]} & set(found)
+        decoded = static(prompt, 12, lambda ticks=ticks: ticks.append(1))
+        assert decoded == Plain(replica.model)(prompt, 12, lambda: None) and len(decoded) == len(ticks) == 12
+        assert not {first[3], first[5]} & set(decoded)
 
 
 def test_the_run_that_captures_is_not_measured(tiny_path, probe, monkeypatch):
@@ -179,7 +179,7 @@ def test_sliding_windows_are_refused(lesions, probe, tmp_path):
 def test_static_decoding_refuses_several_devices(monkeypatch):
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setattr(actors.decoding, "layer_devices", lambda model: devices)
-    with pytest.raises(ValueError, match="one GPU, the model is on 2"):
+    with pytest.raises(ValueError, match="one GPU, but the model is on 2"):
         Static(tiny_model("clip-llama"))
 
 

@@ -82,7 +82,7 @@ def test_package_without_a_model(tmp_path, monkeypatch):
     (tmp_path / "prunella_empty").mkdir()
     (tmp_path / "prunella_empty" / "__init__.py").write_text("")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(ValueError, match="'prunella_empty' carries no sentence-transformer"):
+    with pytest.raises(ValueError, match="'prunella_empty' holds no sentence-transformer"):
         embedder_path("package:prunella_empty")
 
 

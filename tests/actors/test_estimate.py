@@ -174,8 +174,8 @@ def test_width():
         ({"bits": (16,) * 4}, ["4 layers", "has 5"]),
         ({"bits": (0,) * 5}, ["All 5 layers", "at least one"]),
         ({"method": "gptq"}, ["'gptq'", "awq"]),
-        ({"method": "nf4", "bits": (8,) * 5}, ["nf4 has no 8 bits", "4"]),
-        ({"bits": (4,) * 5}, ["none has no 4 bits"]),
+        ({"method": "nf4", "bits": (8,) * 5}, ["'nf4' does not round to 8 bits", "4"]),
+        ({"bits": (4,) * 5}, ["'none' does not round to 4 bits"]),
         ({"context": 16}, ["16 tokens", "estimate.context"]),
     ],
 )
@@ -190,5 +190,5 @@ def test_other_configs_are_refused():
     config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(ValueError, match="quantized checkpoint's"):
         architecture(config)
-    with pytest.raises(ValueError, match="'llama' is no LLaVA's"):
+    with pytest.raises(ValueError, match="'llama' is not a LLaVA's"):
         architecture(LlamaConfig())

@@ -8,7 +8,7 @@ import torch
 
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.gate.check import ROUNDED, Gate
-from actors.probe import PROBE, kept_probe
+from actors.probe import PROBE, read_probe
 from actors.quantizers.table import METHODS, bits_of, for_bits
 from actors.specs import Change, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
@@ -67,7 +67,7 @@ def test_a_recovered_bfloat16_checkpoint_passes_in_float32(lesions, tmp_path):
     settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
     trainer = LoraTrainer(ModelSpec(str(tmp_path / "b"), "float32"))
     list(trainer.train(draw_conversations(lesions, 4), settings, str(tmp_path / "c")))
-    assert kept_probe(tmp_path / "c")[1] == "bfloat16"
+    assert read_probe(tmp_path / "c")[1] == "bfloat16"
     found = check(tmp_path / "c", keep_probe=True)
     assert float(found["logits"].split()[0]) > 0.02 and "(allowed: 0.1)" in found["logits"]
 
@@ -79,10 +79,10 @@ def test_a_probe_kept_in_bfloat16_passes_in_float32(tmp_path):
     Gate().check(
         ModelSpec(str(tmp_path / "b"), "bfloat16"), ModelSpec(source, "bfloat16"), Change.PRUNED, [1], keep_probe=True
     )
-    logits, dtype = kept_probe(tmp_path / "b")
+    logits, dtype = read_probe(tmp_path / "b")
     assert dtype == "bfloat16" and float(check(tmp_path / "b")["logits"].split()[0]) > 0.02
     np.save(tmp_path / "b" / PROBE, logits)
-    assert kept_probe(tmp_path / "b")[1] is None and "(allowed: 0.1)" in check(tmp_path / "b")["logits"]
+    assert read_probe(tmp_path / "b")[1] is None and "(allowed: 0.1)" in check(tmp_path / "b")["logits"]
 
 
 @pytest.mark.slow

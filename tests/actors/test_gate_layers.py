@@ -133,7 +133,7 @@ def test_other_settings_than_the_model_before_had(tmp_path):
     change_config(tmp_path / "b", num_hidden_layers=LAYERS - 1)
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
-    refused("What the decoder is given differs from the model before by", tmp_path / "b", source, [1])
+    refused("The decoder's input differs from that in the model before by", tmp_path / "b", source, [1])
 
 
 def test_logits_that_are_off_name_the_first_layer(tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaF
 from actors.checkpoint.pruning import prune_checkpoint
 from actors.checkpoint.tensors import publish_names, write_tensors
 from actors.gate import check as gate
-from actors.probe import PROBE, kept_probe, write_probe
+from actors.probe import PROBE, read_probe, write_probe
 from actors.specs import Change, GateError, LoraSettings, ModelSpec
 from actors.trainer import LoraTrainer
 from tests.gating import UP, change, change_config, check, refused, swap
@@ -45,7 +45,7 @@ def test_a_pruned_checkpoint_passes(made):
     assert found["kept"] == f"{len(load_file(pruned / 'model.safetensors'))} tensors are those of the model before"
     assert found["tensors"].endswith("finite tensors, 3 decoder layers")
     assert float(found["logits"].split()[0]) < 1e-5
-    logits, dtype = kept_probe(pruned)
+    logits, dtype = read_probe(pruned)
     assert dtype == "float32" and logits.shape == (len(gate.load_processor(source).tokenizer),)
     again = check(pruned, sums=found["sums"])
     assert set(again) == CHECKS
@@ -73,7 +73,7 @@ def test_layer_count_wrong_in_the_config(copy, count, odd):
 @pytest.mark.parametrize("removed", [[1], [1, 3, 4], None])
 def test_another_number_of_layers_than_was_kept(made, removed):
     kept = 5 - len(removed or ())
-    refused(f"says 3 decoder layers, but {kept} of the model before were to be kept", made[1], made[0], removed)
+    refused(f"says 3 decoder layers, but {kept} of the model before should be left", made[1], made[0], removed)
 
 
 def test_layer_types_of_another_length(tmp_path):
@@ -174,7 +174,7 @@ def test_a_recovered_checkpoint_passes(made, recovered):
     )
     refused(r"layers\.0\.\S+_proj\.weight' is not .* of the model before", recovered, made[1], [])
     refused(
-        "says 3 decoder layers, but 5 of the model before were to be kept", recovered, made[0], change=Change.TRAINED
+        "says 3 decoder layers, but 5 of the model before should be left", recovered, made[0], change=Change.TRAINED
     )
 
 
@@ -327,7 +327,7 @@ def test_logits_that_are_no_numbers(copy, monkeypatch):
 
 
 def test_kept_probe_differs(copy):
-    write_probe(copy, kept_probe(copy)[0] * 1.05, "float32")
+    write_probe(copy, read_probe(copy)[0] * 1.05, "float32")
     refused("differ from what it gave when it was made by 0.048", copy)
 
 

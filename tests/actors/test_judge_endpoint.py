@@ -84,12 +84,12 @@ def test_an_ordinary_answer_ends_where_the_model_ends_it(endpoint, monkeypatch):
     wanted = [*endpoint._tokenizer.encode("It is 4."), endpoint._tokenizer.eos_token_id]
     steps = iter(wanted)
 
-    def said(module, given, out):
+    def force_token(module, given, out):
         out = torch.zeros_like(out)
         out[..., next(steps, wanted[0])] = 9.0
         return out
 
-    handle = head.register_forward_hook(said)
+    handle = head.register_forward_hook(force_token)
     try:
         body = {"model": "tiny", "messages": USER, "logprobs": True}
         _, completion = post(endpoint, body)

@@ -31,6 +31,6 @@ def test_a_label_that_is_part_of_a_longer_token_has_no_probabilities(ids, at):
     row = _Row()
     for token in ids:
         row.note(token, -1.0, [0.1, 0.2, 0.3, 0.1, token / 100])
-    written = row.written(grammars, False)
+    written = row.finish(grammars, False)
     assert written.text == '{"label":4}' and written.label_at == at
     assert written.probabilities == (None if at is None else (0.1, 0.2, 0.3, 0.1, 0.04))

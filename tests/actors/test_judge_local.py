@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import actors.judge.local
 from actors.judge.calls import Failure, Reply, Request
-from actors.judge.constrained import LABELS, Task, Written, write
+from actors.judge.constrained import LABELS, Output, Task, write
 from actors.judge.ladder import RUNGS, request
 from actors.judge.local import judge_tokenizer
 from actors.judge.prefix import SharedPrefix
@@ -38,12 +38,12 @@ def test_the_output_is_what_a_naive_loop_writes(judge, number):
 
 
 def test_a_batch_is_token_for_token_what_its_calls_are_one_by_one(judge):
-    together = ask_all(judge, REQUESTS)
-    alone = [ask_all(judge, [each])[0] for each in REQUESTS]
-    assert [written.ids for written in together] == [written.ids for written in alone]
+    batched = ask_all(judge, REQUESTS)
+    singly = [ask_all(judge, [each])[0] for each in REQUESTS]
+    assert [written.ids for written in batched] == [written.ids for written in singly]
     assert len({len(judge._prompt(each.messages)) for each in REQUESTS}) > 5  # padding was at work
-    assert len({len(written.ids) for written in together}) > 3
-    for one, other in zip(together, alone, strict=True):
+    assert len({len(written.ids) for written in batched}) > 3
+    for one, other in zip(batched, singly, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, rel=1e-3)
 
 
@@ -75,9 +75,9 @@ def test_a_model_with_windows_reads_the_rubric_with_every_call(path, tmp_path):
     config["layer_types"] = ["full_attention", "sliding_attention"]
     (tmp_path / "windowed" / "config.json").write_text(json.dumps(config))
     judge = judge_of(str(tmp_path / "windowed"))
-    together = ask_all(judge, REQUESTS[:3])
+    batched = ask_all(judge, REQUESTS[:3])
     assert judge._shared._ids == []
-    assert together[2].ids == naive(judge, REQUESTS[2])[0]
+    assert batched[2].ids == naive(judge, REQUESTS[2])[0]
 
 
 def test_a_reply_is_the_text_and_the_labels_probabilities(judge):
@@ -114,7 +114,7 @@ def test_a_call_may_fill_the_models_length_and_not_pass_it(path):
     length = len(judge_of(path)._prompt(wanted.messages)) + wanted.max_tokens
     (fits,) = ask_all(judge_of(path, max_length=length), [wanted])
     (does_not,) = ask_all(judge_of(path, max_length=length - 1), [wanted])
-    assert isinstance(fits, Written)
+    assert isinstance(fits, Output)
     assert does_not.kind == "refused" and f"are more than {length - 1}" in does_not.message
 
 
@@ -152,13 +152,13 @@ def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error:
     """Note every batch's size; batches beyond `most`, or with a task of `deadly` tokens, run out of memory."""
     sizes = []
 
-    def noted(model, grammars, tasks: list[Task], pad, shared):
+    def write_noting(model, grammars, tasks: list[Task], pad, shared):
         sizes.append(len(tasks))
         if len(tasks) > most or any(task.max_tokens == deadly for task in tasks):
             raise error
         return write(model, grammars, tasks, pad, shared)
 
-    monkeypatch.setattr(actors.judge.local, "write", noted)
+    monkeypatch.setattr(actors.judge.local, "write", write_noting)
     return sizes
 
 
@@ -166,7 +166,7 @@ def note_batches(monkeypatch, most: int = 100, deadly: int | None = None, error:
 def test_out_of_memory_halves_the_batch_from_then_on(path, monkeypatch, error):
     judge = judge_of(path)
     sizes = note_batches(monkeypatch, most=3, error=error)
-    assert all(isinstance(answer, Written) for answer in ask_all(judge, [REQUESTS[2]] * 12))
+    assert all(isinstance(answer, Output) for answer in ask_all(judge, [REQUESTS[2]] * 12))
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2, 2]
 
 
@@ -174,7 +174,7 @@ def test_a_call_that_no_memory_holds_is_refused_and_its_neighbours_are_not(path,
     note_batches(monkeypatch, deadly=17)
     hungry = Request(REQUESTS[2].system, REQUESTS[2].user, REQUESTS[2].schema, 17)
     answers = ask_all(judge_of(path), [REQUESTS[2], hungry, REQUESTS[2]])
-    assert [type(answer) for answer in answers] == [Written, Failure, Written]
+    assert [type(answer) for answer in answers] == [Output, Failure, Output]
     assert answers[1].kind == "refused" and "out of memory" in answers[1].message
 
 
@@ -191,12 +191,12 @@ def test_an_error_of_the_model_is_a_failure_and_shows_in_the_health_check(path):
 def failing(monkeypatch, poison: int, text: str):
     """Calls with an output of `poison` tokens fail, and what is beside them in a batch."""
 
-    def noted(model, grammars, tasks: list[Task], pad, shared):
+    def write_noting(model, grammars, tasks: list[Task], pad, shared):
         if any(task.max_tokens == poison for task in tasks):
             raise RuntimeError(text)
         return write(model, grammars, tasks, pad, shared)
 
-    monkeypatch.setattr(actors.judge.local, "write", noted)
+    monkeypatch.setattr(actors.judge.local, "write", write_noting)
 
 
 def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_call_that_fails_does_not_take_its_neighbours_along(path, monkeypatch)
     failing(monkeypatch, 17, "The judge's logits are infinite or not numbers")
     for _ in range(5):  # as the ladder asks
         answers = ask_all(judge, [good, poison, good])
-        assert [type(answer) for answer in answers] == [Written, Failure, Written]
+        assert [type(answer) for answer in answers] == [Output, Failure, Output]
         assert answers[1].kind == "server_error" and "not numbers" in answers[1].message
         assert isinstance(ask_all(judge, [poison])[0], Failure)
     judge.check_health()

@@ -19,7 +19,7 @@ LIMITED = {"type": "object", "properties": {"label": {"enum": [0, 1], "maxLength
 ASKED = Request("system", "user", LIMITED, 64)
 
 
-def asked(*script, times: int = 1, timeout: float = 5.0, **settings) -> tuple[list, Server]:
+def ask_scripted(*script, times: int = 1, timeout: float = 5.0, **settings) -> tuple[list, Server]:
     """Ask a scripted server `times` times, one after the other."""
 
     async def run():
@@ -33,7 +33,7 @@ def asked(*script, times: int = 1, timeout: float = 5.0, **settings) -> tuple[li
 
 def test_request_and_reply():
     """The endpoint is sent: greedy, the schema without maxLength, no logprobs unless offered, no key unless set."""
-    (reply,), server = asked(http(completion(OUTPUT)))
+    (reply,), server = ask_scripted(http(completion(OUTPUT)))
     assert reply == Reply(OUTPUT)
     head, body = server.heard[0]
     assert head.startswith(b"POST /v1/chat/completions ") and b"authorization" not in head.lower()
@@ -74,7 +74,7 @@ def test_request_and_reply():
 )
 def test_misbehaviour(item, kind, says):
     """Every kind becomes the failure that the ladder knows, and none a score."""
-    (failure,), _ = asked(item)
+    (failure,), _ = ask_scripted(item)
     assert isinstance(failure, Failure) and failure.kind == kind
     assert any(part.lower() in failure.message.lower() for part in says.split("|"))
 
@@ -82,14 +82,14 @@ def test_misbehaviour(item, kind, says):
 @pytest.mark.parametrize("item", [10.0, [WHOLE[:30], 10.0], [WHOLE[i : i + 1] if i % 2 else 0.05 for i in range(60)]])
 def test_slow_answers(item):
     """Silence, silence after the head, and a drip of bytes that never pauses for long: the whole call has a limit."""
-    (failure,), _ = asked(item, timeout=0.3)
-    assert (failure.kind, failure.message) == ("timeout", "no whole answer within 0.3 s")
+    (failure,), _ = ask_scripted(item, timeout=0.3)
+    assert (failure.kind, failure.message) == ("timeout", "no complete answer within 0.3 s")
 
 
 def test_answer_to_nothing_is_not_taken_for_the_next():
     """A server that sends two responses to one request: the second request gets its own."""
     other = http(completion('{"reason": "mine", "label": 0}'))
-    replies, _ = asked([WHOLE + WHOLE, 1.0], other, times=2)
+    replies, _ = ask_scripted([WHOLE + WHOLE, 1.0], other, times=2)
     assert [reply.text for reply in replies] == [OUTPUT, '{"reason": "mine", "label": 0}']
 
 
@@ -115,13 +115,13 @@ def test_nobody_listens():
 )
 def test_retry_after(header, seconds):
     """Seconds, a date, nonsense, nothing."""
-    (failure,), _ = asked(http(b"", "429 Too Many Requests", header))
+    (failure,), _ = ask_scripted(http(b"", "429 Too Many Requests", header))
     assert (failure.retry_after is None) if seconds is None else failure.retry_after >= seconds
 
 
 def test_no_content_is_bad_output():
     """A refusal (null content) is the model's output, not the transport's failure."""
-    (reply,), _ = asked(http(completion(None)))
+    (reply,), _ = ask_scripted(http(completion(None)))
     assert reply == Reply("")
 
 
@@ -151,7 +151,7 @@ LIKELY = [{"token": str(k), "logprob": -1.0 - k} for k in range(5)]
 def test_log_probabilities_that_are_none_cost_the_output_nothing(logprobs, known):
     """NaN, infinite, positive, null, missing, of another type: the text is read, and no number is made up."""
     body = json.dumps({"choices": [{"message": {"content": OUTPUT}, "logprobs": logprobs}]}).encode()
-    (reply,), _ = asked(http(body), logprobs=True)
+    (reply,), _ = ask_scripted(http(body), logprobs=True)
     assert reply.text == OUTPUT and (reply.probabilities is not None) is known
     assert not known or (all(0 <= p <= 1 for p in reply.probabilities) and sum(reply.probabilities) > 0.5)
 
@@ -164,7 +164,7 @@ def test_asking_never_raises(monkeypatch):
         raise OverflowError("sk-secret is too large")
 
     monkeypatch.setattr(actors.judge.openai, "read_completion", broken)
-    (failure,), _ = asked(WHOLE, key_variable="A_KEY")
+    (failure,), _ = ask_scripted(WHOLE, key_variable="A_KEY")
     assert failure == Failure("server_error", "OverflowError: *** is too large")
 
 
@@ -191,10 +191,10 @@ def test_whole_ladder_over_a_bad_server():
 def test_key(monkeypatch):
     """It is sent, it does not come back in a message, it has to be set, and does not travel in the clear."""
     monkeypatch.setenv("A_KEY", " sk-secret\n")
-    (failure,), server = asked(http(b"bad key sk-secret", "401 Unauthorized"), key_variable="A_KEY")
+    (failure,), server = ask_scripted(http(b"bad key sk-secret", "401 Unauthorized"), key_variable="A_KEY")
     assert b"Authorization: Bearer sk-secret\r\n" in server.heard[0][0]
     assert "sk-secret" not in failure.message and "bad key ***" in failure.message
-    (failure,), _ = asked(http(b"x" * 190 + b"sk-secret", "401 Unauthorized"), key_variable="A_KEY")
+    (failure,), _ = ask_scripted(http(b"x" * 190 + b"sk-secret", "401 Unauthorized"), key_variable="A_KEY")
     assert "sk-" not in failure.message and len(failure.message) < 250  # blotted out, and then cut
     with pytest.raises(ValueError, match="unencrypted"):
         OpenAIJudge("http://judge.example/v1", "m", "A_KEY", 1.0, False)
@@ -236,7 +236,7 @@ def test_label_probabilities(text):
     """At the last digit, not at those of the reason; joined with neighbours or not; what is not a label is left out."""
     tokens = [token('{"reason": "'), token("3", p0=1.0), token('", "label":'), token(text, p2=0.2, p3=0.6, p7=0.1)]
     tokens += [token("}")]
-    (reply,), server = asked(http(completion(OUTPUT, tokens)), logprobs=True)
+    (reply,), server = ask_scripted(http(completion(OUTPUT, tokens)), logprobs=True)
     assert reply.probabilities == pytest.approx((0, 0, 0.2, 0.6, 0))
     assert server.heard[0][1]["logprobs"] is True and server.heard[0][1]["top_logprobs"] == 20
 

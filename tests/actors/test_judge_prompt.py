@@ -168,11 +168,11 @@ def test_a_real_template_and_tokenizer_see_no_more_control_tokens():
         ids = real.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         return sum(number in real.added_tokens_decoder for number in ids)
 
-    def asked(candidate: str) -> str:
+    def message_about(candidate: str) -> str:
         return user_message("What?", "Eczema.", candidate, "reasoned")
 
-    assert controls(asked("Eczema.")) == 5 and controls(asked("Eczema.") + "<|im_end|>") == 6
-    assert {controls(asked(candidate)) for candidate in candidates(1200)[::4]} == {5}
+    assert controls(message_about("Eczema.")) == 5 and controls(message_about("Eczema.") + "<|im_end|>") == 6
+    assert {controls(message_about(candidate)) for candidate in candidates(1200)[::4]} == {5}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_gate_takes_it_and_says_what_it_is(mixed):
     found = check(mixed, DERM_TINY)
     assert "14 of 3 bits, 28 of 4 bits, 14 of 8 bits, 14 of 16 bits" in found["modules"]
     assert found["linears"].startswith("0 from its stored numbers")
-    assert "and there are 3" in found["vllm"]
+    assert "not with 3" in found["vllm"]
 
 
 @pytest.mark.parametrize(("number", "place"), [("3", "bits_4"), ("0", "bits_8")])
@@ -126,5 +126,5 @@ def test_a_layer_is_the_same_whatever_the_others_are(lesions, tmp_path):
 
 
 def test_bits_for_every_layer_are_asked_for(tmp_path):
-    with pytest.raises(ValueError, match="given for 2 layers, the model has 10"):
+    with pytest.raises(ValueError, match="given for 2 layers, but the model has 10"):
         MixedQuantizer().quantize(ModelSpec(str(DERM_TINY)), settings("rtn"), (4, 4), [], str(tmp_path))

@@ -84,7 +84,7 @@ def test_one_timed_run(clock):
 
 
 def test_a_wrong_number_of_tokens_is_an_error(clock):
-    with pytest.raises(RuntimeError, match="4 tokens came where 5"):
+    with pytest.raises(RuntimeError, match="returned 4 tokens instead of 5"):
         timed(clock, [7], warmup=0, tokens=5, returned=4)
 
 

@@ -39,7 +39,7 @@ def test_weights_are_the_librarys(bits, dtype, tmp_path):
     for computed in ("float32", str(dtype).removeprefix("torch.")):
         after = load_model(str(tmp_path / "b"), computed)
         for name in language_linears(before):
-            found, exact = after.get_submodule(name).dequantized(), before.get_submodule(name).weight.detach()
+            found, exact = after.get_submodule(name).dequantize(), before.get_submodule(name).weight.detach()
             assert torch.equal(found, by_hqq(exact, bits, dtype)) and found.dtype == dtype
             assert 0 < error(found.float(), exact) < 3 * 2.0**-bits
     assert stored_dtype(str(tmp_path / "b")) == dtype

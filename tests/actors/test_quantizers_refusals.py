@@ -92,7 +92,7 @@ def test_a_text_only_model(tmp_path):
         lambda: check(DERM_TINY, source),
     )
     for attempt in attempts:
-        with pytest.raises(ValueError, match="'llama' is no LLaVA's: it lacks text_config or vision_config"):
+        with pytest.raises(ValueError, match="'llama' is not a LLaVA's: it lacks text_config or vision_config"):
             attempt()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actors.maths.splits import FAR, choose_groups
 
 
-def chosen(sizes, wanted: int, seed: int = 0) -> list[int]:
+def choose(sizes, wanted: int, seed: int = 0) -> list[int]:
     return choose_groups(sizes, wanted, np.random.default_rng(seed))
 
 
@@ -33,14 +33,14 @@ def all_sums(sizes) -> set[int]:
     ],
 )
 def test_sums_by_hand(sizes, wanted, total):
-    assert sum(sizes[place] for place in chosen(sizes, wanted)) == total
+    assert sum(sizes[place] for place in choose(sizes, wanted)) == total
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=9), st.floats(0.02, 0.98), st.integers(0, 3))
 def test_no_subset_is_nearer(sizes, fraction, seed):
     wanted, possible = max(1, round(fraction * sum(sizes))), all_sums(sizes)
-    places = chosen(sizes, wanted, seed)
+    places = choose(sizes, wanted, seed)
     total = sum(sizes[place] for place in places)
     assert places == sorted(set(places)) and total in possible
     below, above = ([s for s in possible if (s <= wanted) == side] for side in (True, False))
@@ -55,12 +55,12 @@ def test_no_subset_is_nearer(sizes, fraction, seed):
 def test_seeds_draw_and_sizes_share():
     """Of 60 singles and 20 pairs a tenth: pairs are chosen, too, and every single is by some seed; seeds repeat."""
     sizes = [1] * 60 + [2] * 20
-    draws = [chosen(sizes, 10, seed) for seed in range(200)]
+    draws = [choose(sizes, 10, seed) for seed in range(200)]
     assert all(sum(sizes[place] for place in draw) == 10 for draw in draws)
     assert {Counter(sizes[place] for place in draw)[2] for draw in draws} == {2}
-    assert {place for draw in draws for place in draw} >= set(range(60)) and draws[3] == chosen(sizes, 10, 3)
+    assert {place for draw in draws for place in draw} >= set(range(60)) and draws[3] == choose(sizes, 10, 3)
 
 
 def test_many_groups_take_no_time():
     sizes = np.random.default_rng(0).integers(1, 30, 20_000).tolist()
-    assert sum(sizes[place] for place in chosen(sizes, sum(sizes) // 10)) == sum(sizes) // 10
+    assert sum(sizes[place] for place in choose(sizes, sum(sizes) // 10)) == sum(sizes) // 10

@@ -182,7 +182,7 @@ def test_a_process_that_is_connected_already_stays_so(private_ray):
     assert ray.is_initialized()
 
 
-def test_a_cluster_that_lets_nobody_in_is_given_up(private_ray):
+def test_a_cluster_that_accepts_nobody_is_given_up(private_ray):
     """RAY_ADDRESS=auto finds a private Ray whose token it does not have: a sentence, soon, and the end."""
     code = (
         "import cluster.connection as c\n"

@@ -40,10 +40,10 @@ def test_one_at_a_time(tmp_path):
 
 
 def test_who_waits_goes_without_once_the_work_is_done(tmp_path):
-    ready, said, done = threading.Event(), [], threading.Event()
+    ready, holders, done = threading.Event(), [], threading.Event()
 
     def hold() -> None:
-        with exclusive(tmp_path / "lock", never, said.append):
+        with exclusive(tmp_path / "lock", never, holders.append):
             ready.set()
             time.sleep(0.3)
             done.set()
@@ -52,10 +52,10 @@ def test_who_waits_goes_without_once_the_work_is_done(tmp_path):
     holder = threading.Thread(target=hold)
     holder.start()
     ready.wait()
-    with exclusive(tmp_path / "lock", done.is_set, said.append) as mine:
+    with exclusive(tmp_path / "lock", done.is_set, holders.append) as mine:
         assert not mine
     holder.join()
-    assert said == [f"{socket.gethostname()}, process {os.getpid()}"]
+    assert holders == [f"{socket.gethostname()}, process {os.getpid()}"]
 
 
 def lock_of(path, host: str, pid: int, started: float = 0.0) -> None:
@@ -77,9 +77,9 @@ def test_a_lock_of_a_killed_process_here_is_gone_at_once(tmp_path):
 def test_a_lock_of_another_node_expires_without_heartbeats(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "EXPIRES_S", 1.0)
     lock_of(tmp_path / "lock", "another-node", 1)
-    said, began = [], time.monotonic()
-    with exclusive(tmp_path / "lock", never, said.append) as mine:
-        assert mine and 0.9 < time.monotonic() - began < 10 and said == ["another-node, process 1"]
+    holders, began = [], time.monotonic()
+    with exclusive(tmp_path / "lock", never, holders.append) as mine:
+        assert mine and 0.9 < time.monotonic() - began < 10 and holders == ["another-node, process 1"]
 
 
 def test_heartbeats_keep_it(tmp_path, monkeypatch):

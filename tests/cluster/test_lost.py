@@ -20,5 +20,5 @@ def test_a_head_may_come_back_and_a_raylet_may_not(monkeypatch):
     over.stop()
     assert over.look() and over.missing is None, "a cluster that ends after the work was called lost"
     monkeypatch.setattr(lost, "_watches", [raylet])
-    said = "The Ray cluster was lost: its head does not answer."
-    assert str(lost.reason()).startswith(said) and str(explain(KeyError("Ray's"))).startswith(said)
+    message = "The Ray cluster was lost: its head does not answer."
+    assert str(lost.reason()).startswith(message) and str(explain(KeyError("Ray's"))).startswith(message)

@@ -136,7 +136,7 @@ class Victims:
         self._seen.update({process: _title(process) for process in self._driver.children(recursive=True)})
         return [process for process in self._seen if process.is_running() and _is_actor(_title(process))]
 
-    def left(self, which: Callable[[str], bool], timeout_s: float) -> list[str]:
+    def survivors(self, which: Callable[[str], bool], timeout_s: float) -> list[str]:
         """Return what still runs so many seconds after the driver's end."""
         chosen = [process for process, title in self._seen.items() if which(title)]
         assert chosen
@@ -180,15 +180,15 @@ def test_killed_workers_and_a_killed_driver_cost_nothing_but_time(tmp_path):
     assert first.workers() and driver.poll() is None
     driver.kill()
     driver.communicate()
-    assert first.left(_is_actor, 10) == []
+    assert first.survivors(_is_actor, 10) == []
     finished = len(list(units.glob("[0-9]*.parquet")))
     assert UNITS // 2 <= finished < UNITS
 
     driver = start("digests", str(tmp_path))
     second, killed_too = kill_workers(driver, units, UNITS, draw)
     assert result(driver) == UNITS - finished
-    assert second.left(bool, 10) == []
-    assert first.left(bool, 90) == []  # Ray's agents look for their cluster for a minute
+    assert second.survivors(bool, 10) == []
+    assert first.survivors(bool, 90) == []  # Ray's agents look for their cluster for a minute
     first.remove_folder()
 
     rows = [row for path in units.glob("[0-9]*.parquet") for row in read_table(path)]

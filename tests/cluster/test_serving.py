@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 import cluster.serving.left_overs
 import cluster.serving.service
 from cluster.serving.left_overs import end_left
-from cluster.serving.service import TRIES, Scale, ServiceLost, answered, application_name, serve_class
+from cluster.serving.service import TRIES, Scale, ServiceLost, application_name, send_with_retries, serve_class
 
 pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(120)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,17 +198,17 @@ def hurried(monkeypatch):
 @pytest.mark.parametrize("death", [ActorDiedError(), RayServeException("replica is busy")])
 def test_a_call_is_tried_again_a_few_times_and_then_lost(hurried, death):
     send, calls = send_of(death, death, "answer")
-    assert asyncio.run(answered(send, "judge", 5)) == "answer" and len(calls) == 3
+    assert asyncio.run(send_with_retries(send, "judge", 5)) == "answer" and len(calls) == 3
     send, calls = send_of(death)
     with pytest.raises(ServiceLost, match="judge"):
-        asyncio.run(answered(send, "judge", 5))
+        asyncio.run(send_with_retries(send, "judge", 5))
     assert len(calls) == TRIES
 
 
 def test_an_error_of_the_object_is_not_tried_again(hurried):
     send, calls = send_of(RayTaskError("call", "traceback", ValueError("odd")))
     with pytest.raises(ValueError, match="odd"):
-        asyncio.run(answered(send, "judge", 5))
+        asyncio.run(send_with_retries(send, "judge", 5))
     assert len(calls) == 1
 
 
@@ -259,11 +259,11 @@ asyncio.run(killed())
 def test_a_cluster_that_is_gone_does_not_take_the_results_along(monkeypatch, capsys):
     """What cannot be ended any more is told, not raised: it would hide the block's own error."""
 
-    def gone(*_):
+    def raise_dead(*_):
         raise RayServeException("the controller is dead")
 
     for name in ("status", "delete", "shutdown"):
-        monkeypatch.setattr(serve, name, gone)
+        monkeypatch.setattr(serve, name, raise_dead)
     cluster.serving.service._leave("judge-1", True)
     cluster.serving.service.shut_down()
     said = capsys.readouterr().err
@@ -304,8 +304,8 @@ def test_a_long_wait_is_explained_now_and_then(hurried, monkeypatch, capsys):
     states = [SimpleNamespace(value=value) for value in ("DEPLOYING", "DEPLOYING", "RUNNING")]
     found = iter(SimpleNamespace(status=state, deployments={"replica": replica}) for state in states)
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"judge": next(found)}))
-    monkeypatch.setattr(cluster.serving.service, "SAID_EVERY_S", 0.0)
-    asyncio.run(cluster.serving.service._running("judge"))
+    monkeypatch.setattr(cluster.serving.service, "EXPLAIN_EVERY_S", 0.0)
+    asyncio.run(cluster.serving.service._wait_until_running("judge"))
     said = capsys.readouterr().err
     assert said.count("judge is not up after 0 s: 1 replica waits for a node with 4 GPUs") == 2
 

@@ -118,7 +118,7 @@ def test_a_mistake_is_one_sentence(tmp_path):
 
 def test_a_broken_config_json(capsys, tmp_path):
     file = tmp_path / "config.json"
-    for text, word in (("{", "config.json"), ('{"model_type": "llama"}', "'llama' is no LLaVA's")):
+    for text, word in (("{", "config.json"), ('{"model_type": "llama"}', "'llama' is not a LLaVA's")):
         file.write_text(text)
         with pytest.raises(ValueError, match=word):
             printed(capsys, tmp_path / "run", *SEVEN_B, "--estimate.architecture", str(file))

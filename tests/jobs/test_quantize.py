@@ -85,7 +85,7 @@ def test_refused_when_the_stage_is_planned(tmp_path, options, words):
 def test_awq_and_phi(tmp_path):
     """autoawq's search is refused, ours is not. The base model's config.json is enough: there are no weights here."""
     tiny_config("clip-phi").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"does not know the decoder layers of 'phi'.*awq_search layerwise"):
+    with pytest.raises(ValueError, match=r"does not support the decoder layers of 'phi'.*awq_search layerwise"):
         name(tmp_path / "run", model=str(tmp_path / "model"))
     planned = name(tmp_path / "run", model=str(tmp_path / "model"), **{"quantize.awq_search": "layerwise"})
     assert planned.startswith("quantize-")

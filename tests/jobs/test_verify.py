@@ -48,7 +48,7 @@ def test_a_text_only_model(tmp_path, monkeypatch):
     """Jobs that take a checkpoint say what is wrong with it, before any other stage runs."""
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    words = "'llama' is no LLaVA's: it lacks text_config or vision_config"
+    words = "'llama' is not a LLaVA's: it lacks text_config or vision_config"
     run = run_here(monkeypatch, tmp_path / "run", tmp_path / "llama", prune__order="[1, 0]", quantize__method="nf4")
     for attempt in (lambda: prune.job(run), lambda: quantize.check(run, quantize.chosen_settings(run))):
         with pytest.raises(ValueError, match=words):
