@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from actors.derm_tiny.sentences import QUESTIONS
 from jobs.config.schema import Config
 from jobs.core import command
 from jobs.core.options import fields, load_config, valid_keys
@@ -40,6 +41,11 @@ def test_the_paper_config_is_the_papers():
     assert (config.model.dtype, config.replicas.gpus) == ("float16", 1)
     assert (config.recover.method, config.recover.rank, config.recover.alpha) == ("qlora", 16, 8)
     assert (config.quantize.bits, config.quantize.group_size) == (4, 64)
+
+
+def test_derm_smol_is_asked_what_it_was_trained_on():
+    config = load_config(str(CONFIGS[0].parent / "derm-smol.yaml"), [])
+    assert {question.id: question.text for question in config.data.questions} == QUESTIONS
 
 
 def test_overrides_reach_nested_fields_and_keep_the_rest():
