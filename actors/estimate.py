@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.checkpoint.config import check_llava
-from actors.engine.rows import attention_windows
+from actors.engine.switch import attention_windows
 from actors.maths.sizes import (
     cached_tokens,
     largest_share,

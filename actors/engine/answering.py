@@ -25,7 +25,8 @@ from actors.checkpoint.loading import language_model
 from actors.engine.pace import Pace
 from actors.engine.packing import packs
 from actors.engine.pieces import GoingOn, PiecePass
-from actors.engine.rows import Part, PromptPass, StepPass, switched
+from actors.engine.rows import Part, PromptPass, StepPass
+from actors.engine.switch import switched
 from actors.engine.threads import threads_for
 from actors.engine.verification import LOGITS_AT_ONCE, Verification, pack_prompts
 from actors.specs import Llava

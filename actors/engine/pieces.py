@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from actors.checkpoint.loading import language_model
-from actors.engine.rows import Part, PromptPass, RowCache, RowTable, decode_rows, on_device, switched
+from actors.engine.rows import Part, PromptPass, RowTable
+from actors.engine.switch import RowCache, decode_rows, on_device, switched
 from actors.specs import Llava
 
 
