@@ -261,7 +261,7 @@ def test_autoawq_and_layers_of_several_kinds(lesions, tmp_path):
     """autoawq would give every layer the first one's mask: it is refused, and the built-in search named."""
     pytest.importorskip("awq")
     source = save_tiny(tmp_path / "a", "clip-qwen2-mixed")
-    with pytest.raises(ValueError, match=r"knows one attention mask.*awq_search to layerwise"):
+    with pytest.raises(ValueError, match=r"supports one attention mask.*awq_search to layerwise"):
         quantize(source, tmp_path / "b", "awq", draw_conversations(lesions, 6), clip=False, awq_search="autoawq")
 
 
