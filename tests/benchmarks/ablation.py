@@ -33,28 +33,13 @@ from actors.engine.replica import LlavaReplica
 from actors.images import open_image
 from actors.specs import Conversation, ModelSpec
 from jobs.make_derm_smol import build
+from tests.benchmarks.drafts import AlwaysDrafts
 from tests.benchmarks.floor import floor_parts
 from tests.benchmarks.machine import timed
 
 DERM_TINY = Path(__file__).resolve().parents[2] / "actors" / "derm_tiny" / "checkpoint"
 TOKENS, WARM = 64, 4
 ENGINE = ("without drafts", "with drafts", "as used")
-
-
-class AlwaysDrafts(Pace):
-    """Whole drafts, whatever they cost."""
-
-    def knows_drafts(self) -> bool:
-        """True: no trial is needed."""
-        return True
-
-    def drafts_pay(self, base, widths, inputs, prompts, room) -> bool:
-        """True, always."""
-        return True
-
-    def length(self, variants, width, room, first, alone) -> int:
-        """Return the whole rest."""
-        return room
 
 
 def conversations(folder: Path, count: int, questions: dict[str, str], answer) -> list[Conversation]:
