@@ -76,7 +76,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, monkeyp
     assert "nf4 cannot give each layer its own bits" in refused(quantize__method="nf4")
     assert re.search(r"budget is 0.0005 GiB, but .* takes 0.00\d+ GiB \(", refused(joint__budget_gib="0.0005"))
     assert "judge.url" in refused(judge__engine="openai")
-    assert "is not one" in refused(judge__engine="openai", judge__url="host/v1")
+    assert "is not an http(s) URL" in refused(judge__engine="openai", judge__url="host/v1")
     assert "the smallest choice of joint.options [8, 16] takes" in refused(joint__options="[8, 16]", prune__layers=0)
     assert "groups of 48" in refused(quantize__group_size="48")
     assert "prune.layers is 10" in refused(prune__layers=10)

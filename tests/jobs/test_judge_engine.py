@@ -29,7 +29,7 @@ from tests.judging import save_tiny_judge
     [
         ({"engine": "none"}, "set judge.engine to transformers"),
         ({"engine": "openai"}, "needs judge.url"),
-        ({"engine": "openai", "url": "ftp://host/v1"}, "is not one"),
+        ({"engine": "openai", "url": "ftp://host/v1"}, r"is not an http\(s\) URL"),
         ({"engine": "openai", "url": "http://127.0.0.1:1/v1", "key_variable": "NO_KEY"}, "variable NO_KEY, which is"),
         ({"model": "/no/such/folder"}, "No checkpoint at judge.model '/no/such/folder'"),
         ({"replicas": 3, "max_replicas": 2}, "judge.max_replicas is 2, below judge.replicas 3"),
