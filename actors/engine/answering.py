@@ -15,42 +15,22 @@ Axes: R rows, G rows of inputs, N inputs, V variants, Q new tokens, D width, L l
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import NamedTuple
 
 import torch
 
 from actors.checkpoint.loading import language_model
-from actors.engine.pace import Pace
+from actors.engine.pace import Pace, WholeDrafts
 from actors.engine.packing import packs
 from actors.engine.pieces import GoingOn, PiecePass
-from actors.engine.rows import Part, PromptPass, StepPass
-from actors.engine.switch import switched
+from actors.engine.rows import Part, PromptPass
+from actors.engine.steps import Limits, decode
 from actors.engine.threads import threads_for
-from actors.engine.verification import LOGITS_AT_ONCE, Verification, pack_prompts
+from actors.engine.verification import LOGITS_AT_ONCE, Verification, join_layers, pack_prompts
 from actors.specs import Llava
 
 LOGIT_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When an answer ends: after `tokens` new tokens, or with one of the `stops`."""
-
-    tokens: int
-    stops: tuple[int, ...]
-
-    def ended(self, answer: Sequence[int]) -> bool:
-        """Tell whether an answer is complete."""
-        return len(answer) >= self.tokens or (bool(answer) and answer[-1] in self.stops)
-
-    def cut(self, draft: Sequence[int]) -> list[int]:
-        """Return a draft without what can follow neither a stop token nor the longest answer."""
-        for place, token in enumerate(draft):
-            if token in self.stops:
-                return list(draft[: min(place + 1, self.tokens)])
-        return list(draft[: self.tokens])
 
 
 @torch.inference_mode()
@@ -82,21 +62,21 @@ def drafts_pay(
     pace: Pace, prompts: Sequence[torch.Tensor], guessed: bool, base_L: torch.Tensor, keep_VL: torch.Tensor, tokens: int
 ) -> bool:
     """Tell whether finding the base's answers first, as drafts, is expected to cost less than answering all at once."""
-    shares = [_share(base_L, row) for row in keep_VL if not row.equal(base_L)]
-    variants = [bytes(row.tolist()) for row in keep_VL if not row.equal(base_L)]
-    widths = dict(zip(variants, shares, strict=True))
+    shares, layers = shares_of(base_L, keep_VL), len(base_L)
+    others = [v for v, join in enumerate(join_layers(base_L, keep_VL)) if join < layers]
+    widths = {bytes(keep_VL[v].tolist()): shares[v] for v in others}
     base = bytes(base_L.tolist()) if guessed else None
     read = sum(pack.embeds_GQD.shape[0] * pack.embeds_GQD.shape[1] for pack in packs(prompts, prompts))
     return pace.drafts_pay(base, widths, len(prompts), read, tokens)
 
 
-def _share(base_L: torch.Tensor, keep_L: torch.Tensor) -> float:
-    """Return what share of the layers runs for a token of a variant that follows its base."""
-    differs = (keep_L != base_L).nonzero()[:, 0]
-    return int(keep_L[differs[0] :].sum()) / len(base_L) if len(differs) else 0.0
+def shares_of(base_L: torch.Tensor, keep_VL: torch.Tensor) -> list[float]:
+    """Return what share of the layers runs for a token of each variant while it follows its base."""
+    return [int(row[join:].sum()) / len(row) for row, join in zip(keep_VL, join_layers(base_L, keep_VL), strict=True)]
 
 
-class _Open(NamedTuple):
+@dataclass(frozen=True)
+class _Open:
     """An answer that goes on, to input n by variant v: its row in a pass, and the slots there of what it has read."""
 
     n: int
@@ -110,12 +90,11 @@ class _Answering:
 
     def __init__(self, model: Llava, prompts, drafts, base_L, keep_VL, limits: Limits, pace: Pace | None):
         self.model, self.prompts, self.drafts, self.limits = model, prompts, drafts, limits
-        self._length, self.pace = (pace.length, pace) if pace else (_whole, Pace())
+        self.pace = pace or WholeDrafts()
         self.base_L, self.keep_VL, self.layers = base_L, keep_VL, len(base_L)
         self.variants = [bytes(row.tolist()) for row in keep_VL]
-        differs = (keep_VL != base_L).int()
-        self.joins = [int(row.argmax()) if row.any() else self.layers for row in differs]
-        self.base_share, self.shares = int(base_L.sum()) / self.layers, [_share(base_L, row) for row in keep_VL]
+        self.joins = join_layers(base_L, keep_VL)
+        self.base_share, self.shares = int(base_L.sum()) / self.layers, shares_of(base_L, keep_VL)
         self.answers: list[list[list[int]]] = [[[] for _ in keep_VL] for _ in prompts]
         self.checked = 0  # tokens of their drafts that all followers have been found to say
         self.counts = Counter(
@@ -138,7 +117,7 @@ class _Answering:
             vocabulary, width = self.model.lm_head.weight.shape
             widest = max(vocabulary, language_model(self.model).config.intermediate_size)
             with threads_for(len(live), width, widest):
-                _continue(self.model, parts, live, self.limits, self.pace)
+                decode(self.model, parts, live, self.limits, self.pace)
         self._note_answers()
         return self.answers, self.counts
 
@@ -147,7 +126,7 @@ class _Answering:
         everyone = [variant for _ in self.prompts for variant in self.variants]
         room = max(1, *map(len, self.drafts))
         width = len(self.prompts) * (self.base_share + sum(self.shares))
-        self.checked = self._length(everyone, width, room, first=True, alone=False)
+        self.checked = self.pace.length(everyone, width, room, first=True, alone=False)
         pieces = [draft[: self.checked] for draft in self.drafts]
         read = []
         for pack in pack_prompts(self.model, self.prompts, pieces):
@@ -179,7 +158,7 @@ class _Answering:
             drafts = {int(state.table.source_R[each.row]): self.drafts[each.n] for each in followers}
             width = len(sources) * self.base_share + sum(self.shares[each.v] for each in followers)
             room = max(map(len, drafts.values())) - self.checked
-            length = self._length(variants, width, room, first=False, alone=not left)
+            length = self.pace.length(variants, width, room, first=False, alone=not left)
             if not length:
                 break
             began, rows_before = time.perf_counter(), state.layer_rows_run
@@ -198,10 +177,10 @@ class _Answering:
                     still.append(each)
                 elif not self.limits.ended(answer := self.answers[each.n][each.v]):
                     slots = state.slots[int(state.table.source_R[each.row])]
-                    left.append(each._replace(slots=slots[: len(self.prompts[each.n]) + len(answer) - 1]))
+                    left.append(replace(each, slots=slots[: len(self.prompts[each.n]) + len(answer) - 1]))
             followers, self.checked = still, self.checked + length
         return state, left + [
-            each._replace(slots=list(state.slots[int(state.table.source_R[each.row])])) for each in followers
+            replace(each, slots=list(state.slots[int(state.table.source_R[each.row])])) for each in followers
         ]
 
     def _gather(self, read) -> tuple[PiecePass, list[_Open], list[_Open]]:
@@ -221,10 +200,10 @@ class _Answering:
                 place = bases[each.n]
                 if each.row != check.base_row(each.n):
                     place = add(check.state, each.row, each.slots, self.joins[each.v], place)
-                followers.append(each._replace(row=place))
+                followers.append(replace(each, row=place))
             for each in leaving:
                 place = add(check.state, each.row, each.slots)
-                left.append(each._replace(row=place, slots=list(range(len(each.slots)))))
+                left.append(replace(each, row=place, slots=list(range(len(each.slots)))))
         room = max(len(self.drafts[each.n]) for each in followers) - self.checked
         return PiecePass(self.model, rows, room), followers, left
 
@@ -263,10 +242,6 @@ class _Answering:
         self.pace.note_pass(layer_rows * tokens / self.layers, time.perf_counter() - began)
 
 
-def _whole(variants: Sequence[bytes], width: float, room: int, first: bool, alone: bool) -> int:
-    return room
-
-
 def _best_tokens(model: Llava, hidden_RQD: torch.Tensor, rows: list[int], starts: list[int], count: int):
     """Return the best token at each of `count` places of `rows`, from the row's start on."""
     best: list[list[int]] = []
@@ -278,28 +253,3 @@ def _best_tokens(model: Llava, hidden_RQD: torch.Tensor, rows: list[int], starts
         places = (starts_A[a : a + step, None] + places_C).clamp(max=hidden_RQD.shape[1] - 1)  # beyond: never read
         best += model.lm_head(hidden_RQD[rows_A[a : a + step, None], places]).argmax(-1).tolist()
     return best
-
-
-def _continue(model: Llava, parts: Sequence[Part], answers: Sequence[list[int]], limits: Limits, pace: Pace) -> None:
-    """Extend the answers of all parts' rows in place until they end; the last token of each is the next to feed."""
-    room = limits.tokens - min(len(answer) for answer in answers)
-    state = StepPass(parts, room, model.lm_head.weight.dtype)
-    live = list(answers)
-    with switched(model, state) as decoder:
-        device = decoder.embed_tokens.weight.device
-        positions_R = torch.tensor([len(slots) for part in parts for slots in part.slots], device=device)
-        while True:
-            open_rows = [not limits.ended(answer) for answer in live]
-            if not any(open_rows):
-                return
-            if not all(open_rows):
-                order = state.drop(torch.tensor(open_rows))
-                positions_R = positions_R[order.to(device)]
-                live = [live[row] for row in order.tolist()]
-            began = time.perf_counter()
-            tokens = torch.tensor([answer[-1] for answer in live], device=device)
-            hidden = state.forward(decoder, tokens, positions_R)
-            for answer, token in zip(live, model.lm_head(hidden).argmax(-1).tolist(), strict=True):
-                answer.append(token)
-            pace.note_pass(len(live), time.perf_counter() - began)
-            positions_R = positions_R + 1

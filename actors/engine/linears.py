@@ -1,7 +1,7 @@
 """On a CPU, linears with weights laid out once for all products of a call: oneDNN's own layout instead of rows.
 
 A plain product lays its weights out anew every time, which for a few tokens takes as long as the arithmetic. Measured
-on one core (docs/RESULTS.md): a decoder layer's linears 1.1 to 1.6 times faster, the output head 1.3 to 2.2 times.
+on one core (docs/LOG.md): a decoder layer's linears 1.1 to 1.6 times faster, the output head 1.3 to 2.2 times.
 """
 
 from collections.abc import Iterator

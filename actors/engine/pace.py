@@ -105,5 +105,21 @@ class Pace:
         return first + check + fixed * (PIECES + steps) < at_once
 
 
+class WholeDrafts(Pace):
+    """Whole drafts, whatever they cost: what there is to compare with, and what does not depend on a clock."""
+
+    def knows_drafts(self) -> bool:
+        """No trial is needed."""
+        return True
+
+    def drafts_pay(self, base, widths, inputs, prompts, room) -> bool:
+        """Drafts are always taken."""
+        return True
+
+    def length(self, variants, width, room, first, alone) -> int:
+        """All that is left of a draft is one piece."""
+        return room
+
+
 def _expected(wrong: float, length: float) -> float:
     return (1 - (1 - wrong) ** length) / wrong

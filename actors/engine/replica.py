@@ -21,9 +21,10 @@ from actors.checkpoint.loading import (
 )
 from actors.checkpoint.tensors import stored_bytes, stored_dtype
 from actors.decoding import DECODERS, check_greedy
-from actors.engine.answering import Limits, drafts_pay, verify_drafts
+from actors.engine.answering import drafts_pay, verify_drafts
 from actors.engine.linears import repacked_linears
 from actors.engine.pace import Pace
+from actors.engine.steps import Limits
 from actors.engine.threads import threads_for
 from actors.images import open_image
 from actors.memory import cached_bytes, count_parameters, free_bytes, out_of_memory

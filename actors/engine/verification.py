@@ -26,6 +26,11 @@ def pack_prompts(model: Llava, prompts: Sequence[torch.Tensor], drafts: Sequence
     return packs(prompts, fed)
 
 
+def join_layers(base_L: torch.Tensor, keep_VL: torch.Tensor) -> list[int]:
+    """Return the lowest layer in which each variant differs from the base; L where it is the base."""
+    return [row.index(True) if any(row) else len(row) for row in (keep_VL != base_L).tolist()]
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Which rows a verifying pass runs: the base of every row of inputs first, then what differs from it, by layer.
@@ -51,10 +56,10 @@ class RowPlan:
 
 def plan_rows(groups: int, base_L: torch.Tensor, keep_VL: torch.Tensor) -> RowPlan:
     """Return the rows for V variants of `groups` rows of inputs."""
-    differs = (keep_VL != base_L[None]).tolist()
-    row_of = {(g, v): g for v, row in enumerate(differs) if not any(row) for g in range(groups)}
-    joins = sorted((row.index(True), v) for v, row in enumerate(differs) if any(row))
-    joining = [(layer, g, v) for layer, v in joins for g in range(groups)]
+    joins = join_layers(base_L, keep_VL)
+    row_of = {(g, v): g for v, join in enumerate(joins) if join == len(base_L) for g in range(groups)}
+    ordered = sorted((join, v) for v, join in enumerate(joins) if join < len(base_L))
+    joining = [(layer, g, v) for layer, v in ordered for g in range(groups)]
     row_of |= {(g, v): row for row, (_, g, v) in enumerate(joining, start=groups)}
     keep_RL = torch.cat([base_L.repeat(groups, 1), keep_VL[[v for _, _, v in joining]]])
     source_R = [*range(groups), *(g for _, g, _ in joining)]

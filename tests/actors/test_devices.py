@@ -6,8 +6,9 @@ from accelerate import dispatch_model
 
 import actors.engine.replica
 from actors.checkpoint.loading import language_model, layer_devices
-from actors.engine.answering import Limits, verify_drafts
+from actors.engine.answering import verify_drafts
 from actors.engine.replica import LlavaReplica
+from actors.engine.steps import Limits
 from actors.specs import ModelSpec
 from tests.places import Places, spread
 from tests.tiny import ARCHITECTURES, LAYERS, WIDTH, draw_samples, save_tiny

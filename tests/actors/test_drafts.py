@@ -13,10 +13,10 @@ from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from actors.checkpoint.loading import language_model
 from actors.derm_tiny.build import SIDE
-from actors.engine.answering import Limits, verify_drafts
+from actors.engine.answering import verify_drafts
 from actors.engine.pace import Pace
 from actors.engine.replica import LlavaReplica
-from actors.engine.rows import StepPass
+from actors.engine.steps import Limits, StepPass
 from actors.specs import ModelSpec
 from tests.tiny import (
     ARCHITECTURES,

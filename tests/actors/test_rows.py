@@ -5,7 +5,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.checkpoint.loading import language_model
-from actors.engine.rows import Part, PromptPass, StepPass
+from actors.engine.rows import Part, PromptPass
+from actors.engine.steps import StepPass
 from actors.engine.switch import RowCache, attention_windows, switched
 from actors.engine.verification import plan_rows
 from tests.tiny import LAYERS, WIDTH, tiny_config, tiny_model

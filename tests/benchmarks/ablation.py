@@ -28,12 +28,11 @@ from actors.checkpoint.pruning import prune_checkpoint
 from actors.conversations import reply_ids
 from actors.derm_tiny import sentences, world
 from actors.derm_tiny.draw import draw, sample_lesion
-from actors.engine.pace import Pace
+from actors.engine.pace import Pace, WholeDrafts
 from actors.engine.replica import LlavaReplica
 from actors.images import open_image
 from actors.specs import Conversation, ModelSpec
 from jobs.make_derm_smol import build
-from tests.benchmarks.drafts import AlwaysDrafts
 from tests.benchmarks.floor import floor_parts
 from tests.benchmarks.machine import timed
 
@@ -94,7 +93,7 @@ class Contest:
 
     def prepare(self, way: str) -> None:
         """Bring the engine into the state in which a way is timed."""
-        self.replica._pace = AlwaysDrafts() if way == "with drafts" else Pace()
+        self.replica._pace = WholeDrafts() if way == "with drafts" else Pace()
         if way == "as used":
             self._answer(self.warm, None)
         self.replica._features.clear()  # the images count, as they do for the others

@@ -22,12 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 from actors.checkpoint.loading import language_model, quiet
-from actors.engine.pace import Pace
+from actors.engine.pace import Pace, WholeDrafts
 from actors.engine.replica import LlavaReplica
 from actors.memory import GIB, cached_bytes, free_bytes
 from actors.profiler import device_facts
 from actors.specs import Sample
-from tests.benchmarks.drafts import AlwaysDrafts
 from tests.benchmarks.machine import floor_s, timed
 from tests.ties import Mismatch, first_difference, judged
 from tests.tiny import llava_7b, tiny_model, without
@@ -132,7 +131,7 @@ class Contest:
         weight = self.model.lm_head.weight
         kept = weight.detach().clone()
         weight.data.zero_()
-        self.replica._pace = AlwaysDrafts()
+        self.replica._pace = WholeDrafts()
         found = self.engine(None)
         weight.data.copy_(kept)
         return found

@@ -16,7 +16,8 @@ import torch
 
 import actors.engine.packing
 from actors.checkpoint.loading import load_model, quiet
-from actors.engine.answering import Limits, verify_drafts
+from actors.engine.answering import verify_drafts
+from actors.engine.steps import Limits
 from tests.benchmarks.gpu_ablation import random_prompts
 from tests.benchmarks.machine import timed
 from tests.benchmarks.quantizers import write_model
