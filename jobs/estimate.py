@@ -19,7 +19,7 @@ from actors.quantizers.table import bits_of
 from jobs.config.schema import Config
 from jobs.core.command import main
 from jobs.core.run import Run
-from jobs.core.text import GIB
+from jobs.core.text import GIB, align
 from jobs.searching.sizing import make_setting, model_config, removals
 
 SHORTHANDS = {"removed": "estimate.removed", "quantizer": "estimate.quantizer", "json": "estimate.json_rows"}
@@ -104,8 +104,7 @@ def format_rows(table: Sequence[dict]) -> str:
             *(["device_gib"] if is_spread else []),
         )
         lines.append(cells + [f"{each[size]:.4f}" for size in sizes])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = align(lines)
     if any(each["simulated"] for each in table):
         text.append("* simulated, for studies of accuracy: counted at these bits, but stored in 16.")
     assumed = table[0]["assumptions"]

@@ -31,15 +31,16 @@ from jobs.core.command import main
 from jobs.core.facts import AblateFacts, SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.core.text import GIB, size
+from jobs.core.text import GIB, align, size
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.ranking import calibration, select
 from jobs.ranking.measurements import ChoiceMeasurements, NothingRanked
 from jobs.searching.budget import judge_lines
 from jobs.searching.joint_table import Additivity, JointFile, write_joint
+from jobs.searching.log import MEASURED_FOR, write_log
 from jobs.searching.memory import context_bytes, device_gib, shapes_of, size_setting
-from jobs.searching.rows import MEASURED_FOR, joint_rows, write_log, write_rows
+from jobs.searching.rows import joint_rows, write_rows
 from jobs.searching.stages import order_stages
 
 LOG = logging.getLogger("jobs")
@@ -168,8 +169,7 @@ def format_rows(rows: Sequence[Mapping], damage: str, failure: Exception | None 
                 format_choice(row["choice"]),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = align(lines, left=len(lines[0]))
     text += [f"{row['method']} failed: {row['reason']}" for row in rows if row["status"] == "failed"]
     judged = judge_lines({row["method"]: row for row in rows}, failure)
     return "\n".join(text + (judged or ["LLM judge: not run"]))

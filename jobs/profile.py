@@ -20,7 +20,7 @@ from jobs import evaluate, prepare
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source
-from jobs.core.text import GIB, takes_more_unpacked
+from jobs.core.text import GIB, align, takes_more_unpacked
 
 LOG = logging.getLogger("jobs")
 
@@ -95,8 +95,7 @@ def format_rows(rows: Sequence[dict]) -> str:
                 *(_size(row["steady_peak_bytes"][kind]) + mark for kind in kinds),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = align(lines)
     before = "context, and other processes if any" if "driver" in kinds else "interpreter and libraries"
     text += [
         f"Memory: {kinds[-1]} before loading ({before}), peak while loading; then peaks of the runs.",

@@ -24,6 +24,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from jobs import judge
 from jobs.core.command import main
@@ -32,23 +33,17 @@ from jobs.core.logs import current_flags
 from jobs.core.progress import Progress
 from jobs.core.run import Run
 from jobs.core.stage import Stage
+from jobs.core.text import align
 from jobs.judging.asking import check_judge
 from jobs.judging.tables import flag
 from jobs.reporting import card
 from jobs.reporting.search import write_report
-from jobs.searching.budget import (
-    Entrant,
-    compare_rows,
-    find_dominated,
-    format_answer,
-    judge_lines,
-    pareto_front,
-    resolve,
-)
-from jobs.searching.rows import EVENTS, answers, estimates, read_rows, rows_of, totals, write_rows
+from jobs.searching import budget
+from jobs.searching.log import EVENTS
+from jobs.searching.rows import answers, estimates, read_rows, rows_of, totals, write_rows
 from jobs.searching.space import Setting, space
 from jobs.searching.stages import SEARCH, Plan, plans
-from jobs.searching.table import SearchRow
+from jobs.searching.table import Cost, SearchRow
 
 LOG = logging.getLogger("jobs")
 
@@ -107,10 +102,10 @@ class SettingSearch:
         tables = {plan.setting.key: answers(self.run, plan.screen.name) for plan in screened if plan.screen}
         groups = {sample: row["group"] for table in tables.values() for sample, row in table.items()}
         entrants = [
-            Entrant(p.setting, size[p.setting.key], {s: r["baseline"] for s, r in tables[p.setting.key].items()})
+            budget.Entrant(p.setting, size[p.setting.key], {s: r["baseline"] for s, r in tables[p.setting.key].items()})
             for p in screened
         ]
-        self.dominated = find_dominated(entrants, groups)
+        self.dominated = budget.find_dominated(entrants, groups)
         self.open = [plan for plan in screened if plan.setting.key not in self.dominated]
         LOG.info(
             f"search: {len(self.dominated)} of {len(screened)} settings are dominated in screening, "
@@ -219,13 +214,13 @@ def _count_makers(run: Run) -> int:
 
 def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> str:
     """Return the rows as a table for a terminal; failure: the error that ended the judge."""
-    fronts = {cost: {row["setting"] for row in pareto_front(rows, cost)} for cost in ("memory_gib", "ms_per_token")}
+    fronts = [{row["setting"] for row in budget.pareto_front(rows, cost)} for cost in get_args(Cost)]
     lines = [["setting", "status", "score", "95 %", "params M", "GiB", "", "ms/token", "", "s alone"]]
     for row in rows:
         kind = " (simulated)" if row["simulated"] else " (unpacked)" if row["unpacked"] else ""
         cells = [row["setting"] + kind, row["status"], "", "", "", f"{row['estimate_gib']:.4g}", "", "", "", ""]
         if row["status"] == "done":
-            marks = ["*" if row["setting"] in front else "" for front in fronts.values()]
+            marks = ["*" if row["setting"] in front else "" for front in fronts]
             cells[2:5] = ["-", "", f"{row['params'] / 1e6:.3f}"]
             if row["score_pct"] is not None:
                 low, high = row["score_interval_pct"]
@@ -233,11 +228,7 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
             cells[5:7] = [f"{row['memory_gib']:.4g}", marks[0]]
             cells[7:] = [f"{row['ms_per_token']:.2f}", marks[1], f"{row['seconds_alone']:.0f}"]
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for cells in lines:
-        first = [cell.ljust(width) for cell, width in zip(cells[:2], widths, strict=False)]
-        text.append("  ".join(first + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]))
+    text = align(lines, left=2)
     for row in [row for row in rows if row["status"] == "done"][:1]:
         kind = {"judge": "LLM judge", "baseline": "baseline score"}[row["score_kind"]]
         kind += "" if any(other["is_llm_judge"] for other in rows) or failure else ", LLM judge: not run"
@@ -245,7 +236,7 @@ def format_rows(rows: Sequence[SearchRow], failure: Exception | None = None) -> 
             f"{row['images']} test images; {kind}; {row['device']}, {row['threads']} thread(s); memory: "
             f"{row['memory_kind']}; *: on the Pareto front"
         )
-    text += judge_lines({row["setting"]: row for row in rows}, failure)
+    text += budget.judge_lines({row["setting"]: row for row in rows}, failure)
     if any(row["simulated"] for row in rows):
         text.append("simulated: stored in 16 bits, but counted at the nominal bits; never the answer")
     if any(row["unpacked"] for row in rows):
@@ -262,9 +253,9 @@ def job(run: Run) -> None:
     if not config.resolve_only:
         new_rows, failure = run_search(run)
         recorded = read_rows(run)  # those of jobs.joint are among them
-    resolved = resolve(recorded, config.budget, lambda best, second: compare_rows(run, best, second))
+    resolved = budget.resolve(recorded, config.budget, lambda best, second: budget.compare_rows(run, best, second))
     print(format_rows(recorded, failure))
-    print(format_answer(resolved, config.budget), flush=True)
+    print(budget.format_answer(resolved, config.budget), flush=True)
     LOG.info(f"search: the report is {write_report(run, recorded, resolved, failure)}")
     if not config.resolve_only:
         check_any(new_rows)

@@ -23,3 +23,13 @@ def with_interval(value: float, interval: Sequence[float]) -> str:
 def takes_more_unpacked(row: Mapping, first: Mapping) -> bool:
     """Tell whether a model with smaller weights than the first one's takes more memory: its weights are unpacked."""
     return row["weight_bytes"] < first["weight_bytes"] and row["peak_memory_bytes"] > first["peak_memory_bytes"]
+
+
+def align(lines: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lay cells out in columns: the first `left` flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return [
+        "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)).rstrip()
+        for line in lines
+    ]

@@ -1,6 +1,5 @@
 """The table of a search: one row per setting, made from artifacts, so that no interruption changes it."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from jobs.core.stage import Stage
 from jobs.core.text import GIB
 from jobs.judging.tables import NOT_JUDGED
 from jobs.scoring.rows import ANSWERS, AnswerRow
+from jobs.searching.log import MEASURED_FOR, read_log
 from jobs.searching.memory import device_gib, shapes_of
 from jobs.searching.sizing import removals
 from jobs.searching.space import format_command, format_single_command, to_columns
@@ -23,8 +23,6 @@ from jobs.searching.table import ROWS, SearchRow
 
 LOG = logging.getLogger("jobs.searching")
 
-EVENTS = "log.jsonl"
-MEASURED_FOR = "measured"  # event of the log: what jobs.joint measured for its choices
 PACKED = "estimate, packed"  # memory_kind of a joint choice on a CPU, whose weights transformers unpacks
 _JUDGED = (*NOT_JUDGED, "judge_identity", "judgement")  # judge_identity: equal where the same judge scored
 # Read from clocks and from the system: equal in two runs only where the second reuses the first one's evaluation.
@@ -233,26 +231,6 @@ def totals(run: Run, rows: Sequence[SearchRow]) -> dict:
         "gpu_hours_apart": sum(gpu) + gpu_seconds / 3600 if is_known else None,
         "busy_seconds": cover_time([(line["started"], line["seconds"]) for line in log]),
     }
-
-
-def read_log(run: Run) -> list[dict]:
-    """Return what was made and what failed, in order; a line that a kill cut short is left out."""
-    path = run.folder / SEARCH / EVENTS
-    events = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
-
-
-def write_log(run: Run, event: Mapping) -> None:
-    """Add an event to the log."""
-    path = run.folder / SEARCH / EVENTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as log:
-        log.write(json.dumps(event) + "\n")
 
 
 def write_rows(run: Run, rows: Sequence[SearchRow]) -> Path:

@@ -8,7 +8,8 @@ import pytest
 from jobs import search
 from jobs.core.run import Run
 from jobs.core.stage import Stage
-from jobs.searching.rows import _gpu_hours, _memory, read_log, read_rows, rows_of, totals, write_log, write_rows
+from jobs.searching.log import read_log, write_log
+from jobs.searching.rows import _gpu_hours, _memory, read_rows, rows_of, totals, write_rows
 from jobs.searching.space import Setting
 from jobs.searching.stages import order_stages
 from tests.jobs.searching import Factory, Stopped, names, new_run
@@ -56,7 +57,7 @@ def test_rows_of_older_code_and_unfinished_ones_of_a_wider_search_go(factory, tm
 
 def test_the_judges_score_stays_and_what_has_none_is_no_rival(factory, tmp_path, capsys, monkeypatch):
     """A search that the judge scored; then one without it, and with a setting more."""
-    monkeypatch.setattr(search, "compare_rows", lambda *_: {"difference_finding": None})
+    monkeypatch.setattr(search.budget, "compare_rows", lambda *_: {"difference_finding": None})
     run = new_run(tmp_path, search__depths="[0]", search__screen_images="null")
     search.job(run)
     controls = {"count": 0, "missed": 0, "by_kind": {}, "unbuilt": []}
