@@ -15,6 +15,7 @@ from jobs.allocation.build import add_differences
 from jobs.core.options import load_config
 from jobs.core.run import Run
 from jobs.core.stage import Stage
+from jobs.searching.joint_table import JOINT
 from jobs.searching.rows import read_rows
 from tests.jobs.here import run_with
 from tests.jobs.judging import DISEASES, Mock, fair
@@ -232,11 +233,11 @@ def test_from_the_model_to_the_table(private_ray, tmp_path, capsys):
     }
     with Run(load_config("configs/derm-tiny.yaml", [(key, str(value)) for key, value in settings.items()])) as run:
         joint.job(run)
-        written = json.loads((run.folder / joint.ROWS).read_text())
+        written = json.loads((run.folder / JOINT).read_text())
         made = sorted(path.name for path in run.store.root.iterdir())
         joint.job(run)
         assert sorted(path.name for path in run.store.root.iterdir()) == made
-    assert json.loads((run.folder / joint.ROWS).read_text()) == written
+    assert json.loads((run.folder / JOINT).read_text()) == written
     best, *uniform = written["candidates"]
     settings = [row["choice"] for row in uniform]
     others = [row["kl"] for row in written["tried"] if row["choice"] not in settings]
