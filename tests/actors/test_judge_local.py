@@ -28,7 +28,7 @@ def test_the_output_is_what_a_naive_loop_writes(judge, number):
     assert written.ids == ids
     read = read_output(written.text, RUNGS[number % 3].output)
     at = max(n for n, piece in enumerate(written.pieces) if any(sign.isdigit() for sign in piece))
-    assert written.label_at == at and written.pieces[at] == str(read.label)
+    assert written.label_at == at and written.pieces[at] == str(read.model_dump()["label"])
     labels = [judge._tokenizer.convert_tokens_to_ids(label) for label in LABELS]
     assert written.probabilities == pytest.approx(seen[at].softmax(-1)[labels].tolist(), rel=1e-4)
     assert sum(written.probabilities) < 0.5  # of all tokens, not of those that the schema allows

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from ray import serve
@@ -56,14 +57,15 @@ class FakeVLLM:
         self.configs: list[dict] = []
         self.requests: list[dict] = []
         self.answers = list(answers)
-        llm, models = ModuleType("ray.serve.llm"), ModuleType("ray.serve.llm.openai_api_models")
+        llm: Any = ModuleType("ray.serve.llm")
+        models: Any = ModuleType("ray.serve.llm.openai_api_models")
         llm.LLMConfig = lambda **settings: self.configs.append(settings) or settings
         llm.LLMServer = type("LLMServer", (), {})
         llm.build_llm_deployment = lambda config: ("handle", config)
         llm.build_openai_app = lambda settings: ("http", settings)
         llm.openai_api_models = models
-        ingress = ModuleType("ray.serve.llm.ingress")
-        ingress.OpenAiIngress = type("OpenAiIngress", (), {"__init__": lambda self, **given: vars(self).update(given)})
+        ingress: Any = ModuleType("ray.serve.llm.ingress")
+        ingress.OpenAiIngress = SimpleNamespace
         monkeypatch.setitem(sys.modules, "ray.serve.llm.ingress", ingress)
         models.ChatCompletionRequest = lambda **body: body
         monkeypatch.setitem(sys.modules, "ray.serve.llm", llm)

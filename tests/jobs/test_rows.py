@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_a_joint_file_of_older_code_is_not_read(tmp_path):
 
 
 def test_a_table_comes_back(tmp_path):
-    row = dict.fromkeys(ANSWERS.kind.__required_keys__, "text") | {"token_ids": [1, 2], "tokens": 2, "group": 3}
+    row = dict.fromkeys(get_type_hints(ANSWERS.kind), "text") | {"token_ids": [1, 2], "tokens": 2, "group": 3}
     path = ANSWERS.write(tmp_path, [row])
     assert path == tmp_path / ANSWERS == tmp_path / "answers.parquet" and str(ANSWERS) == "answers.parquet"
     assert ANSWERS.read(str(tmp_path)) == [row] and ANSWERS.by_sample(tmp_path) == {"text": row}
