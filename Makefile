@@ -6,10 +6,11 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
+.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
+	@echo "make demo-smol  the same on a language model of 30 layers, with a search over depths"
 	@echo "make test       install, then the default tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff, import rules, types"
@@ -35,6 +36,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
+
+demo-smol: $(INSTALLED)
+	$(BIN)/python -m jobs.demo derm-smol
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,9 +1,9 @@
-"""Run the whole pipeline on the embedded derm-tiny: start a private Ray, then submit jobs to it as to a cluster.
+"""Run the whole pipeline on a model that we bring: start a private Ray, then submit jobs to it as to a cluster.
 
-    make demo
-    python -m jobs.demo
+    make demo           # python -m jobs.demo, the embedded model of 10 layers: 4 minutes on two cores
+    make demo-smol      # python -m jobs.demo derm-smol, 30 layers, with a search over depths: half an hour
 
-Results go to runs/derm-tiny. It takes minutes on two cores; a second run reuses everything and takes seconds.
+Results go to runs/NAME. The same command continues after a stop; when nothing is missing it takes seconds.
 """
 
 import argparse
@@ -13,17 +13,35 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from jobs import compress, report
+from jobs import compress, make_derm_smol, report, search
 from jobs.core.command import one_sentence
 from jobs.core.logs import parse_and_configure
 from jobs.core.options import load_config
 from jobs.core.run import Run
+from jobs.reporting import search as search_report
+from jobs.searching.rows import read_rows
+from jobs.searching.space import space
+from jobs.searching.stages import SEARCH, plans
 
 LOG = logging.getLogger("jobs")
 
-CONFIG = "configs/derm-tiny.yaml"
-JOBS = ("prepare", "ablate", "compress", "report")
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo: its configuration and the jobs to submit, in order."""
+
+    config: str
+    jobs: tuple[str, ...]
+
+
+DEMOS = {
+    "derm-tiny": Demo("configs/derm-tiny.yaml", ("prepare", "ablate", "compress", "report")),
+    "derm-smol": Demo("configs/derm-smol.yaml", ("prepare", "ablate", "compress", "report", "search")),
+}
 NEXT = """
 What next? Describe your model and images in a copy of configs/llava-1.5-7b-dermnet.yaml, say configs/mine.yaml, then
   here:          .venv/bin/python -m jobs.compress --config configs/mine.yaml
@@ -33,57 +51,60 @@ What next? Describe your model and images in a copy of configs/llava-1.5-7b-derm
 
 def main() -> None:
     """Run the demo from the command line."""
-    parse_and_configure(
-        argparse.ArgumentParser(
-            prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("name", nargs="?", choices=DEMOS, default="derm-tiny", help="the model (default: %(default)s)")
+    options = parse_and_configure(parser)
     with one_sentence("demo"):
-        demo()
+        demo(DEMOS[options.name])
 
 
-def demo() -> None:
-    """Make the missing stages, then print the table and the path of the report."""
+def demo(chosen: Demo) -> None:
+    """Make the missing stages, then print the tables and the paths of the reports."""
     started = time.monotonic()
-    run_dir = str(Run(load_config(CONFIG, [])).folder)
-    with Run(load_config(CONFIG, [("run_dir", run_dir)])) as run:
-        if _has_missing_stages(run):
-            _submit_jobs(run_dir)
+    if chosen is DEMOS["derm-smol"]:
+        make_derm_smol.build(make_derm_smol.OUT)
+    given = load_config(chosen.config, [])
+    # Jobs run in a copy of this folder, without runs/
+    paths = [("run_dir", str(Run(given).folder)), ("model.path", str(Path(given.model.path).resolve()))]
+    with Run(load_config(chosen.config, paths)) as run:
+        if _has_missing_stages(run, chosen):
+            _submit_jobs(chosen, [word for name, value in paths for word in (f"--{name}", value)])
         else:
             LOG.info("demo: every artifact exists already; nothing to compute")
             report.job(run)
-        rows = compress.make_summary(run, compress.plan(run))
-    print(f"\n{compress.format_rows(rows)}")
-    print(f"\nThe report: {run_dir}/{report.HTML}  (took {time.monotonic() - started:.0f} s)\n{NEXT}")
+        print(f"\n{compress.format_rows(compress.make_summary(run, compress.plan(run)))}")
+        pages = [run.folder / report.HTML]
+        if "search" in chosen.jobs:
+            print(f"\n{search.format_rows(read_rows(run))}")
+            pages.append(run.folder / SEARCH / search_report.HTML)
+    for page in pages:
+        print(f"\nThe report: {page}")
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s.\n{NEXT}")
 
 
-def _has_missing_stages(run: Run) -> bool:
-    planned = compress.plan(run)
-    return bool(run.missing([*(stage for pair in planned.values() for stage in pair), *compress.studies(run)]))
+def _has_missing_stages(run: Run, chosen: Demo) -> bool:
+    stages = [stage for pair in compress.plan(run).values() for stage in pair] + compress.studies(run)
+    if "search" in chosen.jobs:
+        if not read_rows(run):
+            return True
+        stages += [plan.evaluation for plan in plans(run, space(run.config))]
+    return bool(run.missing(stages))
 
 
-def _submit_jobs(run_dir: str) -> None:
+def _submit_jobs(chosen: Demo, options: Sequence[str]) -> None:
     from cluster.head import RAY, private_head
 
     LOG.info("demo: starting a private Ray on this machine (loopback only)")
     with private_head() as head:
-        for name in JOBS:
-            entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", CONFIG, "--run_dir", run_dir]
+        for name in chosen.jobs:
+            entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", chosen.config, *options]
             entrypoint += ["--verbose"] if LOG.isEnabledFor(logging.DEBUG) else []
             LOG.info(f"demo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}")
-            submit = [
-                str(RAY),
-                "job",
-                "submit",
-                "--address",
-                head.address,
-                "--working-dir",
-                ".",
-                "--log-style",
-                "record",
-            ]
+            submit = f"{RAY} job submit --address {head.address} --working-dir . --log-style record --".split(" ")
             process = subprocess.Popen(
-                [*submit, "--", *entrypoint],
+                [*submit, *entrypoint],
                 env=head.environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -108,7 +129,9 @@ def relay(line: str) -> None:
 
 
 _LINE = re.compile(r"(\d\d:\d\d:\d\d )?(WARNING )?(.*)")
-_STAGE = re.compile(r"(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report):")
+_STAGE = re.compile(
+    r"(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report|search):"
+)
 
 if __name__ == "__main__":
     main()

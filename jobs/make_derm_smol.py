@@ -75,7 +75,14 @@ def main() -> None:
         build(options.out, options.untrained, options.train, options.parts, tuple(options.steps), options.test)
 
 
-def build(out: Path, untrained: bool, train: bool, parts: Path | None, steps: tuple[int, int], test: int) -> None:
+def build(
+    out: Path,
+    untrained: bool = False,
+    train: bool = False,
+    parts: Path | None = None,
+    steps: tuple[int, int] = STEPS,
+    test: int = 0,
+) -> None:
     """Write the checkpoint to `out`; ValueError: the package or the parts are missing or not the expected ones."""
     from actors.checkpoint.loading import quiet
     from actors.derm_smol.build import PARTS, add_parts, build_model, build_processor
