@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import compress, make_derm_smol, report, search
+from jobs import compress, report, search
 from jobs.core.command import one_sentence
 from jobs.core.logs import parse_and_configure
 from jobs.core.options import load_config
@@ -63,11 +63,11 @@ def main() -> None:
 def demo(chosen: Demo) -> None:
     """Make the missing stages, then print the tables and the paths of the reports."""
     started = time.monotonic()
-    if chosen is DEMOS["derm-smol"]:
-        make_derm_smol.build(make_derm_smol.OUT)
     given = load_config(chosen.config, [])
-    # Jobs run in a copy of this folder, without runs/
-    paths = [("run_dir", str(Run(given).folder)), ("model.path", str(Path(given.model.path).resolve()))]
+    model = Path(given.model.path).resolve()
+    if not model.is_dir():
+        _build_model(model)
+    paths = [("run_dir", str(Run(given).folder)), ("model.path", str(model))]  # jobs run in a copy of this folder
     with Run(load_config(chosen.config, paths)) as run:
         if _has_missing_stages(run, chosen):
             _submit_jobs(chosen, [word for name, value in paths for word in (f"--{name}", value)])
@@ -82,6 +82,15 @@ def demo(chosen: Demo) -> None:
     for page in pages:
         print(f"\nThe report: {page}")
     print(f"\nThe demo took {time.monotonic() - started:.0f} s.\n{NEXT}")
+
+
+def _build_model(folder: Path) -> None:
+    """Put derm-smol together in a process of its own: the libraries that read it print banners."""
+    LOG.info("demo: putting the model together")
+    command = [sys.executable, "-m", "jobs.make_derm_smol", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
 
 def _has_missing_stages(run: Run, chosen: Demo) -> bool:
@@ -121,10 +130,11 @@ def _submit_jobs(chosen: Demo, options: Sequence[str]) -> None:
 
 
 def relay(line: str) -> None:
-    """Relay a line of a job's log: a warning as a warning, a stage's line as info, all else as debug."""
+    """Relay a line of a job's log: a warning as a warning, a stage's or its progress as info, all else as debug."""
     if match := _LINE.match(line):
         _, warning, text = match.groups()
-        level = logging.WARNING if warning else logging.INFO if _STAGE.match(text) else logging.DEBUG
+        shown = _STAGE.match(text) or _PROGRESS.match(text)
+        level = logging.WARNING if warning else logging.INFO if shown else logging.DEBUG
         LOG.log(level, f"  {text}")
 
 
@@ -132,6 +142,7 @@ _LINE = re.compile(r"(\d\d:\d\d:\d\d )?(WARNING )?(.*)")
 _STAGE = re.compile(
     r"(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report|search):"
 )
+_PROGRESS = re.compile(r".+: \d+/\d+ \(.+ s left\)")
 
 if __name__ == "__main__":
     main()

@@ -162,10 +162,12 @@ def test_json_on_a_terminal_has_no_bar(monkeypatch):
 
 @pytest.mark.parametrize("flags", [{}, {"verbose": True}])
 def test_the_demo_passes_on_what_jobs_log(capsys, flags):
-    """Their notices and every warning; tables and what Ray says only if more is asked for."""
+    """Their notices, progress and every warning; tables and what Ray says only if more is asked for."""
     logs.configure(**flags)
-    for line in ("12:00:00 prune: computing", "12:00:01 WARNING replicas: 3 wanted", "Job 'a' submitted\n"):
-        demo.relay(line)
+    progress = "greedy 2/6: 3/12 (0.2/s, 45 s left) note"
+    for line in ("prune: computing", "WARNING replicas: 3 wanted", progress):
+        demo.relay(f"12:00:00 {line}\n")
+    demo.relay("Job 'a' submitted\n")
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
-    assert lines[:2] == ["  prune: computing", "WARNING   replicas: 3 wanted"]
-    assert lines[2:] == (["  Job 'a' submitted"] if flags else [])
+    assert lines[:3] == ["  prune: computing", "WARNING   replicas: 3 wanted", f"  {progress}"]
+    assert lines[3:] == (["  Job 'a' submitted"] if flags else [])
