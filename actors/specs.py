@@ -1,6 +1,5 @@
 """What processes pass each other: frozen dataclasses of plain values. Imports neither torch nor transformers."""
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -25,7 +24,7 @@ class Change(Enum):
     """How a checkpoint was made from its parent, and so what the gate demands of it."""
 
     PRUNED = "pruned"  # only layers were removed: the parent without them gives the same logits
-    TRAINED = "trained"  # the decoder's linears have other weights; everything else is the parent's
+    TRAINED = "trained"  # what was trained has other weights; everything else is the parent's
     ROUNDED = "rounded"  # the decoder's linears are rounded, and compute the same up to the rounding error
 
 
@@ -74,25 +73,6 @@ class DraftContext:
 
     whole: str
     draft: list[int]
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Hyper-parameters of one fine-tuning; see jobs.config.schema.RecoverConfig for their units."""
-
-    method: str
-    rank: int
-    alpha: int
-    dropout: float
-    epochs: float
-    batch: int
-    micro_batch: int
-    learning_rate: float
-    seed: int
-
-    def steps(self, conversations: int) -> int:
-        """Return how many optimiser steps `epochs` passes over the conversations take."""
-        return max(1, math.ceil(self.epochs * conversations / self.batch))
 
 
 @dataclass(frozen=True)

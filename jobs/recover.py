@@ -1,32 +1,52 @@
-"""Fine-tune a model with LoRA or QLoRA on the training split, and merge the update into its weights.
+"""Fine-tune a model on the training split, towards the reference answers or towards a teacher.
 
-    python -m jobs.recover --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-...
+    python -m jobs.recover --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-... \\
+        --recover.train projector
+    python -m jobs.recover --config configs/derm-tiny.yaml --model.path runs/derm-tiny/artifacts/prune-... \\
+        --recover.train lora --recover.objective sft+hidden --recover.teacher actors/derm_tiny/checkpoint
 
-recovers a pruned checkpoint (paper, section 3.3). Run on a general LLaVA, the same job is the paper's first step,
-fine-tuning to the domain:
+recovers a pruned checkpoint (paper, section 3.3; second paper, section 3.2). Run on a general LLaVA, the same job is
+the paper's first step, fine-tuning to the domain:
 
     ray job submit --working-dir . -- python -m jobs.recover --config configs/llava-1.5-7b-dermnet.yaml \\
         --data.root /shared/dermnet --run_dir /shared/runs/dermnet
+
+LoRA's update is merged into the weights. A killed training goes on from its last snapshot.
 """
 
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TypedDict
 
-from actors.specs import Change, Conversation, LoraSettings
+from actors.maths.sampling import draw_places
+from actors.specs import Change, Conversation
+from actors.training.settings import ADAPTERS, TrainingSettings, needs_teacher, recovery_label
 from jobs import prepare, verify
+from jobs.config.schema import RecoverConfig
 from jobs.core.command import main
 from jobs.core.progress import Progress
 from jobs.core.rows import Rows
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
+from jobs.core.text import size
+from jobs.core.units import in_units
 from jobs.reporting import card
+
+LOG = logging.getLogger("jobs")
+SHARD = 64  # conversations whose states are one file
+# Options that change no number
+_UNSEEN = {"micro_batch", "gradient_checkpointing", "checkpoint_every", "teacher"}
 
 
 class LossRow(TypedDict):
     """One optimiser step."""
 
     step: int
-    loss: float  # nats per answer token, mean of the batch
+    loss: float  # of all objectives, weighted, per answer token, mean of the batch
+    cross_entropy: float  # nats per answer token, mean of the batch
     learning_rate: float
 
 
@@ -34,13 +54,45 @@ LOSSES = Rows("losses.parquet", LossRow)
 
 
 def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
-    """Return the stage that fine-tunes `model` on the training split."""
+    """Return the stage that fine-tunes `model` on the training split; the teacher is the config's, or its model."""
+    recover = run.config.recover
     settings = {
-        **run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),
+        **recover.model_dump(mode="json", exclude=_UNSEEN),
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     }
-    return Stage("recover", 4, settings, (model, data), lambda r, folder, facts: build(r, model, data, folder, facts))
+    states = None
+    if needs_teacher(recover.objective):
+        teacher = run.source(recover.teacher, "recover.teacher") if recover.teacher else run.base_model()
+        states = states_stage(run, teacher, data)
+    parents = (model, data, states) if states else (model, data)
+    return Stage(
+        "recover",
+        5,
+        settings,
+        parents,
+        lambda r, folder, facts: build(r, model, data, states, folder, facts),
+        resume=True,
+    )
+
+
+def states_stage(run: Run, teacher: Source, data: Stage) -> Stage:
+    """Return the stage that writes the teacher's hidden states on the training split; all its students share it."""
+    layers = "layers" in run.config.recover.objective
+    settings = {
+        "layers": layers,
+        "fraction": run.config.recover.fraction,
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+    }
+    return Stage(
+        "states",
+        1,
+        settings,
+        (teacher, data),
+        lambda r, folder, facts: write_states(r, teacher, data, layers, folder, facts),
+        resume=True,
+    )
 
 
 def training_conversations(folder: str) -> list[Conversation]:
@@ -51,33 +103,99 @@ def training_conversations(folder: str) -> list[Conversation]:
     ]
 
 
-def build(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
-    """Train, record the loss of every step, write the merged checkpoint."""
-    settings = LoraSettings(**run.config.recover.model_dump(), seed=run.config.seed)
+def _draw_conversations(run: Run, data: Stage) -> list[Conversation]:
+    """Return the share recover.fraction of the training split; a larger share holds a smaller one."""
     conversations = training_conversations(run.make(data))
+    count = math.ceil(run.config.recover.fraction * len(conversations))
+    return [conversations[place] for place in sorted(draw_places(len(conversations), count, run.config.seed))]
+
+
+def write_states(run: Run, teacher: Source, data: Stage, layers: bool, folder: Path, facts: dict) -> None:
+    """Run the teacher over the training conversations, on several workers if there are, and write its states."""
+    conversations = _draw_conversations(run, data)
+    shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
+    names = {shard[0].id: f"states-{number:05d}" for number, shard in enumerate(shards)}
+    missing = [shard for shard in shards if not (folder / f"{names[shard[0].id]}.safetensors").is_file()]
+    workers, rows = run.workers.count_workers(), run.config.recover.micro_batch
+    with run.workers.worker(
+        "actors.training.teacher:Teacher", workers, spec=run.model_spec(teacher), rows=rows, layers=layers
+    ) as pool:
+        pool.call("write_head", str(folder))
+        for shard, outcome in in_units(
+            pool, "write_states", missing, lambda shard: (shard, str(folder), names[shard[0].id]), "teacher's states"
+        ):
+            if outcome.error:
+                raise RuntimeError(f"The teacher fails on {shard[0].id}: {outcome.error}")
+    facts["conversations"] = len(conversations)
+    facts["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    LOG.info(f"states: of {len(conversations)} conversations, {size(facts['bytes'])}")
+
+
+def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, folder: Path, facts: dict) -> None:
+    """Train, record the loss of every step, write the new checkpoint."""
+    recover = run.config.recover
+    names = {field.name for field in fields(TrainingSettings)} - {"seed"}
+    settings = TrainingSettings(**{name: getattr(recover, name) for name in names}, seed=run.config.seed)
+    conversations = _draw_conversations(run, data)
     spec = run.model_spec(model)
+    taught = (run.make(states), kept_layers(run, model)) if states else ()
     losses = []
-    with run.workers.worker("actors.trainer:LoraTrainer", spec=spec) as worker:
-        steps = settings.steps(len(conversations))
-        with Progress("recover", steps) as progress:
-            for row in worker.stream("train", conversations, settings, str(folder)):
-                losses.append(row)
-                progress.at(row["step"], f"loss {row['loss']:.4f}")
+    with (
+        run.workers.worker("actors.training.trainer:Trainer", spec=spec) as worker,
+        Progress("recover", settings.steps(len(conversations))) as progress,
+    ):
+        for row in worker.stream("train", conversations, settings, str(folder), *taught):
+            losses.append(row)
+            progress.at(row["step"], f"loss {row['loss']:.4f}")
     LOSSES.write(folder, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
-    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED)
+    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=recover.train)
     step = {
         "kind": "recover",
-        "settings": run.config.recover.model_dump(mode="json", exclude={"micro_batch"}),
+        "settings": {name: value for name, value in _public_settings(recover).items() if value != ""},
         **{key: facts[key] for key in ("conversations", "first_loss", "last_loss")},
         "digest": card.conversations_digest(run.make(data), [c.id for c in conversations]),
     }
     card.finish(run, model, folder, facts, step)
 
 
+def kept_layers(run: Run, model: Stage | Source) -> list[int]:
+    """Return the layers of the original that `model` still has, zero-based, as its record says."""
+    from actors.checkpoint.config import read_config
+
+    folder = run.make(model)
+    left = read_config(folder, None, run.config.model.trust_remote_code).text_config.num_hidden_layers
+    return _left(card.record(Path(folder)).get("history", []), left)
+
+
+def _left(history: Sequence[dict], left: int) -> list[int]:
+    removed = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
+    return [layer for layer in range(left + len(removed)) if layer not in removed]
+
+
+def describe(recover: RecoverConfig) -> str:
+    """Return what is trained and towards what, for reports."""
+    adapter = f", r = {recover.rank}, alpha = {recover.alpha}" if set(ADAPTERS) & set(recover.train) else ""
+    part = "" if recover.fraction == 1 else f", {100 * recover.fraction:g} % of the data"
+    return f"{recovery_label(recover.train, recover.objective)}{adapter}{part}"
+
+
+def _public_settings(recover: RecoverConfig) -> dict:
+    """Return the options for the model card: each as text, without paths and what changes no number."""
+    settings = recover.model_dump(mode="json", exclude=_UNSEEN)
+    objective = " + ".join(f"{weight:.3g} {name}" for name, weight in recover.objective.items())
+    return {**settings, "train": "+".join(recover.train), "objective": objective, "targets": "+".join(recover.targets)}
+
+
 def job(run: Run) -> None:
     """Fine-tune the config's model."""
+    recover = run.config.recover
+    if needs_teacher(recover.objective) and recover.teacher is None:
+        raise ValueError(
+            f"recover.objective {'+'.join(recover.objective)} compares with a teacher: give the checkpoint from which "
+            f"{run.config.model.path!r} was pruned as recover.teacher."
+        )
     print(f"recover: the checkpoint is {run.make(stage(run, run.base_model(), prepare.stage(run)))}", flush=True)
 
 

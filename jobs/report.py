@@ -69,7 +69,7 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "first": original,
         "removed": removed,
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
-        "recovery": f"{run.config.recover.method}, r = {run.config.recover.rank}, alpha = {run.config.recover.alpha}",
+        "recovery": recover.describe(run.config.recover),
         "layers": _layers(run, planned["prune"][0], removed),
         "ranges": _ranges(run, ranges.stage(run, run.base_model(), prepare.stage(run))),
         "loss": loss_figure(losses),

@@ -18,12 +18,19 @@ from jobs.core.stage import Source, Stage
 from jobs.reporting import card
 
 
-def verify_change(run: Run, folder: Path, parent: Stage | Source, change: Change, removed: Sequence[int] = ()) -> dict:
+def verify_change(
+    run: Run,
+    folder: Path,
+    parent: Stage | Source,
+    change: Change,
+    removed: Sequence[int] = (),
+    trained: Sequence[str] = (),
+) -> dict:
     """Return the gate's findings on a new checkpoint, for its manifest; RuntimeError: it is refused.
 
-    change: how it was made from `parent`; removed: the layers that pruning took, zero-based.
+    change: how it was made from `parent`; removed: the layers that pruning took, zero-based; trained: recover.train.
     """
-    return _verify(run, folder, run.model_spec(parent), change, list(removed), None, True)
+    return _verify(run, folder, run.model_spec(parent), change, list(removed), None, True, list(trained))
 
 
 def verify_checkpoint(run: Run, folder: Path) -> dict:

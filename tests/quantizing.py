@@ -15,7 +15,7 @@ from actors.quantizers import awq
 from actors.quantizers.quantizer import Quantizer
 from actors.quantizers.table import COMPRESSED_TENSORS, GEMM, METHODS, bits_of
 from actors.specs import ModelSpec, QuantizeSettings
-from actors.trainer import language_linears
+from actors.training.parts import language_linears
 from tests.tiny import draw_conversations
 
 PACKED = {  # the class of a loaded linear, of every method that packs its default bits

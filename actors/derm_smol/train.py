@@ -11,7 +11,7 @@ from actors.checkpoint.loading import pixel_dtype
 from actors.derm_tiny.sentences import QUESTIONS, WORDINGS, answer, any_answer
 from actors.derm_tiny.train import answer_loss, draw_bank, prompt_ids, schedule, to_pixels, update
 from actors.derm_tiny.world import CLASSES, Lesion
-from actors.trainer import language_linears
+from actors.training.parts import language_linears
 
 RANK, ALPHA = 8, 16
 SHARES = (0.4, 0.2, 0.4)  # of the questions

@@ -5,7 +5,6 @@ Each check raises a GateError that names the first offending tensor, module or f
 
 import gc
 import importlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from actors.quantizers.storage import release
 from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.quantizers.table import GEMM, for_bits
 from actors.specs import Change, GateError, ModelSpec
+from actors.training.parts import may_differ
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm. SAME: for the same model, by compute type. ROUNDED:
@@ -50,12 +50,14 @@ class Gate:
         removed: Sequence[int] = (),
         sums: Mapping[str, str] | None = None,
         keep_probe: bool = False,
+        trained: Sequence[str] = (),
     ) -> dict:
         """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
 
         parent, change: what it was made from, and how; without them only the folder itself is checked. removed: the
         layers that pruning removed, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write
-        the probe's logits into the folder, for later checks. GateError: a check failed.
+        the probe's logits into the folder, for later checks. trained: what was trained, names of
+        actors.training.settings.PARTS. GateError: a check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
@@ -70,7 +72,8 @@ class Gate:
         before = Parent(parent, removed) if parent else None
         if before:
             _check_count(config, before)
-            findings["kept"] = check_kept(folder, before.folder, before.renumbered, _may_differ(config, change))
+            changed = _may_differ(config, change, trained)
+            findings["kept"] = check_kept(folder, before.folder, before.renumbered, changed)
         model = load_plainly(spec, config)
         findings["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass, in which some formats are dequantized
@@ -137,18 +140,19 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _may_differ(config, change: Change | None) -> Callable[[str], bool]:
+def _may_differ(config, change: Change | None, trained: Sequence[str]) -> Callable[[str], bool]:
     """Return a function from a tensor's name to whether it may differ from the model before.
 
-    Pruning changes no tensor; training and rounding change the decoder's linears, AWQ also norms and biases.
+    Pruning changes no tensor; training changes what was trained; rounding the decoder's linears, AWQ also norms and
+    biases.
     """
     if change is Change.PRUNED:
         return lambda name: False
-    if may_be_scaled(config) and change is Change.ROUNDED:
+    if change is Change.TRAINED:
+        return may_differ(trained, linear_shapes(config))
+    if may_be_scaled(config):
         return lambda name: bool(LAYER.search(name))
-    linears = "|".join(map(re.escape, linear_shapes(config)))
-    changed = re.compile(rf"{LAYER.pattern.removesuffix('(.+)$')}({linears})\.(?!bias$)")
-    return lambda name: bool(changed.search(name))
+    return may_differ(["lora"], linear_shapes(config))  # the decoder's linears
 
 
 def load_plainly(spec: ModelSpec, config):

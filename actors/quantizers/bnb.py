@@ -13,7 +13,7 @@ from actors.checkpoint.tensors import iterate_tensors
 from actors.quantizers.storage import rest_dtype, write_rounded
 from actors.quantizers.table import NF4_BLOCK
 from actors.specs import NOT_ROUNDED, QuantizeSettings
-from actors.trainer import nf4_config
+from actors.training.trainer import nf4_config
 
 
 def quantize_bnb(source: Path, config, settings: QuantizeSettings, out: Path) -> None:

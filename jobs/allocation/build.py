@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from actors.judge.verdict import TOP_LABEL
+from actors.training.settings import recovery_label
 from jobs import evaluate, judge, prune, recover
 from jobs.allocation import mixed
 from jobs.allocation.choice import REMOVED, WHOLE, AllocationSearch, Choice
@@ -54,7 +55,8 @@ def plan_choice(run: Run, base: Source, data: Stage, method: str, choice: Choice
     recovered = recover.stage(pruned_run, prune.stage(pruned_run, base), data)
     model = mixed.stage(pruned_run, recovered, data, [bits for bits in choice if bits != REMOVED])
     kind = ("mixed", 0) if isinstance(model, Stage) and model.kind == "mixed" else ("none", WHOLE)
-    setting = Setting(len(removed), run.config.recover.method, *kind, name=f"{method} in {size(budget)}")
+    recovery = recovery_label(run.config.recover.train, run.config.recover.objective)
+    setting = Setting(len(removed), recovery, *kind, name=f"{method} in {size(budget)}")
     return Plan(setting, model, None, evaluate.stage(pruned_run, model, data), ()), pruned_run
 
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from jobs.config.section import Bits, Count, Quantizer, Recovery, Section
+from actors.training.settings import read_recovery
+from jobs.config.section import Bits, Count, Quantizer, Section
 
 
 class BudgetConfig(Section):
@@ -20,8 +21,11 @@ class SearchConfig(Section):
     depths: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 2, 4, 7], min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"
     )
-    recoveries: list[Literal["none"] | Recovery] = Field(
-        ["none", "qlora"], min_length=1, description="fine-tuning after removal: none, lora, qlora (YAML list)"
+    recoveries: list[str] = Field(
+        ["none", "qlora"],
+        min_length=1,
+        description="fine-tuning after removal: none, or what recover.train and recover.objective take, joined by + "
+        "(qlora+sft+hidden); without an objective recover.objective (YAML list)",
     )
     quantizers: list[Quantizer] = Field(
         ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"
@@ -43,3 +47,11 @@ class SearchConfig(Section):
     loggers: list[Literal["tensorboard", "mlflow"]] = Field(
         [], description="further logs that Ray Tune writes into run_dir/search (YAML list)"
     )
+
+    @field_validator("recoveries")
+    @classmethod
+    def _check_recoveries(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            if label != "none":
+                read_recovery(label)
+        return labels

@@ -36,7 +36,6 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Quantizer = Annotated[str, OneOf(_quantizer_names)]
 Criterion = Annotated[str, OneOf(lambda: CRITERIA)]
 Bits = Annotated[int, OneOf(known_bits)]
-Recovery = Literal["lora", "qlora"]
 
 
 class Section(BaseModel):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from actors.quantizers.table import METHODS
+from actors.training.settings import read_recovery
 from jobs.config.schema import Config
 
 _MODES = ("--resume", "--search.resume", "--resolve-only", "--search.resolve_only", "--search.resolve-only")
@@ -74,7 +75,8 @@ def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
         "quantize": {"method": setting.quantizer, "bits": setting.bits},
     }
     if setting.recovery != "none":
-        changes["recover"] = {"method": setting.recovery}
+        train, objective = read_recovery(setting.recovery)
+        changes["recover"] = {"train": train, **({"objective": objective} if objective else {})}
     if screen:
         limits = config.evaluate.limit, config.search.screen_images
         limit = min(images for images in limits if images is not None)

@@ -10,11 +10,12 @@ from actors.checkpoint.pruning import prune_checkpoint
 from actors.gate.check import ROUNDED, Gate
 from actors.probe import PROBE, read_probe
 from actors.quantizers.table import METHODS, bits_of, for_bits
-from actors.specs import Change, LoraSettings, ModelSpec
-from actors.trainer import LoraTrainer
+from actors.specs import Change, ModelSpec
+from actors.training.trainer import Trainer
 from tests.gating import check
 from tests.quantizing import NOT_UNPACKED, PACKED, quantize
 from tests.tiny import ARCHITECTURES, DERM_TINY, draw_conversations, rename_tensors, save_tiny
+from tests.training import training_settings
 
 REMOVED = [1, 3]
 SHORT = ("clip-llama", "siglip-phi", "clip-mistral-window", "clip-qwen2-mixed")
@@ -64,8 +65,8 @@ def test_a_pruned_and_rounded_checkpoint_passes(name, method, lesions, tmp_path)
 def test_a_recovered_bfloat16_checkpoint_passes_in_float32(lesions, tmp_path):
     """The trainer's probe is computed in the stored type, whatever the type that it is checked in."""
     prune_checkpoint(save_tiny(tmp_path / "a", "clip-qwen2", dtype=torch.bfloat16), str(tmp_path / "b"), [1])
-    settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
-    trainer = LoraTrainer(ModelSpec(str(tmp_path / "b"), "float32"))
+    settings = training_settings(batch=2, micro_batch=2, learning_rate=1e-3)
+    trainer = Trainer(ModelSpec(str(tmp_path / "b"), "float32"))
     list(trainer.train(draw_conversations(lesions, 4), settings, str(tmp_path / "c")))
     assert read_probe(tmp_path / "c")[1] == "bfloat16"
     found = check(tmp_path / "c", keep_probe=True)
@@ -93,12 +94,10 @@ def test_every_rounded_checkpoint_passes(name, method, lesions, tmp_path):
     source = save_tiny(tmp_path / "a", name)
     rounded(name, method, tmp_path, lesions, source)
     prune_checkpoint(source, str(tmp_path / "b"), REMOVED)
-    settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
-    steps = LoraTrainer(ModelSpec(str(tmp_path / "b"))).train(
-        draw_conversations(lesions, 4), settings, str(tmp_path / "c")
-    )
+    settings = training_settings(batch=2, micro_batch=2, learning_rate=1e-3)
+    steps = Trainer(ModelSpec(str(tmp_path / "b"))).train(draw_conversations(lesions, 4), settings, str(tmp_path / "c"))
     assert len(list(steps)) == 2
-    found = check(tmp_path / "c", tmp_path / "b", change=Change.TRAINED)
+    found = check(tmp_path / "c", tmp_path / "b", change=Change.TRAINED, trained=["lora"])
     assert float(found["logits"].split()[0]) < 1e-5
     rounded(name, method, tmp_path, lesions, str(tmp_path / "c"))
 

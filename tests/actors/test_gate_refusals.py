@@ -14,11 +14,12 @@ from actors.checkpoint.pruning import prune_checkpoint
 from actors.checkpoint.tensors import publish_names, write_tensors
 from actors.gate import check as gate
 from actors.probe import PROBE, read_probe, write_probe
-from actors.specs import Change, GateError, LoraSettings, ModelSpec
-from actors.trainer import LoraTrainer
+from actors.specs import Change, GateError, ModelSpec
+from actors.training.trainer import Trainer
 from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import SCALES, quantize
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
+from tests.training import training_settings
 
 REMOVED = [1, 3]
 CHECKS = {"tensors", "sums", "names", "processor", "modules", "linears", "logits", "cache", "vllm"}
@@ -159,14 +160,14 @@ def test_swapped_tensors_against_the_model_before_rounding(made, copy, method, t
 def recovered(made, lesions, tmp_path_factory):
     """The pruned model, fine-tuned."""
     out = tmp_path_factory.mktemp("recovered")
-    settings = LoraSettings("lora", 4, 8, 0.0, 1.0, 2, 2, 1e-3, 0)
-    list(LoraTrainer(ModelSpec(str(made[1]))).train(draw_conversations(lesions, 4), settings, str(out)))
+    settings = training_settings(batch=2, micro_batch=2, learning_rate=1e-3)
+    list(Trainer(ModelSpec(str(made[1]))).train(draw_conversations(lesions, 4), settings, str(out)))
     return out
 
 
 def test_a_recovered_checkpoint_passes(made, recovered):
     """All but its decoder's linears is the model before; they were trained, so as a pruned model it is refused."""
-    found = check(recovered, made[1], change=Change.TRAINED)
+    found = check(recovered, made[1], change=Change.TRAINED, trained=["lora"])
     assert set(found) == CHECKS | {"kept"} and found["logits"].startswith("0 from what it gave when it was made")
     assert (
         found["kept"]
@@ -197,7 +198,13 @@ def test_a_recovered_checkpoint_of_which_more_was_changed(made, recovered, tmp_p
 
     change(shutil.copytree(recovered, tmp_path / "copy"), nudge)
     check(tmp_path / "copy")
-    refused(f"'{name}' is not '{name}' of the model before", tmp_path / "copy", made[1], change=Change.TRAINED)
+    refused(
+        f"'{name}' is not '{name}' of the model before",
+        tmp_path / "copy",
+        made[1],
+        change=Change.TRAINED,
+        trained=["lora"],
+    )
 
 
 def test_new_and_missing_tensors_against_sums(made, copy):

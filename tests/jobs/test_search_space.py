@@ -46,7 +46,7 @@ def test_an_empty_space_is_refused():
 def test_a_setting_changes_its_own_fields_and_no_others():
     given = config(prune__search="greedy", quantize__group_size="32", recover__rank="4", evaluate__limit="30")
     own = config_of(given, Setting(5, "lora", "int8", 8))
-    assert (own.prune.layers, own.recover.method, own.quantize.method, own.quantize.bits) == (5, "lora", "int8", 8)
+    assert (own.prune.layers, own.recover.train, own.quantize.method, own.quantize.bits) == (5, ["lora"], "int8", 8)
     assert (own.prune.search, own.recover.rank, own.quantize.group_size) == ("greedy", 4, 32)
     assert (
         own.evaluate == given.evaluate

@@ -115,7 +115,7 @@ BROKEN = {
         ["--prune.layers", "2", "--prune.order", "[2, 5]"],
     ),
     "quantize": (quantize.QUANTIZER, SpoiledQuantizer, ["--quantize.method", "rtn", *DRAWN]),
-    "recover": ("actors.trainer:LoraTrainer", IdleTrainer, DRAWN),
+    "recover": ("actors.training.trainer:Trainer", IdleTrainer, DRAWN),
 }
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning: what is trained, the loss, the teacher, and the loop."""

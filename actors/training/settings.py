@@ -1,0 +1,114 @@
+"""The choices of a fine-tuning: what is trained, towards what. Imports neither torch nor transformers."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+PARTS = {
+    "qlora": "LoRA on the decoder's linears, whose frozen weights are in NF4 while training",
+    "lora": "LoRA on the decoder's linears",
+    "projector": "the projector",
+    "norms": "the decoder's norms",
+    "all": "all weights but the vision tower's",
+}
+OBJECTIVES = {
+    "sft": "cross-entropy of the reference answer",
+    "hidden": "squared error of the last hidden states",
+    "layers": "squared error of what enters each layer, against what enters that layer in the teacher",
+    "logits": "KL(teacher || student)",
+    "reverse_logits": "KL(student || teacher)",
+}
+ADAPTERS = ("qlora", "lora")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The options of one fine-tuning; see jobs.config.schema.RecoverConfig for their units.
+
+    train: names of PARTS. objective: the weight of every name of OBJECTIVES that counts; the weights sum to 1.
+    ValueError: parts that exclude each other, or weights that are none.
+    """
+
+    train: tuple[str, ...]
+    objective: Mapping[str, float]
+    temperature: float
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]
+    epochs: float
+    batch: int
+    micro_batch: int
+    learning_rate: float
+    precision: str
+    gradient_checkpointing: bool | None
+    checkpoint_every: int
+    seed: int
+
+    def __post_init__(self):
+        check_parts(self.train)
+        weigh_objectives(self.objective)
+
+    @property
+    def adapter(self) -> str | None:
+        """The kind of adapter that is trained, or None."""
+        return next((part for part in self.train if part in ADAPTERS), None)
+
+    def steps(self, conversations: int) -> int:
+        """Return how many optimiser steps `epochs` passes over the conversations take."""
+        return max(1, math.ceil(self.epochs * conversations / self.batch))
+
+
+def check_parts(parts: Collection[str]) -> None:
+    """ValueError: a part that there is not, none at all, or parts that exclude each other."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(
+                f"recover.train: there is no {part!r}; give {', '.join(PARTS)}, or several: lora+projector."
+            )
+    if not parts:
+        raise ValueError(f"recover.train is empty: give {', '.join(PARTS)}, or several of them.")
+    if "all" in parts and len(parts) > 1:
+        raise ValueError("recover.train: 'all' has every other part already; give it alone.")
+    if set(ADAPTERS) <= set(parts):
+        raise ValueError("recover.train: give lora or qlora, not both.")
+
+
+def weigh_objectives(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights scaled to a sum of 1; ValueError: an objective that there is not, or no positive weight."""
+    for name, weight in weights.items():
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"recover.objective: there is no {name!r}; give {', '.join(OBJECTIVES)}, or a mapping to weights."
+            )
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"recover.objective gives {name!r} the weight {weight}: give a number above 0, or leave it out."
+            )
+    if not weights:
+        raise ValueError(f"recover.objective is empty: give {', '.join(OBJECTIVES)}, or several of them.")
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def needs_teacher(objective: Mapping[str, float]) -> bool:
+    """Tell whether an objective compares with a teacher."""
+    return set(objective) != {"sft"}
+
+
+def recovery_label(parts: Collection[str], objective: Mapping[str, float]) -> str:
+    """Return the name of a recovery for people: lora, projector, lora+sft+hidden."""
+    return "+".join([*parts, *(objective if needs_teacher(objective) else ())])
+
+
+def read_recovery(label: str) -> tuple[list[str], dict[str, float] | None]:
+    """Return (parts, objective) of a label, None where it names no objective; ValueError: an unknown word."""
+    words = label.split("+")
+    parts, objectives = [w for w in words if w in PARTS], [w for w in words if w in OBJECTIVES]
+    for word in words:
+        if word not in PARTS and word not in OBJECTIVES:
+            raise ValueError(
+                f"There is no recovery {word!r}: join {', '.join([*PARTS, *OBJECTIVES])} by +, or give none."
+            )
+    check_parts(parts)
+    return parts, weigh_objectives(dict.fromkeys(objectives, 1.0)) if objectives else None
