@@ -1,7 +1,8 @@
 """Fine-tuning: the loss falls, and what is merged into the checkpoint is the adapter and nothing else."""
 
-import subprocess
-import sys
+import json
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,7 +18,6 @@ from actors.conversations import collate
 from actors.specs import ModelSpec
 from actors.training.parts import language_linears
 from actors.training.trainer import Trainer, nf4_config
-from tests.jobs.commands import ROOT
 from tests.tiny import draw_conversations, plain_model, rename_tensors, save_tiny
 from tests.training import training_settings
 
@@ -233,41 +233,45 @@ def test_an_interrupted_training_goes_on(tiny_path, lesions, tmp_path):
     )
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from actors.specs import ModelSpec
-from actors.training.trainer import Trainer
-from tests.tiny import draw_conversations
-from tests.training import training_settings
-source, lesions, out = sys.argv[1:]
-settings = training_settings(epochs=10, dropout=0.1, checkpoint_every=2)
-for row in Trainer(ModelSpec(source)).train(draw_conversations(Path(lesions), 8), settings, out):
-    print("row", row["step"], row["loss"], flush=True)
-"""
+def train_and_note(source: str, lesions: Path, out: Path, notes: Path) -> None:
+    """Train in a process of its own, and write every step's row into a file."""
+    torch.set_num_threads(1)
+    settings = training_settings(epochs=10, dropout=0.1, checkpoint_every=2)
+    with open(notes, "w") as file:
+        for row in Trainer(ModelSpec(source)).train(draw_conversations(lesions, 8), settings, str(out)):
+            print(json.dumps(row), file=file, flush=True)
 
 
 @pytest.mark.slow
 def test_a_training_killed_ten_times(tiny_path, lesions, tmp_path):
-    """At random steps, each kill a SIGKILL: no more than two steps are done again, and the weights are the same."""
-    random = Random(5)
-    command = [sys.executable, "-c", KILLED, tiny_path, str(lesions)]
+    """SIGKILL at random steps: no more than two steps are done again, losses and weights are those of no kill."""
+    random, processes = Random(5), multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["actors.training.trainer", "tests.tiny"])
+    notes = tmp_path / "notes"
 
-    def rows(folder: Path) -> list[str]:
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
-        return [line for line in done.stdout.splitlines() if line.startswith("row ")]  # libraries print banners
+    def start(out: Path):
+        notes.unlink(missing_ok=True)
+        process = processes.Process(target=train_and_note, args=(tiny_path, lesions, out, notes))
+        process.start()
+        return process
 
-    whole = rows(tmp_path / "whole")
-    reached, out = 0, tmp_path / "killed"
+    def rows() -> list[str]:
+        return notes.read_text().splitlines() if notes.exists() else []
+
+    start(tmp_path / "whole").join()
+    whole, reached = rows(), 0
     for _ in range(10):
-        stop = reached + random.choice((0, 1, 1, 2))
-        with subprocess.Popen([*command, str(out)], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-            for line in process.stdout:
-                if line.startswith("row ") and int(line.split()[1]) >= max(1, stop):
-                    process.kill()
-                    break
+        stop = reached + random.choice((1, 1, 2, 3))
+        process = start(tmp_path / "killed")
+        while len(rows()) < stop:
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert rows() == whole[: len(rows())]
         reached = max(reached, stop - stop % 2)
-    assert 0 < reached < 20
-    assert rows(out) == whole and len(whole) == 20
-    ours, theirs = tensors_of(out), tensors_of(tmp_path / "whole")
+    assert 4 < reached < 20
+    start(tmp_path / "killed").join()
+    assert rows() == whole and len(whole) == 20
+    ours, theirs = tensors_of(tmp_path / "killed"), tensors_of(tmp_path / "whole")
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
