@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import pyarrow as pa
 
@@ -40,6 +40,16 @@ from jobs.core.stage import Stage
 
 LOG = logging.getLogger("jobs")
 ANNOTATION_COLUMNS = ("path", "question_id", "answer")
+QUESTION = "question"  # a fourth column, if there is one
+
+
+class Annotation(NamedTuple):
+    """A line of data.annotations; question: the text, empty where data.questions has it."""
+
+    path: str
+    question_id: str
+    answer: str
+    question: str
 
 
 class SkippedRow(TypedDict):
@@ -67,7 +77,7 @@ def stage(run: Run) -> Stage:
         LOG.info(f"prepare: drew {count} images of derm-tiny into {root}")
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
-    if not data.classes or not data.questions:
+    if not data.classes or not (data.questions or data.annotations):
         raise ValueError("data.classes or data.questions is empty: see configs/derm-tiny.yaml for an example.")
     files = {
         path.relative_to(root).as_posix(): run.sources.fingerprints.file(path)
@@ -148,19 +158,21 @@ def _conversations(
     for file, group, split in zip(files, groups, splits, strict=True):
         if split is None:
             continue
-        for question in data.questions:
-            reference = _reference(question, classes[file.label], annotations.get((file.path, question.id)))
+        given = annotations.get(file.path, {})
+        asked = [(q.id, q.text, _reference(q, classes[file.label], given.pop(q.id, None))) for q in data.questions]
+        asked += [(each.question_id, each.question, each.answer) for each in given.values() if each.question]
+        for question_id, text, reference in asked:
             if reference is None:
-                skipped.append(Skipped(file.path, f"no annotation for the question {question.id!r}"))
+                skipped.append(Skipped(file.path, f"no annotation for the question {question_id!r}"))
                 continue
             rows.append(
                 {
-                    "sample_id": f"{file.path}#{question.id}",
+                    "sample_id": f"{file.path}#{question_id}",
                     "image": str(root / file.path),
                     "sha256": file.sha256,
                     "class": file.label,
-                    "question_id": question.id,
-                    "question": question.text,
+                    "question_id": question_id,
+                    "question": text,
                     "reference": reference,
                     "split": split,
                     "group": group,
@@ -171,7 +183,8 @@ def _conversations(
     return rows, skipped
 
 
-def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
+def _annotations(data: DataConfig, root: Path) -> dict[str, dict[str, Annotation]]:
+    """Return the annotations by path and question_id."""
     if data.annotations is None:
         return {}
     path = root / data.annotations
@@ -181,7 +194,7 @@ def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
         raise ValueError(f"Cannot read data.annotations {str(path)!r}: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"data.annotations {str(path)!r} is not a CSV file ({error}).") from None
-    columns = canonical_columns(rows[0] if rows else (), ANNOTATION_COLUMNS, str(path))
+    columns = canonical_columns(rows[0] if rows else (), (*ANNOTATION_COLUMNS, QUESTION), str(path))
     lacking = [name for name in ANNOTATION_COLUMNS if name not in columns.values()]
     if lacking:
         raise ValueError(
@@ -189,12 +202,18 @@ def _annotations(data: DataConfig, root: Path) -> dict[tuple[str, str], str]:
             f"{', '.join(lacking)}."
         )
     table = [{columns[key]: value or "" for key, value in row.items() if key in columns} for row in rows]
-    return {(row["path"], row["question_id"]): row["answer"] for row in table}
+    by_path: dict[str, dict[str, Annotation]] = {}
+    for row in table:
+        each = Annotation(row["path"], row["question_id"], row["answer"], row.get(QUESTION, ""))
+        by_path.setdefault(each.path, {})[each.question_id] = each
+    return by_path
 
 
-def _reference(question: QuestionConfig, kind: ClassConfig, annotation: str | None) -> str | None:
-    if annotation is not None or question.answer is None:
-        return annotation
+def _reference(question: QuestionConfig, kind: ClassConfig, annotation: Annotation | None) -> str | None:
+    if annotation is not None:
+        return annotation.answer
+    if question.answer is None:
+        return None
     texts = {"name": kind.name, **kind.texts}
     lacking = {key for _, key, _, _ in string.Formatter().parse(question.answer) if key} - set(texts)
     if lacking:

@@ -16,6 +16,7 @@ LoRA's update is merged into the weights. A killed training goes on from its las
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TypedDict
 
 from actors.maths.sampling import draw_places
 from actors.specs import Change, Conversation
-from actors.training.settings import ADAPTERS, TrainingSettings, needs_teacher, recovery_label
+from actors.training.settings import ADAPTERS, SNAPSHOTS, TrainingSettings, needs_teacher, recovery_label
 from jobs import prepare, verify
 from jobs.config.schema import RecoverConfig
 from jobs.core.command import main
@@ -150,7 +151,12 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     LOSSES.write(folder, losses)
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
-    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=recover.train)
+    try:
+        facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=recover.train)
+    except RuntimeError:
+        shutil.rmtree(folder)  # else the same training would be found again, and refused again
+        raise
+    shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
     step = {
         "kind": "recover",
         "settings": {name: value for name, value in _public_settings(recover).items() if value != ""},

@@ -19,6 +19,7 @@ OBJECTIVES = {
     "reverse_logits": "KL(student || teacher)",
 }
 ADAPTERS = ("qlora", "lora")
+SNAPSHOTS = "training"  # folder beside an unfinished checkpoint
 
 
 @dataclass(frozen=True)

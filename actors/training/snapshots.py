@@ -1,7 +1,6 @@
 """Snapshots of a training: it goes on after a kill as if nobody had killed it."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,7 +47,3 @@ class Snapshots:
             if torch.cuda.is_available() and "random_cuda" in file.keys():  # noqa: SIM118 (not iterable)
                 torch.cuda.set_rng_state(file.get_tensor("random_cuda"))
         return rows
-
-    def remove(self) -> None:
-        """Delete the folder: the training is over."""
-        shutil.rmtree(self._folder, ignore_errors=True)

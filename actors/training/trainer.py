@@ -17,7 +17,7 @@ from actors.maths.distillation import cross_entropy, forward_kl, hidden_error, r
 from actors.probe import probe_logits, write_probe
 from actors.specs import NOT_ROUNDED, Conversation, Llava, ModelSpec
 from actors.training.parts import adapted_linears, trained_weights
-from actors.training.settings import TrainingSettings, needs_teacher, weigh_objectives
+from actors.training.settings import SNAPSHOTS, TrainingSettings, needs_teacher, weigh_objectives
 from actors.training.snapshots import Snapshots
 from actors.training.teacher import AnswerStates, TeacherStates, answer_states
 
@@ -70,8 +70,9 @@ class Trainer:
 
         teacher: the folder of the teacher's states, if an objective needs it; kept: the teacher's layers that this
         model still has. Yields {step, loss, cross_entropy, learning_rate} of every step, the losses in nats per answer
-        token. If `out` holds the snapshot of an interrupted training, its steps are yielded from there, and the
-        training goes on after it. RuntimeError: the loss or a gradient is not finite, or the training diverges.
+        token. The folder SNAPSHOTS in `out` is the caller's to remove: if it holds the snapshot of an interrupted
+        training, its steps are yielded from there, and the training goes on after it. RuntimeError: the loss or a
+        gradient is not finite, or the training diverges.
         """
         torch.manual_seed(settings.seed)
         model = self._prepare(settings)
@@ -81,7 +82,7 @@ class Trainer:
         loss = Loss(settings, TeacherStates(teacher, device, kept) if teacher is not None else None, is_mixed)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
-        snapshots = Snapshots(Path(out) / "training", trained, optimiser)
+        snapshots = Snapshots(Path(out) / SNAPSHOTS, trained, optimiser)
         steps, rows = settings.steps(len(conversations)), snapshots.restore()
         yield from rows
         order = torch.Generator().manual_seed(settings.seed)
@@ -100,10 +101,9 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             yield rows[-1]
-            if step % settings.checkpoint_every == 0 and step < steps:
+            if step % settings.checkpoint_every == 0 or step == steps:
                 snapshots.save(rows)
         self._merge(model, processor, Path(out), settings)
-        snapshots.remove()
 
     def _prepare(self, settings: TrainingSettings) -> Llava:
         """Load the model; what is trained requires gradients, and is float32."""

@@ -3,7 +3,7 @@
 A field's unit stands in its description; jobs.core.options reads the values.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -50,7 +50,10 @@ class DataConfig(Section):
 
     root: str | None = Field(None, description="folder of images, read recursively; unset: images/ in run_dir")
     draw_per_class: int = Field(0, ge=0, description="lesions of derm-tiny to draw into root per class; 0: draw none")
-    annotations: str | None = Field(None, description="CSV below root with columns path, question_id, answer")
+    annotations: str | None = Field(
+        None,
+        description="CSV below root with columns path, question_id, answer; also question, if it asks its own",
+    )
     classes: list[ClassConfig] = Field([], description="the classes (YAML list)")
     questions: list[QuestionConfig] = Field([], description="the questions (YAML list)")
     splits: dict[str, list[str]] = Field(
@@ -139,7 +142,7 @@ class RecoverConfig(Section):
         description="what is trained (several: lora+projector, or a YAML list); "
         + "; ".join(f"{name}: {words}" for name, words in PARTS.items()),
     )
-    objective: dict[str, float] = Field(
+    objective: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {"sft": 1.0},
         description="what the answer tokens are trained towards (several: sft+hidden, or a YAML mapping to weights, "
         "scaled to a sum of 1); " + "; ".join(f"{name}: {words}" for name, words in OBJECTIVES.items()),

@@ -110,6 +110,29 @@ def test_the_same_image_in_two_classes_is_a_contradiction(tmp_path, collection):
     assert any("psoriasis, rosacea" in reason for reason in reasons)
 
 
+def test_annotations_may_ask_questions_of_their_own(tmp_path, collection):
+    """Of these lines one answers a question of the config, two ask their own, one has no question, one no image."""
+    path = "train/Acne and Rosacea Photos/rosacea-0.jpg"
+    with open(collection / "notes.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "question_id", "Question", "answer"])
+        table.writerows([path, *line] for line in (["name", "Ignored?", "Rosacea."], ["q1", "Is it red?", "yes"]))
+        table.writerows([path, *line] for line in (["q2", "Is it blue?", "no"], ["q3", "", "nobody asks"]))
+        table.writerow(["elsewhere.jpg", "q1", "Is it red?", "no"])
+    questions = [{"id": "name", "text": "Which disease?", "answer": "This is {name}."}]
+    splits = {"train": ["train/*"], "test": ["test/*"]}
+    rows, _ = made(config(tmp_path, collection, annotations="notes.csv", questions=questions, splits=splits))
+    own = [row for row in rows if row["sample_id"].startswith(f"{path}#")]
+    assert [(row["question_id"], row["question"], row["reference"]) for row in own] == [
+        ("name", "Which disease?", "Rosacea."),
+        ("q1", "Is it red?", "yes"),
+        ("q2", "Is it blue?", "no"),
+    ]
+    assert {row["question_id"] for row in rows if row not in own} == {"name"}
+    rows, _ = made(config(tmp_path, collection, annotations="notes.csv", questions=[], splits=splits))
+    assert [row["question"] for row in rows] == ["Ignored?", "Is it red?", "Is it blue?"]
+
+
 def test_annotations_give_answers_and_gaps_are_listed(tmp_path, collection):
     image = "train/Acne and Rosacea Photos/rosacea-0.jpg"
     with open(collection / "notes.csv", "w", newline="") as file:

@@ -103,7 +103,7 @@ class IdleTrainer(Worker):
         assert conversations
         shutil.copytree(DERM_TINY, out, dirs_exist_ok=True)
         spoil(Path(out), TOWER, 0.5)
-        yield {"step": 1, "loss": 1.0, "learning_rate": 0.1}
+        yield {"step": 1, "loss": 1.0, "cross_entropy": 1.0, "learning_rate": 0.1}
 
 
 CONFIG = DERM_TINY.parents[2] / "configs" / "derm-tiny.yaml"
