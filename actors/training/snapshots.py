@@ -25,8 +25,9 @@ class Snapshots:
         if torch.cuda.is_available():
             tensors["random_cuda"] = torch.cuda.get_rng_state()
         for name, weight in self._trained.items():
-            state = self._optimiser.state[weight]
-            tensors |= {f"weight/{name}": weight.detach()} | {f"{key}/{name}": state[key] for key in _MOMENTS}
+            state = self._optimiser.state.get(weight, {})  # empty, if the weight never had a gradient
+            tensors |= {f"weight/{name}": weight.detach()}
+            tensors |= {f"{key}/{name}": state[key] for key in _MOMENTS if state}
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".{FILE}.partial"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -41,6 +42,8 @@ class Snapshots:
             rows = json.loads(file.metadata()["rows"])
             for name, weight in self._trained.items():
                 weight.data.copy_(file.get_tensor(f"weight/{name}"))
+                if f"{_MOMENTS[0]}/{name}" not in file.keys():  # noqa: SIM118 (not iterable)
+                    continue
                 moments = {key: file.get_tensor(f"{key}/{name}").to(weight.device) for key in _MOMENTS}
                 self._optimiser.state[weight] = {"step": torch.tensor(float(len(rows))), **moments}
             torch.set_rng_state(file.get_tensor("random"))

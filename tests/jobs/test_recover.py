@@ -1,0 +1,137 @@
+"""jobs.recover from the config to the checkpoint: the teacher, the data's share, what a killed training leaves."""
+
+import pytest
+
+from actors.training.settings import SNAPSHOTS
+from actors.training.trainer import Loss, Trainer
+from jobs import prepare, prune, recover
+from jobs.core.facts import RecoverFacts
+from jobs.searching.space import Setting, config_of
+from tests.jobs.here import run_here
+from tests.tiny import DERM_TINY
+
+OPTIONS = {
+    "data__draw_per_class": 2,
+    "prune__layers": 2,
+    "prune__order": "[4, 5]",
+    "recover__train": "lora",
+    "recover__batch": 8,
+    "quantize__method": "rtn",
+}
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    def run(**options):
+        return run_here(monkeypatch, tmp_path / "run", config="configs/derm-tiny.yaml", **{**OPTIONS, **options})
+
+    return run
+
+
+def pruned_stage(run):
+    return prune.stage(run, run.base_model())
+
+
+def test_students_share_the_teachers_states(start):
+    """Two depths and two objectives with one teacher: its states are written once, and each student is its own."""
+    names = []
+    for layers, objective in ((2, "sft+hidden"), (1, "sft+hidden"), (2, "{logits: 1}")):
+        run = start(prune__layers=layers, recover__objective=objective)
+        made = recover.stage(run, pruned_stage(run), prepare.stage(run))
+        names.append(run.make(made))
+        facts = run.facts(made, RecoverFacts)
+        settings = facts["history"][-1]["settings"]
+        assert settings["objective"] == ("0.5 sft + 0.5 hidden" if "hidden" in objective else "1 logits")
+        rows = recover.LOSSES.read(run.folder_of(made))
+        assert rows[-1]["loss"] == facts["last_loss"] and rows[0]["loss"] != rows[0]["cross_entropy"]
+        assert not (run.folder_of(made) / SNAPSHOTS).exists()
+    assert len(set(names)) == 3 and len(list(run.store.root.glob("states-*"))) == 1
+
+
+def test_layers_are_matched_over_two_prunings(start):
+    """The record of a checkpoint that was pruned twice says which of the original's layers it has."""
+    run = start(recover__objective="layers", recover__teacher=str(DERM_TINY))
+    once = run.make(pruned_stage(run))
+    again = start(model__path=once, prune__layers=1, prune__order="[0]")
+    stage = prune.stage(again, again.base_model())
+    assert recover.kept_layers(again, stage) == [1, 2, 3, 6, 7, 8, 9]
+    assert recover.kept_layers(run, run.base_model()) == list(range(10))
+    made = recover.stage(run, pruned_stage(run), prepare.stage(run))
+    run.make(made)
+    rows = recover.LOSSES.read(run.folder_of(made))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_a_share_of_the_data_holds_a_smaller_one(start):
+    drawn = {}
+    for fraction in (0.05, 0.5, 1.0):
+        run = start(recover__fraction=fraction)
+        made = recover.stage(run, run.base_model(), prepare.stage(run))
+        run.make(made)
+        facts = run.facts(made, RecoverFacts)
+        drawn[fraction] = facts["conversations"], facts["history"][-1]["digest"]
+    counts = [count for count, _ in drawn.values()]
+    whole = len(recover.training_conversations(run.make(prepare.stage(run))))
+    assert counts == [-(-whole // 20), -(-whole // 2), whole] and len(set(drawn.values())) == 3
+
+
+def test_a_killed_job_goes_on(start, monkeypatch):
+    """The losses are those of a job that nobody killed, and the second one trains only what was left."""
+    whole = start(recover__epochs=2)
+    made = recover.stage(whole, whole.base_model(), prepare.stage(whole))
+    whole.make(made)
+    expected = recover.LOSSES.read(whole.folder_of(made))
+    whole.store.remove(made.name)
+    run = start(recover__epochs=2, recover__checkpoint_every=3)
+    assert recover.stage(run, run.base_model(), prepare.stage(run)) == made  # the same artifact
+    train = Trainer.train
+
+    def stop(self, *args):
+        for row in train(self, *args):
+            if row["step"] == 5:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.make(made)
+    monkeypatch.setattr(Trainer, "train", train)
+    backward, steps = Loss.backward, []
+    monkeypatch.setattr(Loss, "backward", lambda *args: steps.append(1) or backward(*args))
+    run.make(made)
+    assert recover.LOSSES.read(run.folder_of(made)) == expected and len(steps) == len(expected) - 3
+
+
+def test_a_teacher_must_be_named_where_none_is_known(start):
+    with pytest.raises(ValueError, match=r"recover.objective sft\+hidden compares with a teacher: give the checkpoint"):
+        recover.job(start(recover__objective="sft+hidden"))
+    with pytest.raises(ValueError, match=r"recover.teacher"):
+        recover.job(start(recover__objective="hidden", recover__teacher="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recover__train": "lora+qlora"}, "give lora or qlora, not both"),
+        ({"recover__train": "[lora, vision]"}, "there is no 'vision'"),
+        ({"recover__objective": "kd"}, "there is no 'kd'"),
+        ({"recover__objective": "{sft: -1}"}, "should be greater than 0"),
+        ({"recover__fraction": "1.5"}, "recover.fraction"),
+        ({"search__recoveries": "[lore]"}, "no recovery 'lore'"),
+    ],
+)
+def test_wrong_choices_are_refused(start, options, message):
+    with pytest.raises(ValueError, match=message):
+        start(**options)
+
+
+def test_the_search_names_recoveries(start):
+    config = start(recover__objective="sft+logits").config
+    own = config_of(config, Setting(2, "lora+projector+sft+hidden", "none", 16))
+    assert own.recover.train == ["lora", "projector"] and own.recover.objective == {"sft": 0.5, "hidden": 0.5}
+    kept = config_of(config, Setting(2, "projector", "none", 16))
+    assert kept.recover.train == ["projector"] and kept.recover.objective == {"sft": 0.5, "logits": 0.5}
+    assert recover.describe(own.recover) == "lora+projector+sft+hidden, r = 16, alpha = 8"
+    assert (
+        recover.describe(kept.recover.model_copy(update={"fraction": 0.05})) == "projector+sft+logits, 5 % of the data"
+    )
