@@ -44,7 +44,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout=1800
+	$(BIN)/python -m pytest -m slow --timeout=1800 -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

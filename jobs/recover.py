@@ -24,7 +24,7 @@ from typing import TypedDict
 
 from actors.maths.sampling import draw_places
 from actors.specs import Change, Conversation
-from actors.training.settings import ADAPTERS, SNAPSHOTS, TrainingSettings, needs_teacher, recovery_label
+from actors.training.settings import ADAPTERS, PATCH, SNAPSHOTS, TrainingSettings, needs_teacher, recovery_label
 from jobs import prepare, verify
 from jobs.config.schema import RecoverConfig
 from jobs.core.command import main
@@ -39,7 +39,7 @@ from jobs.reporting import card
 LOG = logging.getLogger("jobs")
 SHARD = 64  # conversations whose states are one file
 # Options that change no number
-_UNSEEN = {"micro_batch", "gradient_checkpointing", "checkpoint_every", "teacher"}
+_UNSEEN = {"micro_batch", "gradient_checkpointing", "checkpoint_every", "teacher", "patch_samples"}
 
 
 class LossRow(TypedDict):
@@ -54,18 +54,36 @@ class LossRow(TypedDict):
 LOSSES = Rows("losses.parquet", LossRow)
 
 
-def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
-    """Return the stage that fine-tunes `model` on the training split; the teacher is the config's, or its model."""
+def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
+    """Return the last stage of recovering `model`, patch and training; `model` itself, if there is nothing to do.
+
+    The teacher, or the original of a patch, is the config's, or its model.
+    """
+    if PATCH in run.config.recover.train and model != run.base_model():
+        model = patch_stage(run, model, _teacher(run), data)
+    return _training_stage(run, model, data) if _trained(run) else model
+
+
+def _trained(run: Run) -> list[str]:
+    return [part for part in run.config.recover.train if part != PATCH]
+
+
+def _teacher(run: Run) -> Source:
+    path = run.config.recover.teacher
+    return run.source(path, "recover.teacher") if path else run.base_model()
+
+
+def _training_stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     recover = run.config.recover
     settings = {
         **recover.model_dump(mode="json", exclude=_UNSEEN),
+        "train": _trained(run),
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
     }
     states = None
     if needs_teacher(recover.objective):
-        teacher = run.source(recover.teacher, "recover.teacher") if recover.teacher else run.base_model()
-        states = states_stage(run, teacher, data)
+        states = states_stage(run, _teacher(run), data)
     parents = (model, data, states) if states else (model, data)
     return Stage(
         "recover",
@@ -74,6 +92,22 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
         parents,
         lambda r, folder, facts: build(r, model, data, states, folder, facts),
         resume=True,
+    )
+
+
+def patch_stage(run: Run, model: Stage | Source, original: Source, data: Stage) -> Stage:
+    """Return the stage that fits linear maps in place of the layers that `model` lacks of `original`."""
+    settings = {
+        "samples": run.config.recover.patch_samples,
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+    }
+    return Stage(
+        "patch",
+        1,
+        settings,
+        (model, original, data),
+        lambda r, folder, facts: patch(r, model, original, data, folder, facts),
     )
 
 
@@ -132,11 +166,33 @@ def write_states(run: Run, teacher: Source, data: Stage, layers: bool, folder: P
     LOG.info(f"states: of {len(conversations)} conversations, {size(facts['bytes'])}")
 
 
+def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder: Path, facts: dict) -> None:
+    """Fit the maps on training conversations, and write the patched checkpoint; ValueError: no layer has a map."""
+    conversations = training_conversations(run.make(data))
+    places = draw_places(len(conversations), run.config.recover.patch_samples, run.config.seed)
+    chosen = [conversations[place] for place in sorted(places)]
+    pruned, kept = run.model_spec(model), kept_layers(run, model)
+    with run.workers.worker("actors.training.patch:Patcher", spec=run.model_spec(original)) as worker:
+        facts.update(worker.call("patch", pruned, kept, chosen, str(folder)))
+    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=[PATCH])
+    step = {
+        "kind": "patch",
+        "layers": facts["layers"],
+        "conversations": len(chosen),
+        "digest": card.conversations_digest(run.make(data), [c.id for c in chosen]),
+    }
+    card.finish(run, model, folder, facts, step)
+    LOG.info(
+        f"patch: layers {facts['layers']}, error {', '.join(f'{each:.2f}' for each in facts['errors'])} of a plain cut"
+    )
+
+
 def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, folder: Path, facts: dict) -> None:
     """Train, record the loss of every step, write the new checkpoint."""
     recover = run.config.recover
     names = {field.name for field in fields(TrainingSettings)} - {"seed"}
-    settings = TrainingSettings(**{name: getattr(recover, name) for name in names}, seed=run.config.seed)
+    options = {name: getattr(recover, name) for name in names} | {"train": _trained(run)}
+    settings = TrainingSettings(**options, seed=run.config.seed)
     conversations = _draw_conversations(run, data)
     spec = run.model_spec(model)
     taught = (run.make(states), kept_layers(run, model)) if states else ()
@@ -152,7 +208,7 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
     try:
-        facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=recover.train)
+        facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=_trained(run))
     except RuntimeError:
         shutil.rmtree(folder)  # else the same training would be found again, and refused again
         raise
@@ -191,15 +247,17 @@ def _public_settings(recover: RecoverConfig) -> dict:
     """Return the options for the model card: each as text, without paths and what changes no number."""
     settings = recover.model_dump(mode="json", exclude=_UNSEEN)
     objective = " + ".join(f"{weight:.3g} {name}" for name, weight in recover.objective.items())
-    return {**settings, "train": "+".join(recover.train), "objective": objective, "targets": "+".join(recover.targets)}
+    trained = [part for part in recover.train if part != PATCH]
+    return {**settings, "train": "+".join(trained), "objective": objective, "targets": "+".join(recover.targets)}
 
 
 def job(run: Run) -> None:
     """Fine-tune the config's model."""
     recover = run.config.recover
-    if needs_teacher(recover.objective) and recover.teacher is None:
+    if recover.teacher is None and (needs_teacher(recover.objective) or PATCH in recover.train):
+        label = recovery_label(recover.train, recover.objective)
         raise ValueError(
-            f"recover.objective {'+'.join(recover.objective)} compares with a teacher: give the checkpoint from which "
+            f"The recovery {label} compares with the original: give the checkpoint from which "
             f"{run.config.model.path!r} was pruned as recover.teacher."
         )
     print(f"recover: the checkpoint is {run.make(stage(run, run.base_model(), prepare.stage(run)))}", flush=True)

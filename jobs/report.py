@@ -55,7 +55,8 @@ def job(run: Run) -> None:
 
 def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
     removed = tuple(rows[1]["removed_layers"])
-    losses = recover.LOSSES.read(run.folder_of(planned["prune+sft"][0]))
+    recovered = planned["prune+sft"][0]
+    losses = recover.LOSSES.read(run.folder_of(recovered)) if recovered.kind == "recover" else []  # a patch has none
     original = rows[0]
     by_method = {method: ANSWERS.by_sample(run.folder_of(evaluated)) for method, (_, evaluated) in planned.items()}
     judgements = zip(planned, compress.judgements(run, planned), strict=False)  # no judge, no stages
@@ -72,7 +73,7 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "recovery": recover.describe(run.config.recover),
         "layers": _layers(run, planned["prune"][0], removed),
         "ranges": _ranges(run, ranges.stage(run, run.base_model(), prepare.stage(run))),
-        "loss": loss_figure(losses),
+        "loss": loss_figure(losses) if losses else None,
         "tradeoff": tradeoff_figure(rows),
         "names": report_metrics.names(metrics),
         "loops": report_metrics.LOOPS,

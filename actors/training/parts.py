@@ -7,7 +7,7 @@ from torch import nn
 
 from actors.checkpoint.loading import language_model
 from actors.specs import Llava
-from actors.training.settings import ADAPTERS
+from actors.training.settings import ADAPTERS, PATCH
 
 _NORM = re.compile(r"norm\.(weight|bias)$")
 
@@ -52,8 +52,11 @@ def may_differ(parts: Collection[str], linears: Iterable[str]) -> Callable[[str]
 
     linears: the linears of one decoder layer, as named in it.
     """
+    linears = list(linears)
     names = "|".join(map(re.escape, linears))
     adapted = re.compile(rf"^language_model\.model\.layers\.\d+\.({names})\.(?!bias$)")
+    last = [name for name in linears if name.startswith("mlp.")][-1]
+    patched = re.compile(rf"^language_model\.model\.layers\.\d+\.{re.escape(last)}\.")
 
     def differs(name: str) -> bool:
         in_language_model = name.startswith("language_model.")
@@ -62,6 +65,7 @@ def may_differ(parts: Collection[str], linears: Iterable[str]) -> Callable[[str]
             or ("all" in parts and in_language_model)
             or ("norms" in parts and in_language_model and bool(_NORM.search(name)))
             or (bool(set(ADAPTERS) & set(parts)) and bool(adapted.match(name)))
+            or (PATCH in parts and bool(patched.match(name)))
         )
 
     return differs

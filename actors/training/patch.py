@@ -48,6 +48,8 @@ class Patcher:
         squared error of what it passes on, as a share of that without a map}.
         """
         runs = removed_runs(kept, len(language_model(self._model).layers))
+        if not runs:
+            raise ValueError("No removed layer follows one that is left: there is nothing to fit a map for.")
         fits, errors = self._fit(runs, conversations)
         stored = stored_dtype(pruned.path, pruned.revision)
         patched = load_model(**{**pruned.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")

@@ -10,6 +10,7 @@ PARTS = {
     "projector": "the projector",
     "norms": "the decoder's norms",
     "all": "all weights but the vision tower's",
+    "patch": "nothing is trained: linear maps fitted in place of the removed layers (ReplaceMe), before all else",
 }
 OBJECTIVES = {
     "sft": "cross-entropy of the reference answer",
@@ -19,6 +20,7 @@ OBJECTIVES = {
     "reverse_logits": "KL(student || teacher)",
 }
 ADAPTERS = ("qlora", "lora")
+PATCH = "patch"
 SNAPSHOTS = "training"  # folder beside an unfinished checkpoint
 
 
@@ -69,8 +71,8 @@ def check_parts(parts: Collection[str]) -> None:
             )
     if not parts:
         raise ValueError(f"recover.train is empty: give {', '.join(PARTS)}, or several of them.")
-    if "all" in parts and len(parts) > 1:
-        raise ValueError("recover.train: 'all' has every other part already; give it alone.")
+    if "all" in parts and set(parts) - {"all", PATCH}:
+        raise ValueError("recover.train: 'all' has every other part already; give it alone, or as patch+all.")
     if set(ADAPTERS) <= set(parts):
         raise ValueError("recover.train: give lora or qlora, not both.")
 

@@ -156,6 +156,7 @@ class RecoverConfig(Section):
     )
     rank: Count = Field(16, description="LoRA rank r")
     alpha: Count = Field(8, description="LoRA alpha; the update is scaled by alpha / rank")
+    patch_samples: Count = Field(64, description="conversations that the maps of `patch` are fitted on (conversations)")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout (fraction)")
     targets: list[str] = Field([], description="linears with an adapter, e.g. [q_proj, v_proj]; empty: all (YAML list)")
     epochs: float = Field(1.0, gt=0, description="passes over the training conversations (epochs)")

@@ -70,6 +70,13 @@ class RecoverFacts(CheckpointFacts):
     last_loss: float
 
 
+class PatchFacts(CheckpointFacts):
+    """Of a checkpoint with linear maps in place of removed layers."""
+
+    layers: list[int]  # its layers with a map, zero-based
+    errors: list[float]  # of each: squared error of what it passes on, as a share of that without a map
+
+
 class QuantizeFacts(CheckpointFacts):
     """Of a rounded checkpoint, of one method or of mixed bits."""
 

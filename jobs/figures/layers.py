@@ -75,7 +75,7 @@ def loss_figure(losses: Sequence[Mapping]) -> str:
     figure, axes = plt.subplots(figsize=(7, 2.4))
     axes.plot([row["step"] for row in losses], [row["loss"] for row in losses], color=BLUE, linewidth=1.2)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss per token")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)

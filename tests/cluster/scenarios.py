@@ -99,7 +99,7 @@ def nodes() -> dict:
 def asked_for() -> dict:
     """Ask for three actors where there is room for one; two more find room later."""
     with simulated(num_cpus=1) as cluster:
-        mapping = Mapping(3, 40, 0.1)
+        mapping = Mapping(3, 200, 0.1)  # more than a node takes to come up
         mapping.start()
         mapping.until(3, cluster.head_node)
         second = cluster.add_node(num_cpus=2)

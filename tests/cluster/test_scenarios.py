@@ -98,7 +98,7 @@ def test_units_move_to_nodes_that_join_and_survive_nodes_that_are_lost():
 @pytest.mark.slow
 def test_actors_that_were_asked_for_start_when_there_is_room():
     found = result(start("asked_for"))
-    assert_once(found["rows"], 40)
+    assert_once(found["rows"], 200)
     first, second = (by("node", found["rows"])[node] for node in found["nodes"])
     assert len({row["process"] for row in first}) == 1 and len({row["process"] for row in second}) == 2
 

@@ -21,7 +21,7 @@ def test_help_runs_nothing(job):
 def test_demo_twice(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info"))
-    first = subprocess.run([sys.executable, "-m", "jobs.demo"], cwd=copy, capture_output=True, text=True, timeout=900)
+    first = subprocess.run([sys.executable, "-m", "jobs.demo"], cwd=copy, capture_output=True, text=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stderr.count("ray job submit") >= 4 and f"{copy}/runs/derm-tiny/report.html" in first.stdout
     rows = {row["method"]: row for row in json.loads((copy / "runs/derm-tiny/summary.json").read_text())}

@@ -5,7 +5,7 @@ import pytest
 from actors.training.settings import SNAPSHOTS
 from actors.training.trainer import Loss, Trainer
 from jobs import prepare, prune, recover
-from jobs.core.facts import RecoverFacts
+from jobs.core.facts import PatchFacts, RecoverFacts
 from jobs.searching.space import Setting, config_of
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
@@ -135,3 +135,28 @@ def test_the_search_names_recoveries(start):
     assert (
         recover.describe(kept.recover.model_copy(update={"fraction": 0.05})) == "projector+sft+logits, 5 % of the data"
     )
+
+
+def test_a_patch_alone_and_before_training(start):
+    """The maps leave less error than the cut; training starts from them; the card says both."""
+    run = start(recover__train="patch")
+    patched = recover.stage(run, pruned_stage(run), prepare.stage(run))
+    run.make(patched)
+    facts = run.facts(patched, PatchFacts)
+    assert patched.kind == "patch" and facts["layers"] == [3] and facts["errors"][0] < 0.9
+    both = start(recover__train="patch+lora")
+    trained = recover.stage(both, pruned_stage(both), prepare.stage(both))
+    both.make(trained)
+    assert trained.parents[0] == patched and trained.kind == "recover"
+    first = recover.LOSSES.read(both.folder_of(trained))[0]["loss"]
+    plain = start(recover__train="lora")
+    alone = recover.stage(plain, pruned_stage(plain), prepare.stage(plain))
+    plain.make(alone)
+    assert first < recover.LOSSES.read(plain.folder_of(alone))[0]["loss"]
+    text = (both.folder_of(trained) / "README.md").read_text()
+    assert "**Patched.** Linear maps" in text and "**Fine-tuned.**" in text and "train lora" in text
+    whole = start(prune__layers=0, recover__train="patch")
+    base = whole.base_model()
+    assert recover.stage(whole, prune.stage(whole, base), prepare.stage(whole)) == base
+    with pytest.raises(ValueError, match="The recovery patch compares with the original"):
+        recover.job(start(recover__train="patch"))
