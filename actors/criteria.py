@@ -50,6 +50,15 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+# Of head groups and channels, by their name in actors.narrowing.scores
+WIDTH_CRITERIA = {
+    "taylor": "sum of |w dL/dw| of a group's weights (second paper)",
+    "magnitude": "sum of |w|",
+    "activation": "sum of |w| times the norm of its input, of the weights that write",
+    "random": "by seed",
+}
+
+
 def set_criteria() -> list[str]:
     """Return the criteria by which sets of layers can be compared."""
     return [name for name, criterion in CRITERIA.items() if criterion.on_sets]

@@ -5,7 +5,6 @@ device; formulas from actors.maths.sizes. The peak is the largest of three momen
 the prefill in the decoder's last layer, the answer's last token.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,22 +130,6 @@ def architecture(config, trust_remote_code: bool = False) -> Architecture:
         parts[named[0] if named else "head"] += parameter.numel()
     layers = tuple(Layer(tuple(lin), rest, w) for lin, rest, w in zip(linears, others, windows, strict=True))
     return Architecture(config, parts, layers)
-
-
-def narrow_config(config, width: float, group_size: int):
-    """Return a copy of a config that keeps the share `width` of every MLP's channels and of the attention's heads.
-
-    Channels are rounded down to whole groups, heads to whole groups that share a key/value head.
-    """
-    config = copy.deepcopy(config)
-    text = config.text_config
-    text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    shared = text.num_key_value_heads or text.num_attention_heads
-    queries = text.num_attention_heads // shared
-    text.num_key_value_heads = max(1, int(width * shared))
-    text.num_attention_heads = queries * text.num_key_value_heads
-    text.intermediate_size = max(1, int(width * text.intermediate_size) // group_size) * group_size
-    return config
 
 
 def estimate(config: Any, setting: Setting) -> dict:

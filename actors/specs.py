@@ -24,6 +24,7 @@ class Change(Enum):
     """How a checkpoint was made from its parent, and so what the gate demands of it."""
 
     PRUNED = "pruned"  # only layers were removed: the parent without them gives the same logits
+    NARROWED = "narrowed"  # heads and channels were removed: the parent with them masked gives the same logits
     TRAINED = "trained"  # what was trained has other weights; everything else is the parent's
     ROUNDED = "rounded"  # the decoder's linears are rounded, and compute the same up to the rounding error
 

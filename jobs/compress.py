@@ -14,7 +14,7 @@ from typing import Any, cast
 from actors.judge.verdict import TOP_LABEL
 from jobs import ablate, evaluate, judge, prepare, prune, quantize, recover
 from jobs.core.command import main
-from jobs.core.facts import EvaluateFacts, Interval, Profile, PruneFacts, QuantizeFacts
+from jobs.core.facts import EvaluateFacts, Interval, Profile, QuantizeFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.judging import text as judge_text
@@ -37,8 +37,10 @@ _METRICS = (
 
 def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
     """Return method -> (checkpoint, its evaluation), the six rows of the paper's Table 4."""
-    if run.config.prune.layers == 0:
-        raise ValueError("prune.layers is 0: jobs.compress compares pruned models; use jobs.quantize alone instead.")
+    if run.config.prune.layers == 0 and run.config.prune.width == 1:
+        raise ValueError(
+            "prune.layers is 0 and prune.width 1: jobs.compress compares pruned models; use jobs.quantize alone."
+        )
     data, base = prepare.stage(run), run.base_model()
     pruned = prune.stage(run, base)
     recovered = recover.stage(run, pruned, data)
@@ -54,8 +56,8 @@ def plan(run: Run) -> dict[str, tuple[Any, Stage]]:
 
 
 def scores_stage(run: Run) -> Stage | None:
-    """Return the ablation that chose the layers, None if the config lists them."""
-    if run.config.prune.order is not None:
+    """Return the ablation that chose the layers, None if the config lists them, or removes none."""
+    if run.config.prune.order is not None or run.config.prune.layers == 0:
         return None
     return ablate.stage(run, run.base_model(), prepare.stage(run))
 
@@ -84,7 +86,7 @@ def judgements(run: Run, planned: dict[str, tuple[Any, Stage]]) -> list[Stage]:
 
 def make_summary(run: Run, planned: dict[str, tuple[Any, Stage]], failure: Exception | None = None) -> list[SummaryRow]:
     """Return one row per method, from existing artifacts; failure: the error that ended the judge, if any."""
-    removed = run.facts(planned["prune"][0], PruneFacts)["removed"]
+    removed = prune.removed_layers(run, planned["prune"][0])
     rows: list[dict] = []
     original: dict[str, AnswerRow] = {}
     tables: list[dict[str, AnswerRow]] = []

@@ -39,7 +39,8 @@ def checked_bits(config: Config, model, method: str) -> int:
 
 def rows(run: Run) -> list[dict]:
     """Return a row per setting, sizes in GiB."""
-    from actors.estimate import architecture, estimate, narrow_config, uniform
+    from actors.estimate import architecture, estimate, uniform
+    from actors.narrowing.narrower import narrow_config
 
     config = run.config
     model, source = model_config(run)

@@ -178,6 +178,8 @@ def format_rows(rows: Sequence[Mapping], damage: str, failure: Exception | None 
 def check_config(run: Run, memory: Memory) -> None:
     """Check method, package, budget and judge before anything is measured. ValueError: what cannot be used."""
     mixed.check(run)
+    if run.config.prune.width < 1:
+        raise ValueError("jobs.joint chooses layers and bits of a model of full width: set prune.width to 1.")
     if run.config.judge.engine != "none":
         check_judge(run)
     if run.config.joint.budget_gib is None and REMOVED in memory.options:

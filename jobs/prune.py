@@ -1,22 +1,25 @@
-"""Remove decoder layers: the least important by the ablation's scores, or an explicit list.
+"""Remove decoder layers, by the ablation's scores or by a list; then heads and channels of those that are left.
 
     python -m jobs.prune --config configs/derm-tiny.yaml --prune.layers 2
     python -m jobs.prune --config configs/llava-1.5-7b-dermnet.yaml --prune.layers 7 \\
         --prune.order '[23, 4, 18, 22, 21, 24, 17, 27, 20, 26, 19, 29, 28, 5]'     # the authors' published order
 
     python -m jobs.prune --config configs/derm-tiny.yaml --prune.search greedy
+    python -m jobs.prune --config configs/derm-tiny.yaml --prune.layers 0 --prune.width 0.75    # width alone
 
-The checkpoint has renumbered layers and a corrected config: plain transformers loads it.
+The checkpoint has renumbered layers and a corrected config: plain transformers loads it. Every layer keeps as many
+heads and channels as the others.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from actors.specs import Change
+from actors.maths.sampling import draw_places
+from actors.specs import Change, Conversation
 from jobs import ablate, prepare, verify
 from jobs.core.command import main
-from jobs.core.facts import SelectFacts
+from jobs.core.facts import PruneFacts, SelectFacts
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.ranking import select
@@ -26,16 +29,70 @@ LOG = logging.getLogger("jobs")
 
 
 def stage(run: Run, model: Stage | Source) -> Stage | Source:
-    """Return the stage that prunes `model`; with 0 layers to remove, `model` itself.
+    """Return the stage that prunes `model`, depth first, then width; `model` itself, if there is nothing to remove.
 
     ValueError: more layers than the model has or may lose, as far as the config and its config.json tell.
     """
-    if run.config.prune.layers == 0:
+    if run.config.prune.layers:
+        model = _stage(run, model)
+        if run.missing([model]):
+            _check(run)
+    if run.config.prune.width == 1:
         return model
-    pruned = _stage(run, model)
-    if run.missing([pruned]):
-        _check(run)
-    return pruned
+    narrow = narrow_stage(run, model)
+    if run.missing([narrow]):
+        _check_width(run)
+    return narrow
+
+
+def removed_layers(run: Run, model: Stage | Source) -> list[int]:
+    """Return the layers that the depth pruning of `model`, a result of `stage`, took, zero-based."""
+    if isinstance(model, Source):
+        return []
+    return removed_layers(run, model.parents[0]) if model.kind == "narrow" else run.facts(model, PruneFacts)["removed"]
+
+
+def narrow_stage(run: Run, model: Stage | Source) -> Stage:
+    """Return the stage that removes heads and channels of every layer of `model`."""
+    prune, data = run.config.prune, prepare.stage(run)
+    settings = {
+        "width": prune.width,
+        "multiple": run.config.quantize.group_size,
+        "criterion": prune.width_criterion,
+        "samples": prune.width_samples,
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+    }
+    return Stage("narrow", 1, settings, (model, data), lambda r, f, facts: narrow(r, model, data, f, facts))
+
+
+def narrow(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
+    """Score heads and channels, and write the checkpoint with the most important ones."""
+    prune, rows = run.config.prune, prepare.conversations(run.make(data), "train")
+    chosen = [rows[place] for place in sorted(draw_places(len(rows), prune.width_samples, run.config.seed))]
+    conversations = [Conversation(r["sample_id"], r["image"], r["question"], r["reference"]) for r in chosen]
+    options = (prune.width, run.config.quantize.group_size, prune.width_criterion, run.config.seed)
+    with run.workers.worker("actors.narrowing.narrower:Narrower", spec=run.model_spec(model)) as worker:
+        facts.update(worker.call("narrow", conversations, *options, str(folder)))
+    facts["gate"] = verify.verify_change(run, folder, model, Change.NARROWED)
+    step = {
+        "kind": "narrow",
+        "width": prune.width,
+        "criterion": prune.width_criterion,
+        **{name: facts[name] for name in ("head_groups", "channels", "compensated")},
+        "conversations": len(chosen),
+        "digest": card.conversations_digest(run.make(data), [c.id for c in conversations]),
+    }
+    card.finish(run, model, folder, facts, step)
+    LOG.info(f"prune: every layer keeps {facts['head_groups']} head groups and {facts['channels']} channels")
+
+
+def _check_width(run: Run) -> None:
+    """Check by the base model's config.json that its layers can be narrowed."""
+    from actors.checkpoint.config import check_llava
+    from actors.narrowing.groups import layer_shape
+
+    layer_shape(check_llava(run.base_config()).text_config)
 
 
 def _check(run: Run) -> None:
@@ -95,8 +152,8 @@ def _describe_choice(run: Run) -> str:
 
 def job(run: Run) -> None:
     """Prune the config's model."""
-    if run.config.prune.layers == 0:
-        raise ValueError("prune.layers is 0: nothing to remove.")
+    if run.config.prune.layers == 0 and run.config.prune.width == 1:
+        raise ValueError("prune.layers is 0 and prune.width 1: nothing to remove.")
     print(f"prune: the checkpoint is {run.make(stage(run, run.base_model()))}", flush=True)
 
 

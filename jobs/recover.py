@@ -59,6 +59,8 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
 
     The teacher, or the original of a patch, is the config's, or its model.
     """
+    if PATCH in run.config.recover.train and run.config.prune.width < 1:
+        raise ValueError("recover.train patch stands in for layers of a model of full width: set prune.width to 1.")
     if PATCH in run.config.recover.train and model != run.base_model():
         model = patch_stage(run, model, _teacher(run), data)
     return _training_stage(run, model, data) if _trained(run) else model

@@ -68,7 +68,8 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rows": [format_row({**row, "given_name": metrics[row["method"]]["given_name"]}, original) for row in rows],
         "first": original,
-        "removed": removed,
+        "removed": ", ".join(map(str, removed)) or "none",
+        "width": run.config.prune.width,
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
         "recovery": recover.describe(run.config.recover),
         "layers": _layers(run, planned["prune"][0], removed),
@@ -103,8 +104,10 @@ def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
     pairs = AGREEMENT.read(run.folder_of(others)) if others else []
     criteria = list(dict.fromkeys(row["criterion"] for row in pairs))
     tau = {(row["criterion"], row["other"]): ablate.format_tau(row["tau"]) for row in pairs}
+    depth = pruned.parents[0] if pruned.kind == "narrow" else pruned
+    before = depth.parents if isinstance(depth, Stage) else ()
     search_facts = next(
-        (run.facts(p, SelectFacts) for p in pruned.parents if isinstance(p, Stage) and p.kind == "select"), None
+        (run.facts(p, SelectFacts) for p in before if isinstance(p, Stage) and p.kind == "select"), None
     )
     label = CRITERIA[criterion].label
     return {

@@ -19,6 +19,7 @@ from actors.checkpoint.tensors import stored_dtype
 from actors.gate.files import LAYER, check_kept, check_names, check_sums, check_tensors, load_or_refuse
 from actors.gate.layers import check_layers
 from actors.gate.linears import check_linears, check_modules, layout_of, may_be_scaled, quant_method
+from actors.gate.narrowed import Narrowed
 from actors.gate.parent import Parent
 from actors.gate.vllm import check_vllm
 from actors.probe import PROBE, placed_probe, probe_logits, read_probe, write_probe
@@ -69,11 +70,17 @@ class Gate:
         findings["names"] = check_names(folder)
         processor = load_or_refuse(lambda: load_processor(spec.path, None, trusted))
         findings["processor"] = f"{type(processor).__name__} with a chat template"
-        before = Parent(parent, removed) if parent else None
-        if before:
-            _check_count(config, before)
+        before, narrowed = None, None
+        if parent and change is Change.NARROWED:
+            narrowed = Narrowed(folder, parent)
+            before = Parent(parent, mask=narrowed.mask)
+            findings["kept"] = narrowed.check_tensors()
+        elif parent:
+            before = Parent(parent, removed)
             changed = _may_differ(config, change, trained)
             findings["kept"] = check_kept(folder, before.folder, before.renumbered, changed)
+        if before:
+            _check_count(config, before)
         model = load_plainly(spec, config)
         findings["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass, in which some formats are dequantized
@@ -82,7 +89,11 @@ class Gate:
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         closeness, off = [], None
-        if before and change is not Change.TRAINED:
+        if before and narrowed:
+            for _ in before.layers():
+                pass
+            closeness.append(_compare_logits(logits, before.logits(), SAME[spec.dtype], "the model before, masked"))
+        elif before and change is not Change.TRAINED:
             pruned = change is Change.PRUNED
             findings["layers"], off, close = _compare_with_parent(
                 before, model, processor, config, spec, pruned, logits
@@ -95,7 +106,7 @@ class Gate:
             closeness.append(_compare_logits(logits, recorded, allowed, "what it gave when it was made", off))
         findings["logits"] = "; ".join(closeness) or "no reference to compare with"
         findings["cache"] = check_cache(model, processor, _cache_error(config) or SAME[spec.dtype])
-        del model, before
+        del model, before, narrowed
         _free()
         findings["vllm"] = check_vllm(folder, config, is_ours=parent is not None or keep_probe)
         if keep_probe and not (folder / PROBE).exists():

@@ -1,6 +1,6 @@
 """The model that a checkpoint was made from, run by the gate one decoder layer at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,10 +22,14 @@ class Parent:
     """Runs the probe through a checkpoint without the decoder layers `removed`.
 
     Memory holds the tower, the projector and the embeddings while the probe is embedded; then the final norm, the head
-    and one layer at a time. ValueError: not a LLaVA-shaped checkpoint, or weights are missing.
+    and one layer at a time. mask: changes every layer (number after the removal, layer) before it is used. ValueError:
+    not a LLaVA-shaped checkpoint, or weights are missing.
     """
 
-    def __init__(self, spec: ModelSpec, removed: Sequence[int] = ()):
+    def __init__(
+        self, spec: ModelSpec, removed: Sequence[int] = (), mask: Callable[[int, nn.Module], None] | None = None
+    ):
+        self._mask = mask
         self.folder = local_folder(spec.path, spec.revision)
         self.config = read_config(self.folder, trust_remote_code=spec.trust_remote_code)
         count = self.config.text_config.num_hidden_layers
@@ -50,6 +54,8 @@ class Parent:
                 continue
             fill(layer, tensors, self._hidden)
             del tensors
+            if self._mask:
+                self._mask(self.renumbered[number], layer)
             yield self.renumbered[number], layer, self._hidden, self._kwargs[number]
             pass_through(layer, self._hidden, self._kwargs[number])
             layer.to("meta")

@@ -91,7 +91,7 @@ def check_quantizable(config, settings: QuantizeSettings) -> None:
             if inputs % settings.group_size:
                 raise ValueError(
                     f"{settings.method} cannot round {name} of {inputs} inputs in groups of {settings.group_size}: "
-                    "choose a quantize.group_size that divides it."
+                    "choose a quantize.group_size that divides it, or a prune.width that leaves a multiple of it."
                 )
     if method.check:
         load_function(method.check)(config, settings)

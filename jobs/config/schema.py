@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.criteria import CRITERIA, set_criteria
+from actors.criteria import CRITERIA, WIDTH_CRITERIA, set_criteria
 from actors.quantizers.table import METHODS, bits_of
 from actors.training.settings import OBJECTIVES, PARTS, check_parts, weigh_objectives
 from jobs.config.estimate import EstimateConfig
 from jobs.config.joint import JointConfig
 from jobs.config.judge import JudgeConfig
 from jobs.config.search import SearchConfig
-from jobs.config.section import Bits, Count, Criterion, Dtype, Quantizer, Section
+from jobs.config.section import Bits, Count, Criterion, Dtype, Quantizer, Section, WidthCriterion
 
 
 class ModelConfig(Section):
@@ -121,7 +121,7 @@ class AblateConfig(Section):
 
 
 class PruneConfig(Section):
-    """Removing layers."""
+    """Removing layers, and heads and channels of those that are left."""
 
     layers: int = Field(2, ge=0, description="decoder layers to remove (layers)")
     order: list[int] | None = Field(None, description="removal order, zero-based; unset: by the ablation's scores")
@@ -132,6 +132,17 @@ class PruneConfig(Section):
     generations: Count = Field(8, description="evolution: rounds of mutation and selection (rounds)")
     offspring: Count = Field(16, description="evolution: mutated sets per round, compared by KL (sets)")
     survivors: Count = Field(4, description="evolution: sets per round that are compared by the criterion (sets)")
+    width: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the attention's head groups and the MLP's channels that every layer keeps; channels are "
+        "rounded down to a multiple of quantize.group_size (fraction)",
+    )
+    width_criterion: WidthCriterion = Field(
+        "taylor", description="; ".join(f"{name}: {words}" for name, words in WIDTH_CRITERIA.items())
+    )
+    width_samples: Count = Field(10, description="training conversations that the criterion sees (conversations)")
 
 
 class RecoverConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from actors.criteria import CRITERIA
+from actors.criteria import CRITERIA, WIDTH_CRITERIA
 from actors.quantizers.table import METHODS, known_bits
 
 
@@ -35,6 +35,7 @@ Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quantizer = Annotated[str, OneOf(_quantizer_names)]
 Criterion = Annotated[str, OneOf(lambda: CRITERIA)]
+WidthCriterion = Annotated[str, OneOf(lambda: WIDTH_CRITERIA)]
 Bits = Annotated[int, OneOf(known_bits)]
 
 

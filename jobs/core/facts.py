@@ -62,6 +62,21 @@ class PruneFacts(CheckpointFacts):
     layers: int  # that are left
 
 
+class StatesFacts(Facts):
+    """Of a teacher's hidden states."""
+
+    conversations: int
+    bytes: int  # on disk
+
+
+class NarrowFacts(CheckpointFacts):
+    """Of a checkpoint with fewer heads and channels."""
+
+    head_groups: int  # of every layer: key/value heads, with the query heads that read them
+    channels: int  # of every layer's MLP
+    compensated: bool  # biases carry the mean of what is gone
+
+
 class RecoverFacts(CheckpointFacts):
     """Of a fine-tuned checkpoint."""
 
@@ -191,6 +206,9 @@ FACTS: dict[str, type] = {
     "ablate": AblateFacts,
     "select": SelectFacts,
     "prune": PruneFacts,
+    "narrow": NarrowFacts,
+    "states": StatesFacts,
+    "patch": PatchFacts,
     "recover": RecoverFacts,
     "quantize": QuantizeFacts,
     "mixed": QuantizeFacts,

@@ -10,8 +10,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from actors.checkpoint.pruning import prune_checkpoint, pruned_config
 from actors.checkpoint.tensors import stored_bytes
-from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, narrow_config, uniform
+from actors.estimate import Setting, architecture, cache_bytes, estimate, layer_bytes, uniform
 from actors.memory import count_parameters, meta_model
+from actors.narrowing.narrower import narrow_config
 from actors.quantizers.storage import read_layers
 from actors.quantizers.table import bits_of
 from tests.paper import ORDER, TABLE_1

@@ -28,7 +28,7 @@ def test_every_config_parses_and_answers_every_question(path):
     if path.name.startswith("judge-"):
         assert config.judge.engine != "none" and not config.data.classes
         return
-    assert len(config.data.classes) == 8
+    assert len(config.data.classes) == (1 if path.name == "smol-easy-vqa.yaml" else 8)
     for question in config.data.questions:
         for kind in config.data.classes:
             if question.answer:

@@ -103,7 +103,7 @@ def test_a_killed_job_goes_on(start, monkeypatch):
 
 
 def test_a_teacher_must_be_named_where_none_is_known(start):
-    with pytest.raises(ValueError, match=r"recover.objective sft\+hidden compares with a teacher: give the checkpoint"):
+    with pytest.raises(ValueError, match=r"The recovery lora\+sft\+hidden compares with the original: give the"):
         recover.job(start(recover__objective="sft+hidden"))
     with pytest.raises(ValueError, match=r"recover.teacher"):
         recover.job(start(recover__objective="hidden", recover__teacher="/nowhere"))
