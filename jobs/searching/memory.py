@@ -12,13 +12,17 @@ from jobs.searching.sizing import make_setting, model_config
 
 
 def shapes_of(run: Run) -> Any:
-    """Return the Architecture (actors.estimate) of model.path, from its config.json alone."""
+    """Return the Architecture (actors.estimate) of model.path at prune.width, from its config.json alone."""
     from actors.estimate import architecture
+    from actors.narrowing.narrower import narrow_config
 
     # estimate.architecture is that of another model, which is not built
     estimate = run.config.estimate.model_copy(update={"architecture": None})
     model_run = Run(run.config.model_copy(update={"estimate": estimate}), parent_run=run)
-    return architecture(model_config(model_run)[0], run.config.model.trust_remote_code)
+    config = model_config(model_run)[0]
+    if run.config.prune.width < 1:
+        config = narrow_config(config, run.config.prune.width, run.config.quantize.group_size)
+    return architecture(config, run.config.model.trust_remote_code)
 
 
 def size_setting(config: Config, method: str, bits: tuple[int, ...]) -> Any:
