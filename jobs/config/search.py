@@ -16,10 +16,15 @@ class BudgetConfig(Section):
 
 
 class SearchConfig(Section):
-    """Which settings jobs.search tries: every depth with every recovery, quantizer and its bits."""
+    """Which settings jobs.search tries: every depth with every width, recovery, quantizer and its bits."""
 
     depths: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 2, 4, 7], min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"
+    )
+    widths: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [1.0],
+        min_length=1,
+        description="share of heads and channels to keep, as prune.width does (fractions, YAML list)",
     )
     recoveries: list[str] = Field(
         ["none", "qlora"],

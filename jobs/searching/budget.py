@@ -36,7 +36,8 @@ class Entrant:
         mine, theirs = self.setting, other.setting
         if mine.simulated and not theirs.simulated:
             return False
-        return mine.kernels == theirs.kernels and mine.depth >= theirs.depth and self.estimate_gib <= other.estimate_gib
+        no_slower = mine.kernels == theirs.kernels and mine.depth >= theirs.depth and mine.width <= theirs.width
+        return no_slower and self.estimate_gib <= other.estimate_gib
 
 
 def find_dominated(entrants: Sequence[Entrant], groups: Mapping[str, int | str]) -> dict[tuple[str, ...], dict]:

@@ -17,7 +17,7 @@ from jobs.scoring.rows import ANSWERS, AnswerRow
 from jobs.searching.log import MEASURED_FOR, read_log
 from jobs.searching.memory import device_gib, shapes_of
 from jobs.searching.sizing import removals
-from jobs.searching.space import format_command, format_single_command, to_columns
+from jobs.searching.space import config_of, format_command, format_single_command, to_columns
 from jobs.searching.stages import SEARCH, Plan
 from jobs.searching.table import ROWS, SearchRow
 
@@ -47,14 +47,16 @@ def estimates(run: Run, plans: Sequence[Plan]) -> list[float]:
     """Return what every setting takes on its device (GiB), from the model's config alone; a GPU's context included."""
     from actors.estimate import uniform
 
-    config, shapes = run.config, shapes_of(run)
-    windows = [layer.window for layer in shapes.layers]
+    config = run.config
+    widths = {plan.setting.width: plan.setting for plan in plans}
+    shapes = {width: shapes_of(Run(config_of(config, each), parent_run=run)) for width, each in widths.items()}
+    windows = [layer.window for layer in next(iter(shapes.values())).layers]
     depths = [plan.setting.depth for plan in plans]
     counted = config.model_copy(update={"estimate": config.estimate.model_copy(update={"removed": depths})})
     sizes = []
     for plan, (removed, _) in zip(plans, removals(counted, windows), strict=True):
         bits = uniform(len(windows), removed, plan.setting.bits)
-        sizes.append(device_gib(config, shapes, plan.setting.quantizer, bits))
+        sizes.append(device_gib(config, shapes[plan.setting.width], plan.setting.quantizer, bits))
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""The settings of a search: number of layers removed, fine-tuning after it, quantizer and bits."""
+"""The settings of a search: number of layers removed, width of the others, fine-tuning, quantizer and bits."""
 
 import shlex
 import sys
@@ -21,11 +21,13 @@ class Setting:
     quantizer: str
     bits: int
     name: str = ""  # its name for people, if not made of the others
+    width: float = 1.0  # share of heads and channels that every layer keeps
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Its key in Ray Tune: one value for each dimension of the search."""
-        return str(self.depth), self.recovery, f"{self.quantizer}{self.bits}"
+        """Its key in Ray Tune: its shape, recovery and quantizer."""
+        shape = str(self.depth) if self.width == 1 else f"{self.depth}x{self.width:g}"
+        return shape, self.recovery, f"{self.quantizer}{self.bits}"
 
     @property
     def label(self) -> str:
@@ -33,6 +35,7 @@ class Setting:
         if self.name:
             return self.name
         parts = [f"{self.depth} out"] if self.depth else []
+        parts += [f"width {self.width:g}"] if self.width < 1 else []
         parts += [self.recovery] if self.recovery != "none" else []
         parts += [f"{self.quantizer} {self.bits} bit"] if self.quantizer != "none" else []
         return ", ".join(parts) or "original"
@@ -61,8 +64,9 @@ def space(config: Config) -> list[Setting]:
             raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(allowed)}.")
         rounded += [(quantizer, bits) for bits in chosen]
     return [
-        Setting(depth, recovery, quantizer, bits)
+        Setting(depth, recovery, quantizer, bits, width=width)
         for depth in dict.fromkeys(search.depths)
+        for width in dict.fromkeys(search.widths)
         for recovery in dict.fromkeys(search.recoveries)
         for quantizer, bits in rounded
     ]
@@ -71,7 +75,7 @@ def space(config: Config) -> list[Setting]:
 def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
     """Return the configuration of one setting; screen: that of its screening evaluation."""
     changes: dict[str, dict] = {
-        "prune": {"layers": setting.depth},
+        "prune": {"layers": setting.depth, "width": setting.width},
         "quantize": {"method": setting.quantizer, "bits": setting.bits},
     }
     if setting.recovery != "none":
@@ -100,7 +104,12 @@ def format_single_command(setting: Setting, run_dir: str) -> str:
             words.append(word)
         elif "=" not in word and rest and not rest[0].startswith("--"):
             rest.pop(0)  # its value
-    chosen = {"depths": setting.depth, "recoveries": setting.recovery, "quantizers": setting.quantizer}
+    chosen = {
+        "depths": setting.depth,
+        "widths": setting.width,
+        "recoveries": setting.recovery,
+        "quantizers": setting.quantizer,
+    }
     if setting.quantizer in METHODS and not METHODS[setting.quantizer].only_bits:
         chosen["bits"] = setting.bits
     for name, value in chosen.items():

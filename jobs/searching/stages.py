@@ -67,16 +67,15 @@ def order_stages(stages: Iterable[Stage | Source]) -> list[Stage]:
 def plans(run: Run, settings: Iterable[Setting]) -> list[Plan]:
     """Plan settings; ValueError: one of them is impossible, as far as config.json tells."""
     data, base = prepare.stage(run), run.base_model()
-    pruned: dict[int, Stage | Source] = {}
-    recovered: dict[tuple[int, str], Stage | Source] = {}
+    pruned: dict[tuple[int, float], Stage | Source] = {}
+    recovered: dict[tuple[int, float, str], Stage | Source] = {}
     planned = []
     for setting in settings:
         setting_run = Run(config_of(run.config, setting), parent_run=run)
-        if setting.depth not in pruned:
-            pruned[setting.depth] = prune.stage(setting_run, base)
-        model = pruned[setting.depth]
+        shape = setting.depth, setting.width
+        model = pruned[shape] = pruned.get(shape) or prune.stage(setting_run, base)
         if setting.recovery != "none":
-            key = setting.depth, setting.recovery
+            key = *shape, setting.recovery
             recovered[key] = recovered.get(key) or recover.stage(setting_run, model, data)
             model = recovered[key]
         model = quantize.stage(setting_run, model, data)

@@ -1,6 +1,6 @@
 """run_dir/search/rows.json: one row per setting. Percent is 0 to 100; Maybe: None unless evaluated."""
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from jobs.core.facts import Interval
 from jobs.core.rows import Maybe, Rows
@@ -18,6 +18,7 @@ class SearchRow(JudgedColumns):
     recovery: str
     quantizer: str
     bits: int  # 16: not rounded, 0: layers differ
+    width: NotRequired[float]  # share of heads and channels kept; absent in rows of older code: 1
     status: str  # done, over budget, screened out, failed, open
     reason: str | None
     estimate_gib: float  # fullest device

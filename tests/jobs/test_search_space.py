@@ -27,6 +27,17 @@ def test_every_depth_with_every_recovery_quantizer_and_its_bits():
     ]
 
 
+def test_widths_are_a_dimension():
+    options = {"search__depths": "[0, 2]", "search__recoveries": "[none]", "search__quantizers": "[none]"}
+    found = space(config(**options, search__widths="[1.0, 0.5]"))
+    assert [setting.key[0] for setting in found] == ["0", "0x0.5", "2", "2x0.5"]
+    assert [setting.label for setting in found] == ["original", "width 0.5", "2 out", "2 out, width 0.5"]
+    own = config_of(config(), found[3]).prune
+    assert (own.layers, own.width) == (2, 0.5)
+    with pytest.raises(ValueError, match=r"search\.widths"):
+        config(search__widths="[1.5]")
+
+
 def test_what_is_listed_twice_is_one_setting():
     assert keys(search__depths="[2, 2]", search__recoveries="[none]", search__quantizers="[none, none]") == [
         ("2", "none", "none16")
