@@ -52,7 +52,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage:
     }
     return Stage(
         "evaluate",
-        5,
+        6,
         settings,
         (model, data),
         lambda r, folder, facts: build(r, model, data, folder, facts),
