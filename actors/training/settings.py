@@ -1,8 +1,10 @@
 """The choices of a fine-tuning: what is trained, towards what. Imports neither torch nor transformers."""
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PARTS = {
     "qlora": "LoRA on the decoder's linears, whose frozen weights are in NF4 while training",
@@ -21,6 +23,7 @@ OBJECTIVES = {
 }
 ADAPTERS = ("qlora", "lora")
 PATCH = "patch"
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 SNAPSHOTS = "training"  # folder beside an unfinished checkpoint
 
 
@@ -99,19 +102,30 @@ def needs_teacher(objective: Mapping[str, float]) -> bool:
     return set(objective) != {"sft"}
 
 
-def recovery_label(parts: Collection[str], objective: Mapping[str, float]) -> str:
-    """Return the name of a recovery for people: lora, projector, lora+sft+hidden."""
-    return "+".join([*parts, *(objective if needs_teacher(objective) else ())])
+def recovery_label(parts: Collection[str], objective: Mapping[str, float], fraction: float = 1.0) -> str:
+    """Return the name of a recovery for people: lora, projector+5%, lora+sft+hidden."""
+    share = [] if fraction == 1 else [f"{100 * fraction:g}%"]
+    return "+".join([*parts, *(objective if needs_teacher(objective) else ()), *share])
 
 
-def read_recovery(label: str) -> tuple[list[str], dict[str, float] | None]:
-    """Return (parts, objective) of a label, None where it names no objective; ValueError: an unknown word."""
-    words = label.split("+")
-    parts, objectives = [w for w in words if w in PARTS], [w for w in words if w in OBJECTIVES]
-    for word in words:
-        if word not in PARTS and word not in OBJECTIVES:
+def read_recovery(label: str) -> dict[str, Any]:
+    """Return the options that a label names: train, and objective and fraction if it has them.
+
+    ValueError: an unknown word, or parts that exclude each other.
+    """
+    options: dict[str, Any] = {"train": []}
+    objectives = []
+    for word in label.split("+"):
+        if word in PARTS:
+            options["train"].append(word)
+        elif word in OBJECTIVES:
+            objectives.append(word)
+        elif (share := _SHARE.fullmatch(word)) and 0 < float(share[1]) <= 100:
+            options["fraction"] = float(share[1]) / 100
+        else:
             raise ValueError(
-                f"There is no recovery {word!r}: join {', '.join([*PARTS, *OBJECTIVES])} by +, or give none."
+                f"There is no recovery {word!r}: join {', '.join([*PARTS, *OBJECTIVES])} or a share of the data as 5% "
+                "by +, or give none."
             )
-    check_parts(parts)
-    return parts, weigh_objectives(dict.fromkeys(objectives, 1.0)) if objectives else None
+    check_parts(options["train"])
+    return options | ({"objective": weigh_objectives(dict.fromkeys(objectives, 1.0))} if objectives else {})

@@ -55,7 +55,8 @@ def plan_choice(run: Run, base: Source, data: Stage, method: str, choice: Choice
     recovered = recover.stage(pruned_run, prune.stage(pruned_run, base), data)
     model = mixed.stage(pruned_run, recovered, data, [bits for bits in choice if bits != REMOVED])
     kind = ("mixed", 0) if isinstance(model, Stage) and model.kind == "mixed" else ("none", WHOLE)
-    recovery = recovery_label(run.config.recover.train, run.config.recover.objective)
+    wanted = run.config.recover
+    recovery = recovery_label(wanted.train, wanted.objective, wanted.fraction)
     setting = Setting(len(removed), recovery, *kind, name=f"{method} in {size(budget)}")
     return Plan(setting, model, None, evaluate.stage(pruned_run, model, data), ()), pruned_run
 

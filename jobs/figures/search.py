@@ -1,7 +1,8 @@
 """The search's figures as SVG text: score against a cost, and the bits of every layer in the joint choices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from matplotlib.patches import Rectangle
 
@@ -9,6 +10,7 @@ from actors.quantizers.table import METHODS
 from jobs.figures.layers import BLUE, GREY, RED, plt, svg
 
 _NEAR = 1.5  # a budget above this many times the largest cost would leave the settings no room in the figure
+_STYLES = [(colour, marker) for marker in ("o-", "s--", "^:") for colour in (BLUE, RED, "#2f855a", "#744210")]
 _SHADES = {0: "#ffffff", 3: "#bee3f8", 4: "#90cdf4", 8: "#63b3ed", 16: BLUE}
 
 
@@ -77,6 +79,26 @@ def front_figure(
     _number(ours, front, marks)
     for axes in (ours, theirs):
         axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
+
+
+def retained_figure(lines: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
+    """Share of the score that is retained against the share of parameters removed, a line for each way.
+
+    lines: (removed %, retained %, low, high) of each point, in order.
+    """
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    axes.axhline(100, color=GREY, lw=0.8, ls=":")
+    for (name, points), (colour, marker) in zip(lines.items(), cycle(_STYLES), strict=False):
+        removed, retained, low, high = zip(*points, strict=True)
+        below, above = ([abs(a - b) for a, b in zip(retained, bounds, strict=True)] for bounds in (low, high))
+        axes.errorbar(removed, retained, yerr=[below, above], fmt=marker, color=colour, capsize=2, lw=1.2, label=name)
+    axes.set_xlabel("parameters removed (%)")
+    axes.set_ylabel("score retained (%)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
     return svg(figure)
 
 

@@ -9,13 +9,14 @@ from cluster.artifacts import write_text
 from jobs.config.search import BudgetConfig
 from jobs.core.run import Run
 from jobs.core.text import GIB, size, with_interval
-from jobs.figures.search import Mark, front_figure, layers_figure
+from jobs.figures.search import Mark, front_figure, layers_figure, retained_figure
 from jobs.judging.tables import flag
 from jobs.reporting import published
 from jobs.reporting.pages import render_page
+from jobs.reporting.retained import format_points, retained_points
 from jobs.searching.budget import format_answer, judge_remarks, pareto_front, timed_apart
 from jobs.searching.joint_table import read_joint
-from jobs.searching.rows import totals
+from jobs.searching.rows import answers, totals
 from jobs.searching.stages import SEARCH
 from jobs.searching.table import Cost, SearchRow
 
@@ -35,6 +36,14 @@ def write_report(run: Run, rows: Sequence[SearchRow], resolved: dict, failure: E
     joint = _joint(run)
     if joint is not None:
         figures["layers"] = layers_figure([(row["method"], row["choice"]) for row in joint["candidates"]])
+    present = [row for row in rows if run.store.find(row["evaluation"])]
+    points = retained_points(present, lambda evaluation: answers(run, evaluation))
+    if points:
+        lines: dict[str, list[tuple[float, float, float, float]]] = {}
+        for point in points:
+            lines.setdefault(point.line, []).append((point.removed, point.retained, point.low, point.high))
+        figures["retained"] = retained_figure(lines)
+        write_text(folder / "retained.md", format_points(points))
     for name, figure in figures.items():
         write_text(folder / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + figure)
     content = {
@@ -51,6 +60,7 @@ def write_report(run: Run, rows: Sequence[SearchRow], resolved: dict, failure: E
         "remarks": judge_remarks({row["setting"]: row for row in rows}),
         "failure": failure,
         "joint": joint,
+        "retained": [point.cells for point in points],
         "spent": _spent(totals(run, rows)),
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
     }

@@ -79,8 +79,7 @@ def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
         "quantize": {"method": setting.quantizer, "bits": setting.bits},
     }
     if setting.recovery != "none":
-        train, objective = read_recovery(setting.recovery)
-        changes["recover"] = {"train": train, **({"objective": objective} if objective else {})}
+        changes["recover"] = read_recovery(setting.recovery)
     if screen:
         limits = config.evaluate.limit, config.search.screen_images
         limit = min(images for images in limits if images is not None)

@@ -221,10 +221,15 @@ def test_impossible_choices(change, message):
 
 def test_labels_of_recoveries():
     assert recovery_label(["lora"], {"sft": 1.0}) == "lora"
-    assert read_recovery("lora") == (["lora"], None)
+    assert read_recovery("lora") == {"train": ["lora"]}
     label = recovery_label(["lora", "projector"], {"sft": 0.5, "hidden": 0.5})
     assert label == "lora+projector+sft+hidden"
-    assert read_recovery(label) == (["lora", "projector"], {"sft": 0.5, "hidden": 0.5})
+    assert read_recovery(label) == {"train": ["lora", "projector"], "objective": {"sft": 0.5, "hidden": 0.5}}
+    assert recovery_label(["projector"], {"sft": 1.0}, 0.05) == "projector+5%"
+    assert read_recovery("projector+5%") == {"train": ["projector"], "fraction": 0.05}
+    for wrong in ("lora+0%", "lora+101%"):
+        with pytest.raises(ValueError, match="There is no recovery"):
+            read_recovery(wrong)
     with pytest.raises(ValueError, match="no recovery 'lore'"):
         read_recovery("lore+sft")
     with pytest.raises(ValueError, match=r"recover\.train is empty"):
