@@ -90,7 +90,8 @@ def _build_model(folder: Path) -> None:
     command = [sys.executable, "-m", "jobs.make_derm_smol", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        raise RuntimeError(f"The model cannot be put together: {last}")
 
 
 def _has_missing_stages(run: Run, chosen: Demo) -> bool:
@@ -140,7 +141,7 @@ def relay(line: str) -> None:
 
 _LINE = re.compile(r"(\d\d:\d\d:\d\d )?(WARNING )?(.*)")
 _STAGE = re.compile(
-    r"(prepare|data|ablate|select|prune|recover|quantize|evaluate|compare|ranges|compress|report|search):"
+    r"(prepare|data|ablate|select|prune|narrow|states|patch|recover|quantize|evaluate|compare|ranges|compress|report|search):"
 )
 _PROGRESS = re.compile(r".+: \d+/\d+ \(.+ s left\)")
 

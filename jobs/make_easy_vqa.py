@@ -49,7 +49,11 @@ def write(out: Path, counts: dict[str, int]) -> None:
         if not 1 <= count <= PICTURES[side]:
             raise ValueError(f"--{side} is {count}: easy-VQA has 1 to {PICTURES[side]} pictures for {side}.")
     if out.exists():
+        present = {side: len(list((out / side).glob("*.png"))) for side in counts}
+        if present != counts:
+            raise ValueError(f"{str(out)!r} holds {present} pictures, not {counts}: give another --out, or remove it.")
         LOG.info(f"make_easy_vqa: {out} exists")
+        print(out)
         return
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

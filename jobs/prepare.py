@@ -78,7 +78,9 @@ def stage(run: Run) -> Stage:
     if not root.is_dir():
         raise ValueError(f"No image folder at data.root {str(root)!r}: give the folder that holds the class folders.")
     if not data.classes or not (data.questions or data.annotations):
-        raise ValueError("data.classes or data.questions is empty: see configs/derm-tiny.yaml for an example.")
+        raise ValueError(
+            "data.classes is empty, or data.questions and data.annotations both are: see configs/derm-tiny.yaml."
+        )
     files = {
         path.relative_to(root).as_posix(): run.sources.fingerprints.file(path)
         for path in sorted(root.rglob("*"))
@@ -86,7 +88,7 @@ def stage(run: Run) -> Stage:
     }
     settings = data.model_dump(mode="json", exclude={"root", "draw_per_class"})
     recipe = {**settings, "seed": run.config.seed, "root": str(root), "files": files}
-    return Stage("data", 2, {"sha256": digest(recipe)}, (), build)
+    return Stage("data", 3, {"sha256": digest(recipe)}, (), build)
 
 
 def image_root(run: Run) -> Path:

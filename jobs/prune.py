@@ -88,11 +88,14 @@ def narrow(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: di
 
 
 def _check_width(run: Run) -> None:
-    """Check by the base model's config.json that its layers can be narrowed."""
+    """Check by the base model's config.json that its layers can be narrowed so far."""
     from actors.checkpoint.config import check_llava
     from actors.narrowing.groups import layer_shape
+    from actors.narrowing.narrower import narrow_config
 
-    layer_shape(check_llava(run.base_config()).text_config)
+    config = check_llava(run.base_config())
+    layer_shape(config.text_config)
+    narrow_config(config, run.config.prune.width, run.config.quantize.group_size)
 
 
 def _check(run: Run) -> None:

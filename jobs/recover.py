@@ -17,14 +17,21 @@ LoRA's update is merged into the weights. A killed training goes on from its las
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TypedDict
 
 from actors.maths.sampling import draw_places
 from actors.specs import Change, Conversation
-from actors.training.settings import ADAPTERS, PATCH, SNAPSHOTS, TrainingSettings, needs_teacher, recovery_label
+from actors.training.settings import (
+    ADAPTERS,
+    PATCH,
+    SNAPSHOTS,
+    Trained,
+    TrainingSettings,
+    needs_teacher,
+    recovery_label,
+)
 from jobs import prepare, verify
 from jobs.config.schema import RecoverConfig
 from jobs.core.command import main
@@ -33,12 +40,11 @@ from jobs.core.rows import Rows
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.core.text import size
-from jobs.core.units import in_units
 from jobs.reporting import card
 
 LOG = logging.getLogger("jobs")
 SHARD = 64  # conversations whose states are one file
-# Options that change no number
+# Options that change no number, and those that the name of a parent has
 _UNSEEN = {"micro_batch", "gradient_checkpointing", "checkpoint_every", "teacher", "patch_samples"}
 
 
@@ -61,8 +67,8 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     """
     if PATCH in run.config.recover.train and run.config.prune.width < 1:
         raise ValueError("recover.train patch stands in for layers of a model of full width: set prune.width to 1.")
-    if PATCH in run.config.recover.train and model != run.base_model():
-        model = patch_stage(run, model, _teacher(run), data)
+    if PATCH in run.config.recover.train and model != (original := _teacher(run)):
+        model = patch_stage(run, model, original, data)
     return _training_stage(run, model, data) if _trained(run) else model
 
 
@@ -150,19 +156,22 @@ def _draw_conversations(run: Run, data: Stage) -> list[Conversation]:
 def write_states(run: Run, teacher: Source, data: Stage, layers: bool, folder: Path, facts: dict) -> None:
     """Run the teacher over the training conversations, on several workers if there are, and write its states."""
     conversations = _draw_conversations(run, data)
-    shards = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
-    names = {shard[0].id: f"states-{number:05d}" for number, shard in enumerate(shards)}
-    missing = [shard for shard in shards if not (folder / f"{names[shard[0].id]}.safetensors").is_file()]
+    cuts = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
+    shards = {f"states-{number:05d}": cut for number, cut in enumerate(cuts)}
+    missing = [name for name in shards if not (folder / f"{name}.safetensors").is_file()]
     workers, rows = run.workers.count_workers(), run.config.recover.micro_batch
-    with run.workers.worker(
-        "actors.training.teacher:Teacher", workers, spec=run.model_spec(teacher), rows=rows, layers=layers
-    ) as pool:
+    with (
+        run.workers.worker(
+            "actors.training.teacher:Teacher", workers, spec=run.model_spec(teacher), rows=rows, layers=layers
+        ) as pool,
+        Progress("teacher's states", len(missing)) as progress,
+    ):
         pool.call("write_head", str(folder))
-        for shard, outcome in in_units(
-            pool, "write_states", missing, lambda shard: (shard, str(folder), names[shard[0].id]), "teacher's states"
-        ):
+        for outcome in pool.map("write_states", [(name, (shards[name], str(folder), name)) for name in missing]):
             if outcome.error:
-                raise RuntimeError(f"The teacher fails on {shard[0].id}: {outcome.error}")
+                first, last = shards[outcome.key][0].id, shards[outcome.key][-1].id
+                raise RuntimeError(f"The teacher fails on the conversations from {first} to {last}: {outcome.error}")
+            progress.step(note="files")
     facts["conversations"] = len(conversations)
     facts["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     LOG.info(f"states: of {len(conversations)} conversations, {size(facts['bytes'])}")
@@ -173,10 +182,16 @@ def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder
     conversations = training_conversations(run.make(data))
     places = draw_places(len(conversations), run.config.recover.patch_samples, run.config.seed)
     chosen = [conversations[place] for place in sorted(places)]
-    pruned, kept = run.model_spec(model), kept_layers(run, model)
+    pruned, kept = run.model_spec(model), kept_layers(run, model, original)
+    if others := [step["kind"] for step in _steps_since(run, model, original) if step["kind"] != "prune"]:
+        raise ValueError(
+            f"recover.train patch follows the removal of layers at once, but {run.make(model)!r} has been through "
+            f"{', '.join(others)} since: leave patch out."
+        )
     with run.workers.worker("actors.training.patch:Patcher", spec=run.model_spec(original)) as worker:
         facts.update(worker.call("patch", pruned, kept, chosen, str(folder)))
-    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=[PATCH])
+    changed = Trained((PATCH,), layers=tuple(facts["layers"]))
+    facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=changed)
     step = {
         "kind": "patch",
         "layers": facts["layers"],
@@ -197,7 +212,10 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     settings = TrainingSettings(**options, seed=run.config.seed)
     conversations = _draw_conversations(run, data)
     spec = run.model_spec(model)
-    taught = (run.make(states), kept_layers(run, model)) if states else ()
+    taught = (run.make(states), kept_layers(run, model, _teacher(run))) if states else ()
+    for leftover in folder.iterdir():  # of a run that was killed while it wrote the checkpoint
+        if leftover.name != SNAPSHOTS:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     losses = []
     with (
         run.workers.worker("actors.training.trainer:Trainer", spec=spec) as worker,
@@ -210,8 +228,9 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     facts["conversations"] = len(conversations)
     facts["first_loss"], facts["last_loss"] = losses[0]["loss"], losses[-1]["loss"]
     try:
-        facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=_trained(run))
-    except RuntimeError:
+        changed = Trained(settings.train, settings.targets)
+        facts["gate"] = verify.verify_change(run, folder, model, Change.TRAINED, trained=changed)
+    except verify.Refused:
         shutil.rmtree(folder)  # else the same training would be found again, and refused again
         raise
     shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
@@ -224,18 +243,35 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     card.finish(run, model, folder, facts, step)
 
 
-def kept_layers(run: Run, model: Stage | Source) -> list[int]:
-    """Return the layers of the original that `model` still has, zero-based, as its record says."""
+def kept_layers(run: Run, model: Stage | Source, teacher: Source) -> list[int]:
+    """Return the teacher's layers that `model` still has, zero-based; ValueError: their records do not tell."""
+    (ours, whole), (theirs, before) = _original_layers(run, model), _original_layers(run, teacher)
+    if whole != before or not set(ours) <= set(theirs):
+        raise ValueError(
+            f"Nothing records which layers of {teacher.path!r} are left in {run.make(model)!r}: give the checkpoint "
+            "from which Prunella pruned it as recover.teacher."
+        )
+    return [theirs.index(layer) for layer in ours]
+
+
+def _original_layers(run: Run, model: Stage | Source) -> tuple[list[int], int]:
+    """Return (the layers that are left in the numbering of the model that was pruned first, how many that had)."""
     from actors.checkpoint.config import read_config
 
-    folder = run.make(model)
-    left = read_config(folder, None, run.config.model.trust_remote_code).text_config.num_hidden_layers
-    return _left(card.record(Path(folder)).get("history", []), left)
+    revision = model.revision if isinstance(model, Source) else None
+    config = read_config(run.make(model), revision, run.config.model.trust_remote_code)
+    removed = {layer for step in _history(run, model) if step["kind"] == "prune" for layer in step["removed"]}
+    whole = config.text_config.num_hidden_layers + len(removed)
+    return [layer for layer in range(whole) if layer not in removed], whole
 
 
-def _left(history: Sequence[dict], left: int) -> list[int]:
-    removed = {layer for step in history if step["kind"] == "prune" for layer in step["removed"]}
-    return [layer for layer in range(left + len(removed)) if layer not in removed]
+def _history(run: Run, model: Stage | Source) -> list[dict]:
+    return card.record(Path(run.make(model))).get("history", [])
+
+
+def _steps_since(run: Run, model: Stage | Source, teacher: Source) -> list[dict]:
+    """Return what was done to `model` after the teacher was made."""
+    return [step for step in _history(run, model)[len(_history(run, teacher)) :] if step["kind"] != "source"]
 
 
 def describe(recover: RecoverConfig) -> str:

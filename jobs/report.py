@@ -93,7 +93,7 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
 
 
 def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:
-    """Return what the ablation and the search found; None if the config lists the layers."""
+    """Return what the ablation and the search found; None if the config lists the layers, or removes none."""
     scored = compress.scores_stage(run)
     if scored is None:
         return None

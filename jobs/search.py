@@ -1,4 +1,4 @@
-"""Find the best model for a budget of memory and time: Ray Tune over depth x recovery x quantizer x bits.
+"""Find the best model for a budget of memory and time: Ray Tune over depth x width x recovery x quantizer x bits.
 
     python -m jobs.search --config configs/derm-tiny-search.yaml
     python -m jobs.search --config configs/derm-tiny-search.yaml --resume

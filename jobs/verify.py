@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.specs import Change, GateError, ModelSpec
+from actors.training.settings import Trained
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
 from jobs.reporting import card
+
+
+class Refused(RuntimeError):
+    """The gate refuses a checkpoint."""
 
 
 def verify_change(
@@ -24,17 +29,17 @@ def verify_change(
     parent: Stage | Source,
     change: Change,
     removed: Sequence[int] = (),
-    trained: Sequence[str] = (),
+    trained: Trained | None = None,
 ) -> dict:
-    """Return the gate's findings on a new checkpoint, for its manifest; RuntimeError: it is refused.
+    """Return the gate's findings on a new checkpoint, for its manifest; Refused: what is wrong.
 
-    change: how it was made from `parent`; removed: the layers that pruning took, zero-based; trained: recover.train.
+    change: how it was made from `parent`; removed: the layers that pruning took, zero-based; trained: what may differ.
     """
-    return _verify(run, folder, run.model_spec(parent), change, list(removed), None, True, list(trained))
+    return _verify(run, folder, run.model_spec(parent), change, list(removed), None, True, trained)
 
 
 def verify_checkpoint(run: Run, folder: Path) -> dict:
-    """Return the gate's findings on an existing checkpoint, its sums included; RuntimeError: it is refused."""
+    """Return the gate's findings on an existing checkpoint, its sums included; Refused: what is wrong."""
     return _verify(run, folder, None, None, (), recorded_sums(folder), False)
 
 
@@ -59,7 +64,7 @@ def _verify(run: Run, folder: Path, *arguments) -> dict:
         try:
             return worker.call("check", spec, *arguments)
         except GateError as error:
-            raise RuntimeError(f"The checkpoint {str(folder)!r} is refused: {error}") from error
+            raise Refused(f"The checkpoint {str(folder)!r} is refused: {error}") from error
 
 
 def job(run: Run) -> None:

@@ -28,7 +28,9 @@ def repacked_linears(model: nn.Module, sharers: int = 1) -> Iterator[None]:
 
     For inference only; the weights must not change in the block. sharers: processes that share the machine's memory.
     """
-    linears = [each for each in model.modules() if _is_plain(each) or _is_packed(each)]
+    linears = [each for each in model.modules() if _is_plain(each)]
+    if linears:  # else the model computes in 16 bits
+        linears += [each for each in model.modules() if _is_packed(each)]
     size = sum(each.in_features * each.out_features * torch.float32.itemsize for each in linears)
     if not torch.backends.mkldnn.is_available() or size > SHARE * free_bytes(torch.device("cpu")) / sharers:
         linears = []
@@ -36,7 +38,7 @@ def repacked_linears(model: nn.Module, sharers: int = 1) -> Iterator[None]:
         weight = unpack_weight(linear) if _is_packed(linear) else linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.float()
         weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        linear.forward = partial(_multiply, weight, bias, linear.forward)
+        linear.forward = partial(_multiply, weight, bias)
     try:
         yield
     finally:
@@ -64,7 +66,5 @@ def _is_packed(module: nn.Module) -> bool:
     return module.bits == 4 and module.qweight.device.type == "cpu"
 
 
-def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, plain, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32:  # a packed linear of a model in 16 bits
-        return plain(x)
+def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -28,6 +28,7 @@ from actors.quantizers.structure import linear_shapes, weight_bits
 from actors.quantizers.table import GEMM, for_bits
 from actors.specs import Change, GateError, ModelSpec
 from actors.training.parts import may_differ
+from actors.training.settings import Trained
 
 NEW_TOKENS = 8
 # Largest difference of logits, relative to the reference's norm. SAME: for the same model, by compute type. ROUNDED:
@@ -51,14 +52,14 @@ class Gate:
         removed: Sequence[int] = (),
         sums: Mapping[str, str] | None = None,
         keep_probe: bool = False,
-        trained: Sequence[str] = (),
+        trained: Trained | None = None,
     ) -> dict:
         """Check the checkpoint folder `spec` and return {check: what it found}, with `sums` of the tensors.
 
         parent, change: what it was made from, and how; without them only the folder itself is checked. removed: the
         layers that pruning removed, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write
-        the probe's logits into the folder, for later checks. trained: what was trained, names of
-        actors.training.settings.PARTS. GateError: a check failed.
+        the probe's logits into the folder, for later checks. trained: what a training may have
+        changed. GateError: a check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
@@ -151,7 +152,7 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _may_differ(config, change: Change | None, trained: Sequence[str]) -> Callable[[str], bool]:
+def _may_differ(config, change: Change | None, trained: Trained | None) -> Callable[[str], bool]:
     """Return a function from a tensor's name to whether it may differ from the model before.
 
     Pruning changes no tensor; training changes what was trained; rounding the decoder's linears, AWQ also norms and
@@ -159,11 +160,11 @@ def _may_differ(config, change: Change | None, trained: Sequence[str]) -> Callab
     """
     if change is Change.PRUNED:
         return lambda name: False
-    if change is Change.TRAINED:
+    if change is Change.TRAINED and trained is not None:
         return may_differ(trained, linear_shapes(config))
     if may_be_scaled(config):
         return lambda name: bool(LAYER.search(name))
-    return may_differ(["lora"], linear_shapes(config))  # the decoder's linears
+    return may_differ(Trained(("lora",)), linear_shapes(config))  # the decoder's linears
 
 
 def load_plainly(spec: ModelSpec, config):

@@ -6,8 +6,9 @@ Axes: G head groups, C channels of one layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,20 +51,26 @@ class Heads:
 
 @dataclass(frozen=True)
 class Kept:
-    """The groups of every layer that stay, sorted: head groups [L, G'] and channels [L, C'], by their old numbers."""
+    """The groups of every layer that stay, sorted: head groups [L, G'] and channels [L, C'], by their old numbers.
+
+    biases: what was added to biases, by the tensor's name.
+    """
 
     heads: np.ndarray
     channels: np.ndarray
+    biases: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write FILE into a checkpoint's folder."""
-        np.savez_compressed(folder / FILE, heads=self.heads, channels=self.channels)
+        arrays: dict[str, Any] = {"heads": self.heads, "channels": self.channels, **self.biases}
+        np.savez_compressed(folder / FILE, **arrays)
 
     @classmethod
     def read(cls, folder: Path) -> "Kept":
         """Return what FILE holds."""
         with np.load(folder / FILE, allow_pickle=False) as file:
-            return cls(file["heads"], file["channels"])
+            biases = {name: file[name] for name in file.files if name not in ("heads", "channels")}
+            return cls(file["heads"], file["channels"], biases)
 
 
 def layer_shape(text) -> LayerShape:

@@ -6,7 +6,7 @@ config.json describes the result, so that plain transformers loads it.
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,15 @@ def narrow_config(config, width: float, multiple: int):
     """Return a copy of a LLaVA config with the share `width` of every layer's channels and head groups.
 
     Channels are rounded down to a multiple of `multiple`, head groups to whole ones; one of each stays at least.
+    ValueError: the model has fewer channels than `multiple`.
     """
     config = copy.deepcopy(config)
     text = config.text_config
+    if multiple > text.intermediate_size:
+        raise ValueError(
+            f"prune.width keeps a multiple of quantize.group_size ({multiple}) channels; the model has "
+            f"{text.intermediate_size}: choose a smaller group_size."
+        )
     heads = Heads.of(text)
     text.head_dim = heads.size  # no longer hidden_size / heads
     text.num_key_value_heads = max(1, int(width * heads.groups))
@@ -99,8 +105,9 @@ class Narrower:
         target = Path(out)
         copy_companions(self._source, target)
         narrow.save_pretrained(target)
-        kept.write(target)
         extra = self._compensation(kept, inputs)
+        kept = replace(kept, biases={name: added.numpy() for name, added in extra.items()})
+        kept.write(target)
         write_tensors(target, self._tensors(kept, extra))
         return {
             "head_groups": text.num_key_value_heads,

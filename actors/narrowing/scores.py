@@ -112,7 +112,12 @@ def _taylor(model, processor, conversations, seed, inputs) -> Layers:
     sums: dict[nn.Parameter, tuple[torch.Tensor, ...]] = {}
 
     def note(weight: nn.Parameter) -> None:
-        scores = (weight.detach() * weight.grad).abs().double()
+        scores = (weight.detach().float() * weight.grad.float()).abs().double()
+        if not torch.isfinite(scores).all():
+            raise RuntimeError(
+                "A gradient of the criterion taylor is not finite: choose model.dtype float32 or bfloat16, or another "
+                "prune.width_criterion."
+            )
         found = (scores.sum(1).cpu(), scores.sum(0).cpu()) if scores.dim() == 2 else (scores.cpu(),)
         sums[weight] = tuple(a + b for a, b in zip(sums[weight], found, strict=True)) if weight in sums else found
         weight.grad = None

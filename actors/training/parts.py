@@ -7,8 +7,9 @@ from torch import nn
 
 from actors.checkpoint.loading import language_model
 from actors.specs import Llava
-from actors.training.settings import ADAPTERS, PATCH
+from actors.training.settings import ADAPTERS, PATCH, Trained
 
+_LAYER = re.compile(r"^language_model\.model\.layers\.(\d+)\.(.+)$")
 _NORM = re.compile(r"norm\.(weight|bias)$")
 
 
@@ -47,25 +48,32 @@ def trained_weights(model: Llava, parts: Collection[str]) -> Iterator[tuple[str,
             yield name, parameter
 
 
-def may_differ(parts: Collection[str], linears: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function from a tensor's published name to whether training `parts` may have changed it.
+def may_differ(trained: Trained, linears: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function from a tensor's published name to whether the training may have changed it.
 
     linears: the linears of one decoder layer, as named in it.
     """
-    linears = list(linears)
-    names = "|".join(map(re.escape, linears))
-    adapted = re.compile(rf"^language_model\.model\.layers\.\d+\.({names})\.(?!bias$)")
+    parts, linears = set(trained.parts), list(linears)
+    adapted = {name for name in linears if not trained.targets or name.rsplit(".", 1)[1] in trained.targets}
     last = [name for name in linears if name.startswith("mlp.")][-1]
-    patched = re.compile(rf"^language_model\.model\.layers\.\d+\.{re.escape(last)}\.")
 
     def differs(name: str) -> bool:
-        in_language_model = name.startswith("language_model.")
-        return (
-            (bool({"projector", "all"} & set(parts)) and name.startswith("multi_modal_projector."))
-            or ("all" in parts and in_language_model)
-            or ("norms" in parts and in_language_model and bool(_NORM.search(name)))
-            or (bool(set(ADAPTERS) & set(parts)) and bool(adapted.match(name)))
-            or (PATCH in parts and bool(patched.match(name)))
-        )
+        if name.startswith("multi_modal_projector."):
+            return bool({"projector", "all"} & parts)
+        if not name.startswith("language_model."):
+            return False
+        if "all" in parts or ("norms" in parts and _NORM.search(name)):
+            return True
+        if (match := _LAYER.match(name)) is None:
+            return False
+        number, (linear, _, kind) = int(match[1]), match[2].rpartition(".")
+        if PATCH in parts and linear == last and (trained.layers is None or number in trained.layers):
+            return True
+        return bool(set(ADAPTERS) & parts) and kind != "bias" and _stem(match[2], adapted)
 
     return differs
+
+
+def _stem(name: str, linears: Collection[str]) -> bool:
+    """Tell whether a tensor belongs to one of the linears, however their weights are stored."""
+    return any(name.startswith(f"{linear}.") for linear in linears)

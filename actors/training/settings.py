@@ -65,6 +65,15 @@ class TrainingSettings:
         return max(1, math.ceil(self.epochs * conversations / self.batch))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a training may have changed: parts, targets of an adapter (none: all), the layers of a patch (None: all)."""
+
+    parts: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+
 def check_parts(parts: Collection[str]) -> None:
     """ValueError: a part that there is not, none at all, or parts that exclude each other."""
     for part in parts:

@@ -138,7 +138,8 @@ class Trainer:
         stored = stored_dtype(self._spec.path, self._spec.revision)
         base = load_model(**{**self._spec.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")
         whole = {name: weight.detach().cpu() for name, weight in trained_weights(_plain(model), settings.train)}
-        base.load_state_dict(whole, strict=False)
+        lost = base.load_state_dict(whole, strict=False).unexpected_keys
+        assert not lost, f"trained weights that the checkpoint lacks: {lost}"
         if settings.adapter:
             model.save_pretrained(str(parts))
             base = PeftModel.from_pretrained(base, parts).merge_and_unload()
@@ -189,20 +190,29 @@ class Loss:
         if self._teacher is None or not needs_teacher(self._weights):
             return values
         taught_AD = self._teacher.last(examples)
-        if taught_AD.shape != last_AD.shape:
+        compares_states = bool({"hidden", "layers"} & set(self._weights))
+        if len(taught_AD) != len(last_AD) or (compares_states and taught_AD.shape != last_AD.shape):
             raise ValueError(
                 f"The teacher has hidden states {list(taught_AD.shape)}, the student {list(last_AD.shape)} (answer "
-                "tokens, width): they need one tokenizer, image size and width. Without one width recover.objective "
-                "can be sft, logits or reverse_logits."
+                "tokens, width): they need one tokenizer and image size, and one width unless recover.objective is "
+                "logits or reverse_logits."
             )
+        if "layers" in self._weights and states.inputs_ALD is None:
+            raise ValueError("recover.objective layers compares what enters the second layer on; the model has one.")
         if "hidden" in self._weights:
             values["hidden"] = hidden_error(last_AD, taught_AD)
-        if "layers" in self._weights and states.inputs_ALD is not None:
+        if states.inputs_ALD is not None:
             inputs_ALD, taught_ALD = states.inputs_ALD.float(), self._teacher.inputs(examples)
             values["layers"] = hidden_error(inputs_ALD.flatten(1), taught_ALD.flatten(1))
         for name, divergence in (("logits", forward_kl), ("reverse_logits", reverse_kl)):
             if name in self._weights:
-                values[name] = divergence(logits_AV, self._teacher.logits(taught_AD), self._settings.temperature)
+                taught_AV = self._teacher.logits(taught_AD)
+                if taught_AV.shape != logits_AV.shape:
+                    raise ValueError(
+                        f"The teacher has {taught_AV.shape[1]} words, the student {logits_AV.shape[1]}: "
+                        f"recover.objective {name} needs one vocabulary."
+                    )
+                values[name] = divergence(logits_AV, taught_AV, self._settings.temperature)
         return values
 
 

@@ -159,7 +159,9 @@ class RecoverConfig(Section):
         "scaled to a sum of 1); " + "; ".join(f"{name}: {words}" for name, words in OBJECTIVES.items()),
     )
     teacher: str | None = Field(
-        None, description="checkpoint that objectives other than sft compare with; unset: model.path, not yet pruned"
+        None,
+        description="checkpoint that patch and all objectives but sft compare with; unset: model.path, where a job "
+        "prunes it itself",
     )
     temperature: float = Field(2.0, gt=0, description="temperature of the objectives logits and reverse_logits")
     fraction: float = Field(

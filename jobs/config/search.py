@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from actors.training.settings import read_recovery
+from actors.training.settings import PATCH, read_recovery
 from jobs.config.section import Bits, Count, Quantizer, Section
 
 
@@ -60,3 +60,12 @@ class SearchConfig(Section):
             if label != "none":
                 read_recovery(label)
         return labels
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> "SearchConfig":
+        if min(self.widths) < 1 and any(PATCH in label.split("+") for label in self.recoveries):
+            raise ValueError(
+                "search.recoveries has a patch, which works at full width only, and search.widths has less than 1: "
+                "search them one after the other in one run_dir."
+            )
+        return self

@@ -15,6 +15,7 @@ from actors.checkpoint.tensors import publish_names, write_tensors
 from actors.gate import check as gate
 from actors.probe import PROBE, read_probe, write_probe
 from actors.specs import Change, GateError, ModelSpec
+from actors.training.settings import Trained
 from actors.training.trainer import Trainer
 from tests.gating import UP, change, change_config, check, refused, swap
 from tests.quantizing import SCALES, quantize
@@ -160,14 +161,14 @@ def test_swapped_tensors_against_the_model_before_rounding(made, copy, method, t
 def recovered(made, lesions, tmp_path_factory):
     """The pruned model, fine-tuned."""
     out = tmp_path_factory.mktemp("recovered")
-    settings = training_settings(batch=2, micro_batch=2, learning_rate=1e-3)
+    settings = training_settings(batch=2, micro_batch=2, learning_rate=1e-3, seed=0)
     list(Trainer(ModelSpec(str(made[1]))).train(draw_conversations(lesions, 4), settings, str(out)))
     return out
 
 
 def test_a_recovered_checkpoint_passes(made, recovered):
     """All but its decoder's linears is the model before; they were trained, so as a pruned model it is refused."""
-    found = check(recovered, made[1], change=Change.TRAINED, trained=["lora"])
+    found = check(recovered, made[1], change=Change.TRAINED, trained=Trained(("lora",)))
     assert set(found) == CHECKS | {"kept"} and found["logits"].startswith("0 from what it gave when it was made")
     assert (
         found["kept"]
@@ -203,7 +204,7 @@ def test_a_recovered_checkpoint_of_which_more_was_changed(made, recovered, tmp_p
         tmp_path / "copy",
         made[1],
         change=Change.TRAINED,
-        trained=["lora"],
+        trained=Trained(("lora",)),
     )
 
 

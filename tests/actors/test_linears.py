@@ -74,7 +74,6 @@ def test_packed_linears_multiply_by_the_kernels_own_weights(kind, tmp_path):
         plain = linear(x)
         with repacked_linears(model):
             torch.testing.assert_close(linear(x).double(), exact, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(linear(x.half()), linear.__class__.forward(linear, x.half()), rtol=0, atol=0)
         assert torch.equal(linear(x), plain) and "forward" not in vars(linear)
         torch.testing.assert_close(plain.double(), exact, rtol=1e-2, atol=1e-2)
 

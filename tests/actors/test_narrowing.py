@@ -236,11 +236,17 @@ def test_the_gate_of_a_narrow_checkpoint(kind, conversations, tmp_path):
     parent, change = ModelSpec(source), Change.NARROWED
     found = Gate().check(ModelSpec(str(tmp_path / "b")), parent, change, keep_probe=True)
     assert found["kept"].startswith("every tensor is the part") and "masked" in found["logits"]
-    for spoil, message in (
-        (lambda folder: swap_rows(folder, layer_shape(tiny_config(kind).text_config).reads[0]), "is not the part of"),
-        (lambda folder: (folder / FILE).unlink(), "cannot be read"),
-        (lambda folder: Kept(*spoiled(Kept.read(folder))).write(folder), "is not the part of"),
-    ):
+    reads = layer_shape(tiny_config(kind).text_config).reads[0]
+    spoils = [
+        (lambda folder: swap_rows(folder, f"{reads}.weight"), "is not the part of"),
+        (lambda folder: (folder / FILE).unlink(), "cannot be loaded"),
+        (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-40]), "cannot be loaded"),
+        (lambda folder: other_channel(folder, 0), "is not the part of"),
+        (lambda folder: other_channel(folder, 9999), "does not say for every layer which of its 128 groups"),
+    ]
+    if kind == "clip-phi":
+        spoils.append((lambda folder: swap_rows(folder, "mlp.fc2.bias"), "is not the part of"))
+    for spoil, message in spoils:
         folder = shutil.copytree(tmp_path / "b", tmp_path / "c")
         spoil(folder)
         with pytest.raises(GateError, match=message):
@@ -248,15 +254,16 @@ def test_the_gate_of_a_narrow_checkpoint(kind, conversations, tmp_path):
         shutil.rmtree(folder)
 
 
-def swap_rows(folder, linear: str) -> None:
+def swap_rows(folder, name: str) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    name = f"language_model.model.layers.1.{linear}.weight"
+    name = f"language_model.model.layers.1.{name}"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def spoiled(kept: Kept):
-    channels = kept.channels.copy()
-    channels[0, 0] = next(iter(missing(channels[0], 128)))
-    return kept.heads, channels
+def other_channel(folder, number: int) -> None:
+    """Say that the first layer's last channel was another one: a number that is missing (0: the largest), or this."""
+    kept = Kept.read(folder)
+    kept.channels[0, -1] = number or missing(kept.channels[0], 128)[-1]
+    Kept(kept.heads, np.sort(kept.channels, 1), kept.biases).write(folder)

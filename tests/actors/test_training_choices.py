@@ -14,7 +14,7 @@ from actors.gate.check import Gate
 from actors.quantizers.structure import linear_shapes
 from actors.specs import Change, GateError, ModelSpec
 from actors.training.parts import may_differ
-from actors.training.settings import PARTS, read_recovery, recovery_label
+from actors.training.settings import PARTS, Trained, read_recovery, recovery_label
 from actors.training.teacher import Teacher, TeacherStates, answer_states
 from actors.training.trainer import Loss, Trainer, check_loss
 from tests.tiny import draw_conversations, plain_model, save_tiny
@@ -56,7 +56,7 @@ def test_only_what_is_trained_moves(kind, parts, conversations, tmp_path):
     before, after = tensors_of(source), tensors_of(tmp_path / "b")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     model = plain_model(source)
-    differs = may_differ(train_parts, linear_shapes(model.config))
+    differs = may_differ(Trained(train_parts), linear_shapes(model.config))
     expected = {name for name in before if differs(name)}
     # A key's bias moves no softmax, and words that no conversation has get no gradient.
     still = {name for name in expected if name.endswith("k_proj.bias")}
@@ -64,12 +64,16 @@ def test_only_what_is_trained_moves(kind, parts, conversations, tmp_path):
     kinds = {name.split(".")[0] for name in changed}
     assert ("multi_modal_projector" in kinds) == bool({"projector", "all"} & set(train_parts))
     gate = Gate()
-    found = gate.check(ModelSpec(str(tmp_path / "b")), ModelSpec(source), Change.TRAINED, trained=train_parts)
+    found = gate.check(ModelSpec(str(tmp_path / "b")), ModelSpec(source), Change.TRAINED, trained=Trained(train_parts))
     assert found["kept"].startswith(f"{len(before) - len(expected)} tensors")
     for other in PARTS:
-        if expected - still - {name for name in before if may_differ([other], linear_shapes(model.config))(name)}:
+        if (
+            expected
+            - still
+            - {name for name in before if may_differ(Trained((other,)), linear_shapes(model.config))(name)}
+        ):
             with pytest.raises(GateError, match=r"is not .* of the model before"):
-                gate.check(ModelSpec(str(tmp_path / "b")), ModelSpec(source), Change.TRAINED, trained=[other])
+                gate.check(ModelSpec(str(tmp_path / "b")), ModelSpec(source), Change.TRAINED, trained=Trained((other,)))
 
 
 def test_targets_choose_the_linears(conversations, tmp_path):
@@ -184,7 +188,7 @@ def test_a_teacher_of_another_width_is_refused(conversations, tmp_path):
     states = write_states(source, conversations, tmp_path / "states")
     for path in Path(states).glob("states-*"):
         save_file({name: tensor[:, 1:].contiguous() for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="they need one tokenizer, image size and width"):
+    with pytest.raises(ValueError, match="one tokenizer and image size, and one width unless"):
         train(source, conversations, tmp_path / "c", states, objective={"hidden": 1})
     with pytest.raises(ValueError, match="The objectives hidden need a teacher"):
         train(source, conversations, tmp_path / "c", objective={"hidden": 1})

@@ -83,6 +83,11 @@ def test_what_width_cannot_be_joined_with(start):
     narrow = prune.stage(run, run.base_model())
     with pytest.raises(ValueError, match=r"a prune\.width that leaves a multiple"):
         run.make(quantize.stage(run, narrow, prepare.stage(run)))
+    run = start(quantize__group_size=1024)
+    with pytest.raises(ValueError, match=r"the model has \d+: choose a smaller group_size"):
+        prune.stage(run, run.base_model())
+    with pytest.raises(ValueError, match="works at full width only"):
+        start(search__widths="[1.0, 0.5]", search__recoveries="[patch+lora]")
     for width in (0, 1.5):
         with pytest.raises(ValueError, match=r"prune\.width"):
             start(prune__width=width)

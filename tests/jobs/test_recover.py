@@ -1,10 +1,15 @@
 """jobs.recover from the config to the checkpoint: the teacher, the data's share, what a killed training leaves."""
 
+import shutil
+
 import pytest
 
+from actors.gate.check import Gate
+from actors.specs import GateError
 from actors.training.settings import SNAPSHOTS
+from actors.training.teacher import Teacher
 from actors.training.trainer import Loss, Trainer
-from jobs import prepare, prune, recover
+from jobs import prepare, prune, recover, verify
 from jobs.core.facts import PatchFacts, RecoverFacts
 from jobs.searching.space import Setting, config_of
 from tests.jobs.here import run_here
@@ -48,14 +53,22 @@ def test_students_share_the_teachers_states(start):
     assert len(set(names)) == 3 and len(list(run.store.root.glob("states-*"))) == 1
 
 
-def test_layers_are_matched_over_two_prunings(start):
+def test_layers_are_matched_over_two_prunings(start, tmp_path):
     """The record of a checkpoint that was pruned twice says which of the original's layers it has."""
     run = start(recover__objective="layers", recover__teacher=str(DERM_TINY))
     once = run.make(pruned_stage(run))
     again = start(model__path=once, prune__layers=1, prune__order="[0]")
     stage = prune.stage(again, again.base_model())
-    assert recover.kept_layers(again, stage) == [1, 2, 3, 6, 7, 8, 9]
-    assert recover.kept_layers(run, run.base_model()) == list(range(10))
+    original, half = run.base_model(), again.base_model()
+    assert recover.kept_layers(again, stage, original) == [1, 2, 3, 6, 7, 8, 9]
+    assert recover.kept_layers(again, stage, half) == [1, 2, 3, 4, 5, 6, 7]  # half itself lacks 4 and 5
+    assert recover.kept_layers(run, original, original) == list(range(10))
+    foreign = shutil.copytree(run.folder_of(pruned_stage(run)), tmp_path / "foreign")
+    (foreign / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"Nothing records which layers of .* are left in"):
+        recover.kept_layers(run, run.source(str(foreign), "model.path"), original)
+    with pytest.raises(ValueError, match=r"Nothing records which layers"):
+        recover.kept_layers(run, original, half)
     made = recover.stage(run, pruned_stage(run), prepare.stage(run))
     run.make(made)
     rows = recover.LOSSES.read(run.folder_of(made))
@@ -160,3 +173,65 @@ def test_a_patch_alone_and_before_training(start):
     assert recover.stage(whole, prune.stage(whole, base), prepare.stage(whole)) == base
     with pytest.raises(ValueError, match="The recovery patch compares with the original"):
         recover.job(start(recover__train="patch"))
+
+
+def test_the_command_patches_what_was_pruned_before(start, capsys):
+    """jobs.recover on a pruned folder; after training there is nothing left to patch."""
+    pruned = start().make(pruned_stage(start()))
+    run = start(model__path=pruned, recover__train="patch", recover__teacher=str(DERM_TINY))
+    recover.job(run)
+    made = capsys.readouterr().out.split()[-1]
+    assert "/patch-" in made and made != pruned
+    trained = start(model__path=made, recover__train="lora")
+    recover.job(trained)
+    again = start(
+        model__path=capsys.readouterr().out.split()[-1], recover__train="patch", recover__teacher=str(DERM_TINY)
+    )
+    with pytest.raises(
+        ValueError, match=r"patch follows the removal of layers at once, .* patch, recover"
+    ):
+        recover.job(again)
+
+
+def test_a_teacher_that_fails_is_named(start, monkeypatch):
+    def fail(self, *args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Teacher, "write_states", fail)
+    run = start(recover__objective="hidden")
+    with pytest.raises(RuntimeError, match=r"out of memory"):
+        run.make(recover.stage(run, pruned_stage(run), prepare.stage(run)))
+
+
+def test_leftovers_of_a_killed_merge_are_not_published(start):
+    run = start()
+    made = recover.stage(run, run.base_model(), prepare.stage(run))
+    partial = run.store.root / f"{made.name}.partial"
+    (partial / "tmp1").mkdir(parents=True)
+    (partial / "tmp1" / "model.safetensors").write_bytes(b"half")
+    (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    run.make(made)
+    assert not (run.folder_of(made) / "tmp1").exists()
+    assert [path.name for path in run.folder_of(made).glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_only_a_refusal_deletes_a_finished_training(start, monkeypatch):
+    def die(self, *args):
+        raise RuntimeError("the gate's process died")
+
+    run = start()
+    made = recover.stage(run, run.base_model(), prepare.stage(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(Gate, "check", die)
+        with pytest.raises(RuntimeError, match="process died"):
+            run.make(made)
+    assert (run.store.root / f"{made.name}.partial" / SNAPSHOTS).is_dir()
+
+    def refuse(self, *args):
+        raise GateError("wrong")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gate, "check", refuse)
+        with pytest.raises(verify.Refused, match="wrong"):
+            run.make(made)
+    assert not (run.store.root / f"{made.name}.partial").exists()
