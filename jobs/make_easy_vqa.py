@@ -4,7 +4,7 @@
     python -m jobs.make_easy_vqa                        # into runs/easy-vqa: 4,000 + 1,000 pictures
     python -m jobs.make_easy_vqa --train 500 --test 100
 
-configs/smol-easy-vqa.yaml asks derm-smol these questions; the guide has the commands. easy-VQA is by Victor Zhou (MIT).
+configs/smol-easy-vqa.yaml has derm-smol learn the task, and says the commands. easy-VQA is by Victor Zhou (MIT).
 """
 
 import argparse

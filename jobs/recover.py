@@ -33,7 +33,7 @@ from actors.training.settings import (
     recovery_label,
 )
 from jobs import prepare, verify
-from jobs.config.schema import RecoverConfig
+from jobs.config.pruning import RecoverConfig
 from jobs.core.command import main
 from jobs.core.progress import Progress
 from jobs.core.rows import Rows
@@ -182,8 +182,8 @@ def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder
     conversations = training_conversations(run.make(data))
     places = draw_places(len(conversations), run.config.recover.patch_samples, run.config.seed)
     chosen = [conversations[place] for place in sorted(places)]
-    pruned, kept = run.model_spec(model), kept_layers(run, model, original)
-    if others := [step["kind"] for step in _steps_since(run, model, original) if step["kind"] != "prune"]:
+    pruned, kept = run.model_spec(model), card.kept_layers(run, model, original)
+    if others := [step["kind"] for step in card.steps_since(run, model, original) if step["kind"] != "prune"]:
         raise ValueError(
             f"recover.train patch follows the removal of layers at once, but {run.make(model)!r} has been through "
             f"{', '.join(others)} since: leave patch out."
@@ -212,7 +212,7 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     settings = TrainingSettings(**options, seed=run.config.seed)
     conversations = _draw_conversations(run, data)
     spec = run.model_spec(model)
-    taught = (run.make(states), kept_layers(run, model, _teacher(run))) if states else ()
+    taught = (run.make(states), card.kept_layers(run, model, _teacher(run))) if states else ()
     for leftover in folder.iterdir():  # of a run that was killed while it wrote the checkpoint
         if leftover.name != SNAPSHOTS:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -241,37 +241,6 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
         "digest": card.conversations_digest(run.make(data), [c.id for c in conversations]),
     }
     card.finish(run, model, folder, facts, step)
-
-
-def kept_layers(run: Run, model: Stage | Source, teacher: Source) -> list[int]:
-    """Return the teacher's layers that `model` still has, zero-based; ValueError: their records do not tell."""
-    (ours, whole), (theirs, before) = _original_layers(run, model), _original_layers(run, teacher)
-    if whole != before or not set(ours) <= set(theirs):
-        raise ValueError(
-            f"Nothing records which layers of {teacher.path!r} are left in {run.make(model)!r}: give the checkpoint "
-            "from which Prunella pruned it as recover.teacher."
-        )
-    return [theirs.index(layer) for layer in ours]
-
-
-def _original_layers(run: Run, model: Stage | Source) -> tuple[list[int], int]:
-    """Return (the layers that are left in the numbering of the model that was pruned first, how many that had)."""
-    from actors.checkpoint.config import read_config
-
-    revision = model.revision if isinstance(model, Source) else None
-    config = read_config(run.make(model), revision, run.config.model.trust_remote_code)
-    removed = {layer for step in _history(run, model) if step["kind"] == "prune" for layer in step["removed"]}
-    whole = config.text_config.num_hidden_layers + len(removed)
-    return [layer for layer in range(whole) if layer not in removed], whole
-
-
-def _history(run: Run, model: Stage | Source) -> list[dict]:
-    return card.record(Path(run.make(model))).get("history", [])
-
-
-def _steps_since(run: Run, model: Stage | Source, teacher: Source) -> list[dict]:
-    """Return what was done to `model` after the teacher was made."""
-    return [step for step in _history(run, model)[len(_history(run, teacher)) :] if step["kind"] != "source"]
 
 
 def describe(recover: RecoverConfig) -> str:

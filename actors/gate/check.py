@@ -71,17 +71,13 @@ class Gate:
         findings["names"] = check_names(folder)
         processor = load_or_refuse(lambda: load_processor(spec.path, None, trusted))
         findings["processor"] = f"{type(processor).__name__} with a chat template"
-        before, narrowed = None, None
-        if parent and change is Change.NARROWED:
-            narrowed = Narrowed(folder, parent)
-            before = Parent(parent, mask=narrowed.mask)
-            findings["kept"] = narrowed.check_tensors()
-        elif parent:
-            before = Parent(parent, removed)
-            changed = _may_differ(config, change, trained)
-            findings["kept"] = check_kept(folder, before.folder, before.renumbered, changed)
+        narrowed = Narrowed(folder, parent) if parent and change is Change.NARROWED else None
+        before = Parent(parent, removed, narrowed.mask if narrowed else None) if parent else None
         if before:
             _check_count(config, before)
+            changed = _may_differ(config, change, trained)
+            kept = narrowed.check_tensors() if narrowed else None
+            findings["kept"] = kept or check_kept(folder, before.folder, before.renumbered, changed)
         model = load_plainly(spec, config)
         findings["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass, in which some formats are dequantized

@@ -29,7 +29,7 @@ SNAPSHOTS = "training"  # folder beside an unfinished checkpoint
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The options of one fine-tuning; see jobs.config.schema.RecoverConfig for their units.
+    """The options of one fine-tuning; see jobs.config.pruning.RecoverConfig for their units.
 
     train: names of PARTS. objective: the weight of every name of OBJECTIVES that counts; the weights sum to 1.
     ValueError: parts that exclude each other, or weights that are none.

@@ -71,6 +71,38 @@ def original_layers(history: Sequence[dict], removed: Sequence[int], left: int) 
     return [present[layer] for layer in removed]
 
 
+def kept_layers(run: Run, model: Stage | Source, teacher: Source) -> list[int]:
+    """Return the teacher's layers that `model` still has, zero-based; ValueError: their records do not tell."""
+    (ours, whole), (theirs, before) = _original_layers(run, model), _original_layers(run, teacher)
+    if whole != before or not set(ours) <= set(theirs):
+        raise ValueError(
+            f"Nothing records which layers of {teacher.path!r} are left in {run.make(model)!r}: give the checkpoint "
+            "from which Prunella pruned it as recover.teacher."
+        )
+    return [theirs.index(layer) for layer in ours]
+
+
+def _original_layers(run: Run, model: Stage | Source) -> tuple[list[int], int]:
+    """Return (the layers that are left in the numbering of the model that was pruned first, how many that had)."""
+    from actors.checkpoint.config import read_config
+
+    revision = model.revision if isinstance(model, Source) else None
+    config = read_config(run.make(model), revision, run.config.model.trust_remote_code)
+    removed = {layer for step in read_history(run, model) if step["kind"] == "prune" for layer in step["removed"]}
+    whole = config.text_config.num_hidden_layers + len(removed)
+    return [layer for layer in range(whole) if layer not in removed], whole
+
+
+def read_history(run: Run, model: Stage | Source) -> list[dict]:
+    """Return the steps that a checkpoint's record has; [] if it has none."""
+    return record(Path(run.make(model))).get("history", [])
+
+
+def steps_since(run: Run, model: Stage | Source, teacher: Source) -> list[dict]:
+    """Return what was done to `model` after the teacher was made."""
+    return [step for step in read_history(run, model)[len(read_history(run, teacher)) :] if step["kind"] != "source"]
+
+
 def conversations_digest(folder: str, ids: Sequence[str]) -> str:
     """Return the digest of training conversations: each image's SHA-256, its question and its answer, in order."""
     rows = {row["sample_id"]: row for row in prepare.conversations(folder, "train")}
@@ -79,7 +111,7 @@ def conversations_digest(folder: str, ids: Sequence[str]) -> str:
 
 def _history(run: Run, model: Stage | Source) -> list[dict]:
     folder = Path(run.make(model))
-    if history := record(folder).get("history"):
+    if history := read_history(run, model):
         return history
     if not folder.is_dir():  # a hub id
         revision = model.revision if isinstance(model, Source) else None

@@ -11,6 +11,7 @@ from actors.training.teacher import Teacher
 from actors.training.trainer import Loss, Trainer
 from jobs import prepare, prune, recover, verify
 from jobs.core.facts import PatchFacts, RecoverFacts
+from jobs.reporting import card
 from jobs.searching.space import Setting, config_of
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
@@ -60,15 +61,15 @@ def test_layers_are_matched_over_two_prunings(start, tmp_path):
     again = start(model__path=once, prune__layers=1, prune__order="[0]")
     stage = prune.stage(again, again.base_model())
     original, half = run.base_model(), again.base_model()
-    assert recover.kept_layers(again, stage, original) == [1, 2, 3, 6, 7, 8, 9]
-    assert recover.kept_layers(again, stage, half) == [1, 2, 3, 4, 5, 6, 7]  # half itself lacks 4 and 5
-    assert recover.kept_layers(run, original, original) == list(range(10))
+    assert card.kept_layers(again, stage, original) == [1, 2, 3, 6, 7, 8, 9]
+    assert card.kept_layers(again, stage, half) == [1, 2, 3, 4, 5, 6, 7]  # half itself lacks 4 and 5
+    assert card.kept_layers(run, original, original) == list(range(10))
     foreign = shutil.copytree(run.folder_of(pruned_stage(run)), tmp_path / "foreign")
     (foreign / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"Nothing records which layers of .* are left in"):
-        recover.kept_layers(run, run.source(str(foreign), "model.path"), original)
+        card.kept_layers(run, run.source(str(foreign), "model.path"), original)
     with pytest.raises(ValueError, match=r"Nothing records which layers"):
-        recover.kept_layers(run, original, half)
+        card.kept_layers(run, original, half)
     made = recover.stage(run, pruned_stage(run), prepare.stage(run))
     run.make(made)
     rows = recover.LOSSES.read(run.folder_of(made))
@@ -187,9 +188,7 @@ def test_the_command_patches_what_was_pruned_before(start, capsys):
     again = start(
         model__path=capsys.readouterr().out.split()[-1], recover__train="patch", recover__teacher=str(DERM_TINY)
     )
-    with pytest.raises(
-        ValueError, match=r"patch follows the removal of layers at once, .* patch, recover"
-    ):
+    with pytest.raises(ValueError, match=r"patch follows the removal of layers at once, .* patch, recover"):
         recover.job(again)
 
 
