@@ -68,8 +68,7 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rows": [format_row({**row, "given_name": metrics[row["method"]]["given_name"]}, original) for row in rows],
         "first": original,
-        "removed": ", ".join(map(str, removed)) or "none",
-        "width": run.config.prune.width,
+        "removed": _describe_removal(removed, run.config.prune.width),
         "quantizer": _quantizer(run, next(row for row in rows if row["method"] == "quant")),
         "recovery": recover.describe(run.config.recover),
         "layers": _layers(run, planned["prune"][0], removed),
@@ -90,6 +89,11 @@ def _content(run: Run, planned: dict, rows: list[SummaryRow]) -> dict:
         "options": json.dumps(run.config.model_dump(mode="json", exclude={"data"}), indent=1),
         "command": f"python -m jobs.compress --config {run.folder}/config.report.yaml",
     }
+
+
+def _describe_removal(removed: Sequence[int], width: float) -> str:
+    layers = ", ".join(map(str, removed)) or "none"
+    return layers if width == 1 else f"{layers}; share of heads and channels kept: {width:g}"
 
 
 def _layers(run: Run, pruned: Stage, removed: tuple[int, ...]) -> dict | None:

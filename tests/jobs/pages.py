@@ -128,7 +128,7 @@ def content(folder: Path, judged: bool = False, missed: int = 0, missing: int = 
     rows = summary(by_method, {m: [one["judge_label"] for one in own] for m, own in said.items()}, missed)
     keyed = {method: {row["sample_id"]: row for row in own} for method, own in by_method.items()}
     return {
-        **{"title": "by hand", "model": "tiny", "made": "today", "removed": (1,), "quantizer": "none"},
+        **{"title": "by hand", "model": "tiny", "made": "today", "removed": "1", "quantizer": "none"},
         **{"rows": [format_row(row) for row in rows], "first": rows[0], "recovery": "lora", "layers": None},
         "ranges": {"figure": "<svg></svg>", "outliers": 0, "largest": [], "threshold": 20},
         **{"loss": "<svg></svg>", "tradeoff": "<svg></svg>", "options": "{}", "command": "none"},
