@@ -7,8 +7,8 @@
     python -m jobs.prune --config configs/derm-tiny.yaml --prune.search greedy
     python -m jobs.prune --config configs/derm-tiny.yaml --prune.layers 0 --prune.width 0.75    # width alone
 
-The checkpoint has renumbered layers and a corrected config: plain transformers loads it. Every layer keeps as many
-heads and channels as the others.
+The checkpoint has renumbered layers and a corrected config: plain transformers loads it. All layers keep the same
+number of heads and channels.
 """
 
 import logging
@@ -46,7 +46,7 @@ def stage(run: Run, model: Stage | Source) -> Stage | Source:
 
 
 def removed_layers(run: Run, model: Stage | Source) -> list[int]:
-    """Return the layers that the depth pruning of `model`, a result of `stage`, took, zero-based."""
+    """Return the layers that the depth pruning of `model`, a result of `stage`, removed, zero-based."""
     if isinstance(model, Source):
         return []
     return removed_layers(run, model.parents[0]) if model.kind == "narrow" else run.facts(model, PruneFacts)["removed"]

@@ -66,7 +66,7 @@ def stage(run: Run, model: Stage | Source, data: Stage) -> Stage | Source:
     The teacher, or the original of a patch, is the config's, or its model.
     """
     if PATCH in run.config.recover.train and run.config.prune.width < 1:
-        raise ValueError("recover.train patch stands in for layers of a model of full width: set prune.width to 1.")
+        raise ValueError("recover.train patch works at full width only: set prune.width to 1, or remove patch.")
     if PATCH in run.config.recover.train and model != (original := _teacher(run)):
         model = patch_stage(run, model, original, data)
     return _training_stage(run, model, data) if _trained(run) else model
@@ -185,8 +185,8 @@ def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder
     pruned, kept = run.model_spec(model), card.kept_layers(run, model, original)
     if others := [step["kind"] for step in card.steps_since(run, model, original) if step["kind"] != "prune"]:
         raise ValueError(
-            f"recover.train patch follows the removal of layers at once, but {run.make(model)!r} has been through "
-            f"{', '.join(others)} since: leave patch out."
+            f"recover.train patch must directly follow the removal of layers, but {run.make(model)!r} was changed "
+            f"afterwards by {', '.join(others)}: remove patch from recover.train."
         )
     with run.workers.worker("actors.training.patch:Patcher", spec=run.model_spec(original)) as worker:
         facts.update(worker.call("patch", pruned, kept, chosen, str(folder)))
@@ -264,8 +264,8 @@ def job(run: Run) -> None:
     if recover.teacher is None and (needs_teacher(recover.objective) or PATCH in recover.train):
         label = recovery_label(recover.train, recover.objective)
         raise ValueError(
-            f"The recovery {label} compares with the original: give the checkpoint from which "
-            f"{run.config.model.path!r} was pruned as recover.teacher."
+            f"The recovery {label} needs a teacher: set recover.teacher to the checkpoint from which "
+            f"{run.config.model.path!r} was pruned."
         )
     print(f"recover: the checkpoint is {run.make(stage(run, run.base_model(), prepare.stage(run)))}", flush=True)
 

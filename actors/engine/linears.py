@@ -4,7 +4,7 @@ A plain product lays its weights out anew every time, which for a few tokens tak
 on one core (docs/LOG.md): a decoder layer's linears 1.1 to 1.6 times faster, the output head 1.3 to 2.2 times.
 
 Linears in AWQ's layout are unpacked once, too. transformers' kernel for a CPU unpacks them at every product, and then
-multiplies in float16, which processors without such instructions emulate: 30 to 180 times slower on one core. The
+multiplies in float16, which processors without such instructions emulate: 35 to 130 times slower (docs/LOG.md). The
 weights are the kernel's, to the bit; the products are more exact than its own.
 """
 

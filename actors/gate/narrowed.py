@@ -32,7 +32,7 @@ class Narrowed:
         places = tensor_places(self._before)
         for name, tensor in tensors_of(self._folder):
             if name not in places:
-                raise GateError(f"{name!r} is new: the model before has none.")
+                raise GateError(f"The model before has no tensor {name!r}.")
             expected = read_tensor(*places[name])
             if match := LAYER.search(name):
                 number = int(match[1])

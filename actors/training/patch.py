@@ -2,7 +2,8 @@
 
 Let a run of removed layers follow layer i. With M the output of layer i's MLP, Y the rest of layer i's output, and L
 the output of the last removed layer, all in the original, the map W minimises |M W + Y - L|^2 over the calibration
-tokens. It is folded into the MLP's last linear, so that the checkpoint has the shape of a pruned one.
+tokens, with a small penalty that draws it to the identity. It is folded into the MLP's last linear, so that the
+checkpoint has the shape of a pruned one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,9 @@ class Patcher:
         """
         runs = removed_runs(kept, len(language_model(self._model).layers))
         if not runs:
-            raise ValueError("No removed layer follows one that is left: there is nothing to fit a map for.")
+            raise ValueError(
+                "All removed layers are at the start of the model: recover.train patch needs a kept layer before them."
+            )
         fits, errors = self._fit(runs, conversations)
         stored = stored_dtype(pruned.path, pruned.revision)
         patched = load_model(**{**pruned.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")

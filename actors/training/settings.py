@@ -32,7 +32,7 @@ class TrainingSettings:
     """The options of one fine-tuning; see jobs.config.pruning.RecoverConfig for their units.
 
     train: names of PARTS. objective: the weight of every name of OBJECTIVES that counts; the weights sum to 1.
-    ValueError: parts that exclude each other, or weights that are none.
+    ValueError: parts that exclude each other, or weights that are not above 0.
     """
 
     train: tuple[str, ...]
@@ -84,7 +84,9 @@ def check_parts(parts: Collection[str]) -> None:
     if not parts:
         raise ValueError(f"recover.train is empty: give {', '.join(PARTS)}, or several of them.")
     if "all" in parts and set(parts) - {"all", PATCH}:
-        raise ValueError("recover.train: 'all' has every other part already; give it alone, or as patch+all.")
+        raise ValueError(
+            "recover.train: 'all' trains every weight outside the tower, so it takes no other part but patch."
+        )
     if set(ADAPTERS) <= set(parts):
         raise ValueError("recover.train: give lora or qlora, not both.")
 
@@ -133,8 +135,8 @@ def read_recovery(label: str) -> dict[str, Any]:
             options["fraction"] = float(share[1]) / 100
         else:
             raise ValueError(
-                f"There is no recovery {word!r}: join {', '.join([*PARTS, *OBJECTIVES])} or a share of the data as 5% "
-                "by +, or give none."
+                f"There is no recovery {word!r}: join by + names of {', '.join([*PARTS, *OBJECTIVES])}, and a share of "
+                "the data as 5%; none is no recovery."
             )
     check_parts(options["train"])
     return options | ({"objective": weigh_objectives(dict.fromkeys(objectives, 1.0))} if objectives else {})

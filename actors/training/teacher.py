@@ -1,7 +1,7 @@
 """The teacher of a distillation: its hidden states are computed once, written to disk, and read while training.
 
-So teacher and student are never in memory together, and all students of one teacher share its states. The logits need
-no space: the head makes them from the last hidden state. Axes: A answer tokens, D width, L layers.
+So teacher and student are never in memory together, and all students of one teacher share its states. Its logits are
+not stored: its output head is, and makes them from the last hidden state. Axes: A answer tokens, D width, L layers.
 """
 
 from collections.abc import Sequence

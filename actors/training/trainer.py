@@ -39,8 +39,8 @@ def nf4_config(model_dtype: torch.dtype, double_quant: bool = False) -> BitsAndB
 def training_dtype(dtype: str, settings: TrainingSettings) -> str:
     """Return the compute type for training: that of `settings.precision`, by default the model's `dtype`.
 
-    float16 gets a substitute, since its gradients underflow: bfloat16 on a GPU that supports it, else float32. QLoRA
-    keeps float16, since what is not NF4 is float32 anyway. Stored weights keep their own type.
+    float16, whose gradients underflow, becomes bfloat16 on a GPU that supports it, otherwise float32. Without bfloat16
+    QLoRA keeps float16, since its weights outside NF4 are in float32. Stored weights keep their own type.
     """
     if settings.precision != "auto":
         return settings.precision

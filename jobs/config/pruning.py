@@ -31,7 +31,7 @@ class PruneConfig(Section):
     width_criterion: WidthCriterion = Field(
         "taylor", description="; ".join(f"{name}: {words}" for name, words in WIDTH_CRITERIA.items())
     )
-    width_samples: Count = Field(10, description="training conversations that the criterion sees (conversations)")
+    width_samples: Count = Field(10, description="training conversations that the criterion uses (conversations)")
 
 
 class RecoverConfig(Section):
@@ -67,8 +67,8 @@ class RecoverConfig(Section):
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; cosine decay, 3 % warm-up")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="arithmetic of the training; auto: that of model.dtype, but none in float16; trained weights are "
-        "float32 meanwhile",
+        description="arithmetic of the training; auto: model.dtype, but bfloat16 or float32 in place of float16 "
+        "(QLoRA without bfloat16 keeps it); the trained weights are in float32",
     )
     gradient_checkpointing: bool | None = Field(
         None, description="compute activations again in the backward pass to save memory; unset: on GPUs"

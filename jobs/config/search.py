@@ -30,7 +30,7 @@ class SearchConfig(Section):
         ["none", "qlora"],
         min_length=1,
         description="fine-tuning after removal: none, or what recover.train and recover.objective take, joined by + "
-        "and a share of the data (qlora+sft+hidden, projector+5%); what it leaves out is recover's (YAML list)",
+        "and a share of the data (qlora+sft+hidden, projector+5%); all else as in the section recover (YAML list)",
     )
     quantizers: list[Quantizer] = Field(
         ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"

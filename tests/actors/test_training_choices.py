@@ -210,7 +210,7 @@ def test_a_training_that_diverges_stops(conversations):
     ("change", "message"),
     [
         ({"train": ("lora", "qlora")}, "lora or qlora, not both"),
-        ({"train": ("all", "lora")}, "'all' has every other part already"),
+        ({"train": ("all", "lora")}, "'all' trains every weight outside the tower"),
         ({"train": ("vision",)}, "there is no 'vision'; give qlora, lora"),
         ({"train": ()}, "recover.train is empty"),
         ({"objective": {}}, "recover.objective is empty"),

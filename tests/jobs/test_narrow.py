@@ -77,7 +77,7 @@ def test_what_width_cannot_be_joined_with(start):
     with pytest.raises(ValueError, match=r"jobs\.joint chooses layers and bits of a model of full width"):
         joint.job(start(joint__budget_gib=1.0))
     run = start(recover__train="patch")
-    with pytest.raises(ValueError, match="patch stands in for layers of a model of full width"):
+    with pytest.raises(ValueError, match="patch works at full width only"):
         recover.stage(run, prune.stage(run, run.base_model()), prepare.stage(run))
     run = start(quantize__group_size=128)
     narrow = prune.stage(run, run.base_model())

@@ -117,7 +117,7 @@ def test_a_killed_job_goes_on(start, monkeypatch):
 
 
 def test_a_teacher_must_be_named_where_none_is_known(start):
-    with pytest.raises(ValueError, match=r"The recovery lora\+sft\+hidden compares with the original: give the"):
+    with pytest.raises(ValueError, match=r"The recovery lora\+sft\+hidden needs a teacher: set"):
         recover.job(start(recover__objective="sft+hidden"))
     with pytest.raises(ValueError, match=r"recover.teacher"):
         recover.job(start(recover__objective="hidden", recover__teacher="/nowhere"))
@@ -172,7 +172,7 @@ def test_a_patch_alone_and_before_training(start):
     whole = start(prune__layers=0, recover__train="patch")
     base = whole.base_model()
     assert recover.stage(whole, prune.stage(whole, base), prepare.stage(whole)) == base
-    with pytest.raises(ValueError, match="The recovery patch compares with the original"):
+    with pytest.raises(ValueError, match="The recovery patch needs a teacher"):
         recover.job(start(recover__train="patch"))
 
 
@@ -188,7 +188,7 @@ def test_the_command_patches_what_was_pruned_before(start, capsys):
     again = start(
         model__path=capsys.readouterr().out.split()[-1], recover__train="patch", recover__teacher=str(DERM_TINY)
     )
-    with pytest.raises(ValueError, match=r"patch follows the removal of layers at once, .* patch, recover"):
+    with pytest.raises(ValueError, match=r"must directly follow the removal of layers, .* by patch, recover"):
         recover.job(again)
 
 
