@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.checkpoint.loading import language_model, pick_device, pixel_dtype
+from actors.answer_states import weigh_gradients
+from actors.checkpoint.loading import language_model, pick_device
 from actors.conversations import collate, reply_ids
 from actors.embedder import Embedder
 from actors.engine.replica import LlavaReplica, group_by_image
@@ -18,8 +19,6 @@ from actors.engine.rows import PromptPass
 from actors.engine.verification import LOGITS_AT_ONCE, Verification, pack_prompts
 from actors.maths.criteria import token_cosines, token_kl, token_nll
 from actors.specs import Conversation, DraftContext, ModelSpec
-
-FLOAT16_LOSS_SCALE = 2.0**10
 
 
 class LayerCritic:
@@ -230,30 +229,11 @@ def taylor_scores(model, batch: dict[str, torch.Tensor]) -> list[float]:
         raise ValueError("taylor+ needs gradients of the weights, and this model's are quantized.")
     scores = [0.0] * len(layers)
 
-    def note(weight: torch.Tensor) -> None:
-        scores[weights[weight]] += (weight.detach() * weight.grad).abs().sum(dtype=torch.float64).item()
-        weight.grad = None
+    def note(weight: torch.nn.Parameter, products: torch.Tensor) -> None:
+        scores[weights[weight]] += products.sum(dtype=torch.float64).item()
 
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    handles = []
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(parameter in weights)
-        handles = [p.register_post_accumulate_grad_hook(note) for p in weights]
-        batch = {key: value.to(model.lm_head.weight.device) for key, value in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        batch["pixel_values"] = batch["pixel_values"].to(pixel_dtype(model))
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        picked = labels != -100
-        loss = token_nll(logits[picked], labels[picked]).mean()
-        scale = FLOAT16_LOSS_SCALE if logits.dtype == torch.float16 else 1.0
-        (loss * scale).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, requires in wanted.items():
-            parameter.requires_grad_(requires)
-    return [score / scale for score in scores]
+    weigh_gradients(model, batch, weights, note)
+    return scores
 
 
 # Name -> function(critic, samples, removed sets, base, known), which returns the rows of LayerCritic.measure.

@@ -11,15 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from actors.answer_states import answer_states, weigh_gradients
 from actors.checkpoint.loading import language_model
 from actors.conversations import collate
-from actors.maths.distillation import cross_entropy
 from actors.narrowing.groups import Heads, group_sums, layer_shape
 from actors.specs import Conversation, Llava
-from actors.training.teacher import answer_states
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # (head groups [G], channels [C]) of every layer, float64
-FLOAT16_LOSS_SCALE = 2.0**10
 
 
 def score_groups(
@@ -108,32 +106,21 @@ def _magnitude(model, processor, conversations, seed, inputs) -> Layers:
 def _taylor(model, processor, conversations, seed, inputs) -> Layers:
     """Sum |w dL/dw| over conversations, L the mean loss per answer token; one layer's gradients are held at a time."""
     layers = [_linears(layer) for layer in language_model(model).layers]
-    weights = {p: linear for linears in layers for linear in linears.values() for p in linear.parameters()}
+    weights = {parameter for linears in layers for linear in linears.values() for parameter in linear.parameters()}
     sums: dict[nn.Parameter, tuple[torch.Tensor, ...]] = {}
 
-    def note(weight: nn.Parameter) -> None:
-        scores = (weight.detach().float() * weight.grad.float()).abs().double()
-        if not torch.isfinite(scores).all():
+    def note(weight: nn.Parameter, products: torch.Tensor) -> None:
+        if not torch.isfinite(products).all():
             raise RuntimeError(
                 "A gradient of the criterion taylor is not finite: choose model.dtype float32 or bfloat16, or another "
                 "prune.width_criterion."
             )
+        scores = products.double()
         found = (scores.sum(1).cpu(), scores.sum(0).cpu()) if scores.dim() == 2 else (scores.cpu(),)
         sums[weight] = tuple(a + b for a, b in zip(sums[weight], found, strict=True)) if weight in sums else found
-        weight.grad = None
 
-    model.requires_grad_(False)
-    hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(note) for weight in weights]
-    try:
-        for batch in _batches(model, processor, conversations):
-            states = answer_states(model, batch, False)
-            logits_AV = model.lm_head(states.last_AD)
-            scale = FLOAT16_LOSS_SCALE if logits_AV.dtype == torch.float16 else 1.0
-            (cross_entropy(logits_AV.float(), states.targets_A) / len(states.targets_A) * scale).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.requires_grad_(False)
+    for item in conversations:
+        weigh_gradients(model, collate(processor, [item]), weights, note)
 
     def reduced(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = sums[linear.weight]

@@ -5,7 +5,6 @@ not stored: its output head is, and makes them from the last hidden state. Axes:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from actors.answer_states import answer_states
 from actors.checkpoint.loading import load_model, load_processor, quiet
 from actors.conversations import collate
-from actors.specs import Conversation, Llava, ModelSpec
+from actors.specs import Conversation, ModelSpec
 
 HEAD = "head.safetensors"
-
-
-@dataclass(frozen=True)
-class AnswerStates:
-    """Hidden states at the positions that predict a batch's answer tokens, rows one after the other.
-
-    last_AD: after the final norm. inputs_ALD: what enters layers 1, 2, ..., None unless it was asked for.
-    """
-
-    last_AD: torch.Tensor
-    inputs_ALD: torch.Tensor | None
-    targets_A: torch.Tensor
-
-
-def answer_states(model: Llava, batch: dict[str, torch.Tensor], layers: bool) -> AnswerStates:
-    """Run a batch of `collate` through a model; layers: return what enters its layers, too."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    out = model.model(**inputs, output_hidden_states=layers, use_cache=False)
-    targets = batch["labels"][:, 1:]
-    answers = targets != -100
-    inputs_ALD = None
-    if layers:  # hidden_states: what enters layer 0, 1, ..., then the last state
-        entering = [states[:, :-1][answers] for states in out.hidden_states[1:-1]]
-        inputs_ALD = torch.stack(entering, 1) if entering else None
-    return AnswerStates(out.last_hidden_state[:, :-1][answers], inputs_ALD, targets[answers])
 
 
 class Teacher:
@@ -90,11 +65,11 @@ class Teacher:
 class TeacherStates:
     """Reads what Teacher wrote, in float32 on `device`.
 
-    kept: the teacher's layers that the student still has, for the objective "layers".
+    kept_layers: the teacher's layers that the student still has, for the objective "layers".
     """
 
-    def __init__(self, folder: str, device: torch.device, kept: Sequence[int]):
-        self._folder, self._device, self._kept = Path(folder), device, kept
+    def __init__(self, folder: str, device: torch.device, kept_layers: Sequence[int]):
+        self._folder, self._device, self._kept = Path(folder), device, kept_layers
         self._files: dict[str, Any] = {}
         for path in sorted(self._folder.glob("states-*.safetensors")):
             file = safe_open(path, framework="pt")

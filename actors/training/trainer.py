@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from actors.answer_states import AnswerStates, answer_states
 from actors.checkpoint.loading import load_model, load_processor, quiet
 from actors.checkpoint.tensors import copy_companions, local_folder, publish_names, stored_dtype
 from actors.conversations import collate
@@ -19,7 +20,7 @@ from actors.specs import NOT_ROUNDED, Conversation, Llava, ModelSpec
 from actors.training.parts import adapted_linears, trained_weights
 from actors.training.settings import SNAPSHOTS, TrainingSettings, needs_teacher, weigh_objectives
 from actors.training.snapshots import Snapshots
-from actors.training.teacher import AnswerStates, TeacherStates, answer_states
+from actors.training.teacher import TeacherStates
 
 DIVERGED = 3.0  # times the smallest mean loss of WINDOW steps, plus 1: more than this is no fluctuation
 WINDOW = 20
@@ -64,22 +65,22 @@ class Trainer:
         settings: TrainingSettings,
         out: str,
         teacher: str | None = None,
-        kept: Sequence[int] = (),
+        kept_layers: Sequence[int] = (),
     ) -> Iterator[dict]:
         """Train on the conversations and write the new checkpoint to `out`.
 
-        teacher: the folder of the teacher's states, if an objective needs it; kept: the teacher's layers that this
-        model still has. Yields {step, loss, cross_entropy, learning_rate} of every step, the losses in nats per answer
-        token. The folder SNAPSHOTS in `out` is the caller's to remove: if it holds the snapshot of an interrupted
-        training, its steps are yielded from there, and the training goes on after it. RuntimeError: the loss or a
-        gradient is not finite, or the training diverges.
+        teacher: the folder of the teacher's states, if an objective needs it; kept_layers: the teacher's layers that
+        this model still has. Yields {step, loss, cross_entropy, learning_rate} of every step, the losses in nats per
+        answer token. The folder SNAPSHOTS in `out` is the caller's to remove: if it holds the snapshot of an
+        interrupted training, its steps are yielded from there, and the training goes on after it. RuntimeError: the
+        loss or a gradient is not finite, or the training diverges.
         """
         torch.manual_seed(settings.seed)
         model = self._prepare(settings)
         processor = load_processor(self._spec.path, self._spec.revision, self._spec.trust_remote_code)
         device = next(model.parameters()).device
         is_mixed = training_dtype(self._spec.dtype, settings) == "bfloat16"
-        loss = Loss(settings, TeacherStates(teacher, device, kept) if teacher is not None else None, is_mixed)
+        loss = Loss(settings, TeacherStates(teacher, device, kept_layers) if teacher is not None else None, is_mixed)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimiser = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
         snapshots = Snapshots(Path(out) / SNAPSHOTS, trained, optimiser)
@@ -189,30 +190,30 @@ class Loss:
         values = {"sft": cross_entropy(logits_AV, states.targets_A)}
         if self._teacher is None or not needs_teacher(self._weights):
             return values
-        taught_AD = self._teacher.last(examples)
+        teacher_AD = self._teacher.last(examples)
         compares_states = bool({"hidden", "layers"} & set(self._weights))
-        if len(taught_AD) != len(last_AD) or (compares_states and taught_AD.shape != last_AD.shape):
+        if len(teacher_AD) != len(last_AD) or (compares_states and teacher_AD.shape != last_AD.shape):
             raise ValueError(
-                f"The teacher has hidden states {list(taught_AD.shape)}, the student {list(last_AD.shape)} (answer "
+                f"The teacher has hidden states {list(teacher_AD.shape)}, the student {list(last_AD.shape)} (answer "
                 "tokens, width): they need one tokenizer and image size, and one width unless recover.objective is "
                 "logits or reverse_logits."
             )
         if "layers" in self._weights and states.inputs_ALD is None:
             raise ValueError("recover.objective layers compares what enters the second layer on; the model has one.")
         if "hidden" in self._weights:
-            values["hidden"] = hidden_error(last_AD, taught_AD)
+            values["hidden"] = hidden_error(last_AD, teacher_AD)
         if states.inputs_ALD is not None:
-            inputs_ALD, taught_ALD = states.inputs_ALD.float(), self._teacher.inputs(examples)
-            values["layers"] = hidden_error(inputs_ALD.flatten(1), taught_ALD.flatten(1))
+            inputs_ALD, teacher_ALD = states.inputs_ALD.float(), self._teacher.inputs(examples)
+            values["layers"] = hidden_error(inputs_ALD.flatten(1), teacher_ALD.flatten(1))
         for name, divergence in (("logits", forward_kl), ("reverse_logits", reverse_kl)):
             if name in self._weights:
-                taught_AV = self._teacher.logits(taught_AD)
-                if taught_AV.shape != logits_AV.shape:
+                teacher_AV = self._teacher.logits(teacher_AD)
+                if teacher_AV.shape != logits_AV.shape:
                     raise ValueError(
-                        f"The teacher has {taught_AV.shape[1]} words, the student {logits_AV.shape[1]}: "
+                        f"The teacher has {teacher_AV.shape[1]} words, the student {logits_AV.shape[1]}: "
                         f"recover.objective {name} needs one vocabulary."
                     )
-                values[name] = divergence(logits_AV, taught_AV, self._settings.temperature)
+                values[name] = divergence(logits_AV, teacher_AV, self._settings.temperature)
         return values
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.answer_states import answer_states
 from actors.checkpoint.loading import load_model, load_processor
 from actors.checkpoint.pruning import Surgeon
 from actors.checkpoint.tensors import iterate_tensors, published_name
@@ -15,7 +16,7 @@ from actors.quantizers.structure import linear_shapes
 from actors.specs import Change, GateError, ModelSpec
 from actors.training.parts import may_differ
 from actors.training.settings import PARTS, Trained, read_recovery, recovery_label
-from actors.training.teacher import Teacher, TeacherStates, answer_states
+from actors.training.teacher import Teacher, TeacherStates
 from actors.training.trainer import Loss, Trainer, check_loss
 from tests.tiny import draw_conversations, plain_model, save_tiny
 from tests.training import training_settings
