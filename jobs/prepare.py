@@ -28,7 +28,9 @@ from actors.dataset import (
     split_groups,
 )
 from actors.derm_tiny import draw
+from actors.maths.sampling import draw_places
 from actors.maths.splits import FAR
+from actors.specs import Conversation
 from cluster.artifacts import digest
 from jobs.config.schema import ClassConfig, DataConfig, QuestionConfig
 from jobs.core.command import main
@@ -228,6 +230,20 @@ def _reference(question: QuestionConfig, kind: ClassConfig, annotation: Annotati
 def conversations(folder: str, split: str) -> list[ConversationRow]:
     """Read one split of a data artifact."""
     return [row for row in CONVERSATIONS.read(folder) if row["split"] == split]
+
+
+def training_conversations(folder: str) -> list[Conversation]:
+    """Read the training split of a data artifact, as workers take it."""
+    return [
+        Conversation(row["sample_id"], row["image"], row["question"], row["reference"])
+        for row in conversations(folder, "train")
+    ]
+
+
+def draw_conversations(folder: str, count: int, seed: int) -> list[Conversation]:
+    """Return `count` training conversations (all, if there are fewer) in a random order, the same for a seed."""
+    rows = training_conversations(folder)
+    return [rows[place] for place in draw_places(len(rows), count, seed)]
 
 
 def job(run: Run) -> None:

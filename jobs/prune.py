@@ -15,8 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from actors.maths.sampling import draw_places
-from actors.specs import Change, Conversation
+from actors.specs import Change
 from jobs import ablate, prepare, verify
 from jobs.core.command import main
 from jobs.core.facts import PruneFacts, SelectFacts
@@ -68,9 +67,8 @@ def narrow_stage(run: Run, model: Stage | Source) -> Stage:
 
 def narrow(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: dict) -> None:
     """Score heads and channels, and write the checkpoint with the most important ones."""
-    prune, rows = run.config.prune, prepare.conversations(run.make(data), "train")
-    chosen = [rows[place] for place in sorted(draw_places(len(rows), prune.width_samples, run.config.seed))]
-    conversations = [Conversation(r["sample_id"], r["image"], r["question"], r["reference"]) for r in chosen]
+    prune = run.config.prune
+    conversations = prepare.draw_conversations(run.make(data), prune.width_samples, run.config.seed)
     options = (prune.width, run.config.quantize.group_size, prune.width_criterion, run.config.seed)
     with run.workers.worker("actors.narrowing.narrower:Narrower", spec=run.model_spec(model)) as worker:
         facts.update(worker.call("narrow", conversations, *options, str(folder)))
@@ -80,7 +78,7 @@ def narrow(run: Run, model: Stage | Source, data: Stage, folder: Path, facts: di
         "width": prune.width,
         "criterion": prune.width_criterion,
         **{name: facts[name] for name in ("head_groups", "channels", "compensated")},
-        "conversations": len(chosen),
+        "conversations": len(conversations),
         "digest": card.conversations_digest(run.make(data), [c.id for c in conversations]),
     }
     card.finish(run, model, folder, facts, step)

@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.maths.sampling import draw_places
 from actors.quantizers.table import find_method
 from actors.specs import Change, Conversation, QuantizeSettings
 from jobs import prepare, verify
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
-from jobs.recover import training_conversations
 from jobs.reporting import card
 
 if TYPE_CHECKING:
@@ -78,9 +76,8 @@ def calibration_conversations(run: Run, data: Stage) -> list[Conversation]:
     quantize = run.config.quantize
     if not find_method(quantize.method).calibrated:
         return []
-    conversations = training_conversations(run.make(data))
-    picks = draw_places(len(conversations), quantize.calibration_samples, run.config.seed)
-    return [conversations[i] if quantize.calibration_images else replace(conversations[i], image=None) for i in picks]
+    drawn = prepare.draw_conversations(run.make(data), quantize.calibration_samples, run.config.seed)
+    return drawn if quantize.calibration_images else [replace(each, image=None) for each in drawn]
 
 
 def calibration_note(run: Run, data: Stage, calibration: Sequence[Conversation]) -> dict | None:

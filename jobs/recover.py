@@ -138,24 +138,16 @@ def states_stage(run: Run, teacher: Source, data: Stage) -> Stage:
     )
 
 
-def training_conversations(folder: str) -> list[Conversation]:
-    """Return the training split of a data artifact."""
-    return [
-        Conversation(row["sample_id"], row["image"], row["question"], row["reference"])
-        for row in prepare.conversations(folder, "train")
-    ]
-
-
-def _draw_conversations(run: Run, data: Stage) -> list[Conversation]:
+def _draw_share(run: Run, data: Stage) -> list[Conversation]:
     """Return the share recover.fraction of the training split; a larger share holds a smaller one."""
-    conversations = training_conversations(run.make(data))
+    conversations = prepare.training_conversations(run.make(data))
     count = math.ceil(run.config.recover.fraction * len(conversations))
     return [conversations[place] for place in sorted(draw_places(len(conversations), count, run.config.seed))]
 
 
 def write_states(run: Run, teacher: Source, data: Stage, layers: bool, folder: Path, facts: dict) -> None:
     """Run the teacher over the training conversations, on several workers if there are, and write its states."""
-    conversations = _draw_conversations(run, data)
+    conversations = _draw_share(run, data)
     cuts = [conversations[i : i + SHARD] for i in range(0, len(conversations), SHARD)]
     shards = {f"states-{number:05d}": cut for number, cut in enumerate(cuts)}
     missing = [name for name in shards if not (folder / f"{name}.safetensors").is_file()]
@@ -179,9 +171,7 @@ def write_states(run: Run, teacher: Source, data: Stage, layers: bool, folder: P
 
 def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder: Path, facts: dict) -> None:
     """Fit the maps on training conversations, and write the patched checkpoint; ValueError: no layer has a map."""
-    conversations = training_conversations(run.make(data))
-    places = draw_places(len(conversations), run.config.recover.patch_samples, run.config.seed)
-    chosen = [conversations[place] for place in sorted(places)]
+    chosen = prepare.draw_conversations(run.make(data), run.config.recover.patch_samples, run.config.seed)
     pruned, kept = run.model_spec(model), card.kept_layers(run, model, original)
     if others := [step["kind"] for step in card.steps_since(run, model, original) if step["kind"] != "prune"]:
         raise ValueError(
@@ -199,9 +189,8 @@ def patch(run: Run, model: Stage | Source, original: Source, data: Stage, folder
         "digest": card.conversations_digest(run.make(data), [c.id for c in chosen]),
     }
     card.finish(run, model, folder, facts, step)
-    LOG.info(
-        f"patch: layers {facts['layers']}, error {', '.join(f'{each:.2f}' for each in facts['errors'])} of a plain cut"
-    )
+    shares = ", ".join(f"{each:.2f}" for each in facts["errors"])
+    LOG.info(f"patch: maps in layers {facts['layers']}; squared error as a share of that without a map: {shares}")
 
 
 def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, folder: Path, facts: dict) -> None:
@@ -210,9 +199,9 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
     names = {field.name for field in fields(TrainingSettings)} - {"seed"}
     options = {name: getattr(recover, name) for name in names} | {"train": _trained(run)}
     settings = TrainingSettings(**options, seed=run.config.seed)
-    conversations = _draw_conversations(run, data)
+    conversations = _draw_share(run, data)
     spec = run.model_spec(model)
-    taught = (run.make(states), card.kept_layers(run, model, _teacher(run))) if states else ()
+    teacher = (run.make(states), card.kept_layers(run, model, _teacher(run))) if states else ()
     for leftover in folder.iterdir():  # of a run that was killed while it wrote the checkpoint
         if leftover.name != SNAPSHOTS:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -221,7 +210,7 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
         run.workers.worker("actors.training.trainer:Trainer", spec=spec) as worker,
         Progress("recover", settings.steps(len(conversations))) as progress,
     ):
-        for row in worker.stream("train", conversations, settings, str(folder), *taught):
+        for row in worker.stream("train", conversations, settings, str(folder), *teacher):
             losses.append(row)
             progress.at(row["step"], f"loss {row['loss']:.4f}")
     LOSSES.write(folder, losses)

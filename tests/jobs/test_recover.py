@@ -85,7 +85,7 @@ def test_a_share_of_the_data_holds_a_smaller_one(start):
         facts = run.facts(made, RecoverFacts)
         drawn[fraction] = facts["conversations"], facts["history"][-1]["digest"]
     counts = [count for count, _ in drawn.values()]
-    whole = len(recover.training_conversations(run.make(prepare.stage(run))))
+    whole = len(prepare.training_conversations(run.make(prepare.stage(run))))
     assert counts == [-(-whole // 20), -(-whole // 2), whole] and len(set(drawn.values())) == 3
 
 
