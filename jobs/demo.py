@@ -1,7 +1,7 @@
 """Run the whole pipeline on a model that we bring: start a private Ray, then submit jobs to it as to a cluster.
 
     make demo           # python -m jobs.demo, the embedded model of 10 layers: 4 minutes on two cores
-    make demo-smol      # python -m jobs.demo derm-smol, 30 layers, with a search over depths: half an hour
+    make demo-smol      # python -m jobs.demo derm-smol, a language model of 30 layers, with a search over depths
 
 Results go to runs/NAME. The same command continues after a stop; when nothing is missing it takes seconds.
 """
@@ -112,7 +112,8 @@ def _submit_jobs(chosen: Demo, options: Sequence[str]) -> None:
             entrypoint = [sys.executable, "-m", f"jobs.{name}", "--config", chosen.config, *options]
             entrypoint += ["--verbose"] if LOG.isEnabledFor(logging.DEBUG) else []
             LOG.info(f"demo: ray job submit --working-dir . -- python -m {' '.join(entrypoint[2:])}")
-            submit = f"{RAY} job submit --address {head.address} --working-dir . --log-style record --".split(" ")
+            submit = [str(RAY), "job", "submit", "--working-dir", ".", "--log-style", "record"]
+            submit += ["--address", head.address, "--"]
             process = subprocess.Popen(
                 [*submit, *entrypoint],
                 env=head.environment,

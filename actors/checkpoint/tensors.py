@@ -132,6 +132,12 @@ def published_name(name: str) -> str:
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
+def published_layer(name: str) -> tuple[int, str] | None:
+    """Return (number of the decoder layer, name in it) of a tensor's published name; None: it is in no layer."""
+    match = re.match(r"language_model\.model\.layers\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None
+
+
 def publish_names(folder: Path) -> None:
     """Rewrite a saved checkpoint whose tensors have other names than the published ones."""
     files = weight_files(folder)

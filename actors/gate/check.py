@@ -58,8 +58,8 @@ class Gate:
 
         parent, change: what it was made from, and how; without them only the folder itself is checked. removed: the
         layers that pruning removed, zero-based. sums: SHA-256 of every tensor as first published. keep_probe: write
-        the probe's logits into the folder, for later checks. trained: what a training may have
-        changed. GateError: a check failed.
+        the probe's logits into the folder, for later checks. trained: what a training may have changed. GateError: a
+        check failed.
         """
         folder = Path(spec.path)
         trusted = spec.trust_remote_code
@@ -76,8 +76,8 @@ class Gate:
         if before:
             _check_count(config, before)
             changed = _may_differ(config, change, trained)
-            kept = narrowed.check_tensors() if narrowed else None
-            findings["kept"] = kept or check_kept(folder, before.folder, before.renumbered, changed)
+            narrow = narrowed.check_tensors() if narrowed else None
+            findings["kept"] = narrow or check_kept(folder, before.folder, before.renumbered, changed)
         model = load_plainly(spec, config)
         findings["modules"] = check_modules(model, config)
         logits = probe_logits(model, processor)  # the first forward pass, in which some formats are dequantized
@@ -86,15 +86,9 @@ class Gate:
         if not np.isfinite(logits).all():
             raise GateError(f"The logits of {spec.path!r} hold NaN or infinity.")
         closeness, off = [], None
-        if before and narrowed:
-            for _ in before.layers():
-                pass
-            closeness.append(_compare_logits(logits, before.logits(), SAME[spec.dtype], "the model before, masked"))
-        elif before and change is not Change.TRAINED:
-            pruned = change is Change.PRUNED
-            findings["layers"], off, close = _compare_with_parent(
-                before, model, processor, config, spec, pruned, logits
-            )
+        if before and change is not Change.TRAINED:
+            layers, off, close = _compare_with_parent(before, model, processor, config, spec, change, logits)
+            findings |= {"layers": layers} if layers else {}
             closeness.append(close)
         if (folder / PROBE).is_file():
             recorded, computed = read_probe(folder)
@@ -112,14 +106,17 @@ class Gate:
 
 
 def _compare_with_parent(
-    before: Parent, model, processor, config, spec: ModelSpec, pruned: bool, logits
-) -> tuple[str, str | None, str]:
+    before: Parent, model, processor, config, spec: ModelSpec, change: Change | None, logits
+) -> tuple[str | None, str | None, str]:
     """Compare a model's layers and logits [V] with those of the model before; GateError: they differ too much.
 
-    Returns (the layers' finding, the first linear that is off, the logits' finding).
+    Returns (the layers' finding, None where they have other shapes; the first linear that is off; the logits' finding).
     """
     same = SAME[spec.dtype]
-    if pruned:
+    if change is Change.NARROWED:
+        before.run()
+        return None, None, _compare_logits(logits, before.logits(), same, "the model before, masked")
+    if change is Change.PRUNED:
         layers, off = check_layers(before, model, processor, None, same)
         return layers, off, _compare_logits(logits, before.logits(), same, "the original with its layers switched off")
     layers, off = check_layers(before, model, processor, config, max(same, SAME[_name_stored_dtype(Path(spec.path))]))

@@ -6,7 +6,7 @@ from torch import nn
 from actors.checkpoint.config import read_config
 from actors.checkpoint.tensors import local_folder, read_tensor, tensor_places
 from actors.gate.files import LAYER, load_or_refuse, tensors_of
-from actors.narrowing.groups import FILE, Heads, Kept, layer_shape, mask_layer, narrow_tensor
+from actors.narrowing.groups import FILE, Heads, KeptGroups, layer_shape, mask_layer, narrow_tensor
 from actors.specs import GateError, ModelSpec
 
 
@@ -18,7 +18,7 @@ class Narrowed:
         self._text = read_config(self._before, trust_remote_code=parent.trust_remote_code).text_config
         shape, heads = layer_shape(self._text), Heads.of(self._text)
         self._biases = tuple(f"{name}.bias" for name in (shape.out, shape.down))  # may carry the mean of what is gone
-        self._kept = load_or_refuse(lambda: Kept.read(folder))
+        self._kept = load_or_refuse(lambda: KeptGroups.read(folder))
         for numbers, count in (
             (self._kept.heads, heads.groups),
             (self._kept.channels, self._text.intermediate_size),

@@ -61,6 +61,11 @@ class Parent:
             layer.to("meta")
             release()
 
+    def run(self) -> None:
+        """Run all layers, for `logits`."""
+        for _ in self.layers():
+            pass
+
     @torch.inference_mode()
     def logits(self) -> np.ndarray:
         """Return the logits [V] of the token after the probe, in float32; `layers` must be exhausted first."""

@@ -50,7 +50,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptGroups:
     """The groups of every layer that stay, sorted: head groups [L, G'] and channels [L, C'], by their old numbers.
 
     biases: what was added to biases, by the tensor's name.
@@ -66,7 +66,7 @@ class Kept:
         np.savez_compressed(folder / FILE, **arrays)
 
     @classmethod
-    def read(cls, folder: Path) -> "Kept":
+    def read(cls, folder: Path) -> "KeptGroups":
         """Return what FILE holds."""
         with np.load(folder / FILE, allow_pickle=False) as file:
             biases = {name: file[name] for name in file.files if name not in ("heads", "channels")}
@@ -104,7 +104,7 @@ def places(groups: Sequence[int], size: int) -> torch.Tensor:
     return (torch.as_tensor(groups)[:, None] * size + torch.arange(size)).flatten()
 
 
-def missing(kept: Sequence[int], count: int) -> list[int]:
+def removed_groups(kept: Sequence[int], count: int) -> list[int]:
     """Return the numbers below `count` that are not kept."""
     return sorted(set(range(count)) - {int(each) for each in kept})
 
@@ -114,10 +114,10 @@ def mask_layer(layer: Llava, heads: Sequence[int], channels: Sequence[int], text
     shape, attention = layer_shape(text), Heads.of(text)
     out, down = layer.get_submodule(shape.out).weight, layer.get_submodule(shape.down).weight
     with torch.no_grad():
-        if gone := missing(heads, attention.groups):
-            out[:, places(gone, attention.queries * attention.size).to(out.device)] = 0
-        if gone := missing(channels, down.shape[1]):
-            down[:, torch.tensor(gone, device=down.device)] = 0
+        if removed := removed_groups(heads, attention.groups):
+            out[:, places(removed, attention.queries * attention.size).to(out.device)] = 0
+        if removed := removed_groups(channels, down.shape[1]):
+            down[:, torch.tensor(removed, device=down.device)] = 0
 
 
 def group_sums(linears: Mapping[str, tuple[torch.Tensor, torch.Tensor]], text) -> Iterator[torch.Tensor]:

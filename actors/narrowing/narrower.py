@@ -4,7 +4,6 @@ config.json describes the result, so that plain transformers loads it.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,12 +14,17 @@ from transformers import MistralConfig
 
 from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import language_model, load_model, load_processor, quiet
-from actors.checkpoint.tensors import copy_companions, iterate_tensors, local_folder, published_name, write_tensors
-from actors.narrowing.groups import Heads, Kept, layer_shape, missing, narrow_tensor, places
+from actors.checkpoint.tensors import (
+    copy_companions,
+    iterate_tensors,
+    local_folder,
+    published_layer,
+    published_name,
+    write_tensors,
+)
+from actors.narrowing.groups import Heads, KeptGroups, layer_shape, narrow_tensor, places, removed_groups
 from actors.narrowing.scores import InputSums, Layers, score_groups
 from actors.specs import Conversation, ModelSpec
-
-_LAYER = re.compile(r"^language_model\.model\.layers\.(\d+)\.(.+)$")
 
 
 def narrow_config(config, width: float, multiple: int):
@@ -61,14 +65,14 @@ def _as_mistral(text) -> MistralConfig:
     return MistralConfig(**values, sliding_window=None)
 
 
-def choose_groups(scores: Layers, heads: int, channels: int) -> Kept:
+def choose_groups(scores: Layers, heads: int, channels: int) -> KeptGroups:
     """Return the best `heads` head groups and `channels` channels of every layer; of equals, the first."""
 
     def best(values: torch.Tensor, count: int) -> list[int]:
         return sorted(torch.sort(values, descending=True, stable=True).indices[:count].tolist())
 
     kept = [(best(layer[0], heads), best(layer[1], channels)) for layer in scores]
-    return Kept(np.array([pair[0] for pair in kept], np.int32), np.array([pair[1] for pair in kept], np.int32))
+    return KeptGroups(np.array([pair[0] for pair in kept], np.int32), np.array([pair[1] for pair in kept], np.int32))
 
 
 class Narrower:
@@ -115,30 +119,33 @@ class Narrower:
             "compensated": bool(extra),
         }
 
-    def _tensors(self, kept: Kept, extra: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _tensors(self, kept: KeptGroups, extra: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for stored, tensor in iterate_tensors(self._source):
             name = published_name(stored)
-            if match := _LAYER.match(name):
-                number = int(match[1])
+            if place := published_layer(name):
+                number, part = place
                 tensor = narrow_tensor(
-                    match[2], tensor, kept.heads[number], kept.channels[number], self._config.text_config
+                    part, tensor, kept.heads[number], kept.channels[number], self._config.text_config
                 )
             if name in extra:
                 tensor = (tensor.double() + extra[name]).to(tensor.dtype)
             yield name, tensor
 
-    def _compensation(self, kept: Kept, inputs: InputSums) -> dict[str, torch.Tensor]:
+    def _compensation(self, kept: KeptGroups, inputs: InputSums) -> dict[str, torch.Tensor]:
         """Return what to add to biases: the writing linears' mean output of what is gone."""
         text = self._config.text_config
         shape, heads = layer_shape(text), Heads.of(text)
         extra = {}
         for number, layer in enumerate(language_model(self._model).layers):
-            gone_channels = missing(kept.channels[number], text.intermediate_size)
-            gone_heads = places(missing(kept.heads[number], heads.groups), heads.queries * heads.size)
-            for name, gone in ((shape.out, gone_heads), (shape.down, torch.tensor(gone_channels, dtype=torch.long))):
+            removed_channels = removed_groups(kept.channels[number], text.intermediate_size)
+            removed_heads = places(removed_groups(kept.heads[number], heads.groups), heads.queries * heads.size)
+            for name, removed in (
+                (shape.out, removed_heads),
+                (shape.down, torch.tensor(removed_channels, dtype=torch.long)),
+            ):
                 linear = layer.get_submodule(name)
                 if linear.bias is not None:
-                    weight = linear.weight.detach().double().cpu()[:, gone]
-                    mean = inputs.mean(number, name)[gone]
+                    weight = linear.weight.detach().double().cpu()[:, removed]
+                    mean = inputs.mean(number, name)[removed]
                     extra[f"language_model.model.layers.{number}.{name}.bias"] = weight @ mean
         return extra

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from torch import nn
 
 from actors.checkpoint.loading import language_model
+from actors.checkpoint.tensors import published_layer
 from actors.specs import Llava
 from actors.training.settings import ADAPTERS, PATCH, Trained
 
-_LAYER = re.compile(r"^language_model\.model\.layers\.(\d+)\.(.+)$")
 _NORM = re.compile(r"norm\.(weight|bias)$")
 
 
@@ -64,16 +64,16 @@ def may_differ(trained: Trained, linears: Iterable[str]) -> Callable[[str], bool
             return False
         if "all" in parts or ("norms" in parts and _NORM.search(name)):
             return True
-        if (match := _LAYER.match(name)) is None:
+        if (place := published_layer(name)) is None:
             return False
-        number, (linear, _, kind) = int(match[1]), match[2].rpartition(".")
+        number, (linear, _, kind) = place[0], place[1].rpartition(".")
         if PATCH in parts and linear == last and (trained.layers is None or number in trained.layers):
             return True
-        return bool(set(ADAPTERS) & parts) and kind != "bias" and _stem(match[2], adapted)
+        return bool(set(ADAPTERS) & parts) and kind != "bias" and _is_of(place[1], adapted)
 
     return differs
 
 
-def _stem(name: str, linears: Collection[str]) -> bool:
+def _is_of(name: str, linears: Collection[str]) -> bool:
     """Tell whether a tensor belongs to one of the linears, however their weights are stored."""
     return any(name.startswith(f"{linear}.") for linear in linears)

@@ -23,10 +23,10 @@ from actors.specs import Conversation, ModelSpec
 RIDGE = 1e-3
 
 
-def removed_runs(kept: Sequence[int], layers: int) -> dict[int, int]:
+def removed_runs(kept_layers: Sequence[int], layers: int) -> dict[int, int]:
     """Return {kept layer i: last removed layer of the run that follows it}; a run at the start follows none."""
-    following = [*kept[1:], layers]
-    return {layer: after - 1 for layer, after in zip(kept, following, strict=True) if after - layer > 1}
+    following = [*kept_layers[1:], layers]
+    return {layer: after - 1 for layer, after in zip(kept_layers, following, strict=True) if after - layer > 1}
 
 
 def last_linear(layer: nn.Module) -> nn.Linear:
@@ -42,13 +42,15 @@ class Patcher:
         self._model = load_model(**spec.loading)
         self._processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
 
-    def patch(self, pruned: ModelSpec, kept: Sequence[int], conversations: Sequence[Conversation], out: str) -> dict:
+    def patch(
+        self, pruned: ModelSpec, kept_layers: Sequence[int], conversations: Sequence[Conversation], out: str
+    ) -> dict:
         """Write the pruned checkpoint with its maps folded in to `out`.
 
-        kept: the original's layers that it has. Returns {layers: its patched layers, errors: by patched layer the
-        squared error of what it passes on, as a share of that without a map}.
+        kept_layers: the original's layers that it has. Returns {layers: its patched layers, errors: by patched layer
+        the squared error of what it passes on, as a share of that without a map}.
         """
-        runs = removed_runs(kept, len(language_model(self._model).layers))
+        runs = removed_runs(kept_layers, len(language_model(self._model).layers))
         if not runs:
             raise ValueError(
                 "All removed layers are at the start of the model: recover.train patch needs a kept layer before them."
@@ -56,7 +58,7 @@ class Patcher:
         fits, errors = self._fit(runs, conversations)
         stored = stored_dtype(pruned.path, pruned.revision)
         patched = load_model(**{**pruned.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")
-        numbers = {old: new for new, old in enumerate(kept)}
+        numbers = {old: new for new, old in enumerate(kept_layers)}
         for layer, map_DD in fits.items():
             fold(last_linear(language_model(patched).layers[numbers[layer]]), map_DD.cpu())
         target = Path(out)
@@ -75,14 +77,14 @@ class Patcher:
         device = next(self._model.parameters()).device
         width = last_linear(layers[0]).out_features
         fits = {layer: LinearFit(width, device) for layer in runs}
-        with notes(layers, runs) as seen:
+        with record_outputs(layers, runs) as outputs:
             for item in conversations:
                 batch = collate(self._processor, [item])
                 del batch["labels"]
                 self._model.model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
                 for layer, last in runs.items():
-                    mlp, rest = seen[layer]["mlp"], seen[layer]["out"] - seen[layer]["mlp"]
-                    fits[layer].add(mlp, seen[last]["out"] - rest)
+                    mlp, rest = outputs[layer]["mlp"], outputs[layer]["out"] - outputs[layer]["mlp"]
+                    fits[layer].add(mlp, outputs[last]["out"] - rest)
         maps = {layer: fit.solve(RIDGE) for layer, fit in fits.items()}
         return maps, [fits[layer].error(map_DD) for layer, map_DD in sorted(maps.items())]
 
@@ -96,23 +98,23 @@ def fold(linear: nn.Linear, map_DD: torch.Tensor) -> None:
 
 
 @contextmanager
-def notes(layers: nn.ModuleList, runs: dict[int, int]) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
-    """Note the outputs [T, D] of the MLP and of the whole layer, of the layers in `runs`, at every forward pass."""
-    seen: dict[int, dict[str, torch.Tensor]] = {number: {} for number in {*runs, *runs.values()}}
+def record_outputs(layers: nn.ModuleList, runs: dict[int, int]) -> Iterator[dict[int, dict[str, torch.Tensor]]]:
+    """Record the outputs [T, D] of the MLP and of the whole layer, of the layers in `runs`, at every forward pass."""
+    outputs: dict[int, dict[str, torch.Tensor]] = {number: {} for number in {*runs, *runs.values()}}
 
     def note(number: int, key: str):
         def hook(module, args, output):
-            seen[number][key] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).float()
+            outputs[number][key] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2).float()
 
         return hook
 
     hooks = [
         module.register_forward_hook(note(number, key))
-        for number in seen
+        for number in outputs
         for module, key in ((layers[number].mlp, "mlp"), (layers[number], "out"))
     ]
     try:
-        yield seen
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()

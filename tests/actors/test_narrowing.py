@@ -14,7 +14,7 @@ from actors.conversations import collate
 from actors.criteria import WIDTH_CRITERIA
 from actors.estimate import Setting, architecture, estimate
 from actors.gate.check import Gate
-from actors.narrowing.groups import FILE, Heads, Kept, group_sums, layer_shape, mask_layer, missing, places
+from actors.narrowing.groups import FILE, Heads, KeptGroups, group_sums, layer_shape, mask_layer, places, removed_groups
 from actors.narrowing.narrower import Narrower, choose_groups, narrow_config
 from actors.narrowing.scores import CRITERIA, score_groups
 from actors.specs import Change, GateError, ModelSpec
@@ -52,7 +52,7 @@ def test_groups_by_hand():
     assert channels.tolist() == [111, 222, 333]
     kept = choose_groups([(heads, channels), (-heads, torch.tensor([5.0, 5.0, 5.0]))], 1, 2)
     assert kept.heads.tolist() == [[1], [0]] and kept.channels.tolist() == [[1, 2], [0, 1]]
-    assert places([0, 2], 2).tolist() == [0, 1, 4, 5] and missing([1, 3], 4) == [0, 2]
+    assert places([0, 2], 2).tolist() == [0, 1, 4, 5] and removed_groups([1, 3], 4) == [0, 2]
 
 
 def naive_scores(name: str, path: str, conversations) -> list[tuple[list[float], list[float]]]:
@@ -134,7 +134,7 @@ def test_a_narrow_checkpoint_is_the_masked_model(kind, conversations, tmp_path):
     """In plain transformers and float32; biases carry the mean of what is gone, where there are any."""
     source = save_tiny(tmp_path / "a", kind, 3)
     facts = narrow(source, conversations, tmp_path / "b")
-    kept, narrowed, masked = Kept.read(tmp_path / "b"), plain_model(str(tmp_path / "b")), plain_model(source)
+    kept, narrowed, masked = KeptGroups.read(tmp_path / "b"), plain_model(str(tmp_path / "b")), plain_model(source)
     text = narrowed.config.text_config
     before = masked.config.text_config
     assert (text.num_key_value_heads, text.intermediate_size) == (facts["head_groups"], facts["channels"])
@@ -195,7 +195,7 @@ def test_random_is_drawn_by_the_seed(conversations, tmp_path):
     kept = []
     for seed in (0, 0, 1):
         narrow(source, conversations, tmp_path / "b", criterion="random", seed=seed)
-        kept.append(Kept.read(tmp_path / "b").channels)
+        kept.append(KeptGroups.read(tmp_path / "b").channels)
         shutil.rmtree(tmp_path / "b")
     assert np.array_equal(kept[0], kept[1]) and not np.array_equal(kept[0], kept[2])
     assert list(CRITERIA) == list(WIDTH_CRITERIA)
@@ -213,7 +213,7 @@ def test_a_llama_whose_heads_do_not_divide_its_width(conversations, tmp_path):
     source = save_tiny(tmp_path / "a", "clip-llama", 2)
     narrow(source, conversations, tmp_path / "b", width=0.75, multiple=32)
     narrowed, masked = plain_model(str(tmp_path / "b")), plain_model(source)
-    text, kept = narrowed.config.text_config, Kept.read(tmp_path / "b")
+    text, kept = narrowed.config.text_config, KeptGroups.read(tmp_path / "b")
     assert (text.model_type, text.num_attention_heads, text.head_dim, text.sliding_window) == ("mistral", 3, 16, None)
     for number, layer in enumerate(masked.model.language_model.layers):
         mask_layer(layer, kept.heads[number], kept.channels[number], masked.config.text_config)
@@ -264,6 +264,6 @@ def swap_rows(folder, name: str) -> None:
 
 def other_channel(folder, number: int) -> None:
     """Say that the first layer's last channel was another one: a number that is missing (0: the largest), or this."""
-    kept = Kept.read(folder)
-    kept.channels[0, -1] = number or missing(kept.channels[0], 128)[-1]
-    Kept(kept.heads, np.sort(kept.channels, 1), kept.biases).write(folder)
+    kept = KeptGroups.read(folder)
+    kept.channels[0, -1] = number or removed_groups(kept.channels[0], 128)[-1]
+    KeptGroups(kept.heads, np.sort(kept.channels, 1), kept.biases).write(folder)
