@@ -17,7 +17,7 @@ class Narrowed:
         self._folder, self._before = folder, local_folder(parent.path, parent.revision)
         self._text = read_config(self._before, trust_remote_code=parent.trust_remote_code).text_config
         shape, heads = layer_shape(self._text), Heads.of(self._text)
-        self._biases = tuple(f"{name}.bias" for name in (shape.out, shape.down))  # may carry the mean of what is gone
+        self._biases = tuple(f"{name}.bias" for name in (shape.out, shape.down))  # may be compensated
         self._kept = load_or_refuse(lambda: KeptGroups.read(folder))
         for numbers, count in (
             (self._kept.heads, heads.groups),
@@ -46,7 +46,7 @@ class Narrowed:
         return f"every tensor is the part that {FILE} says of the model before"
 
     def mask(self, number: int, layer: nn.Module) -> None:
-        """Mask what is gone in a layer of the model before, and give it the narrow one's biases."""
+        """Mask the removed groups in a layer of the model before, and give it the narrow layer's biases."""
         mask_layer(layer, self._kept.heads[number], self._kept.channels[number], self._text)
         places = tensor_places(self._folder)
         for name in self._biases:

@@ -1,4 +1,4 @@
-"""Coupled groups of a decoder layer: what goes together when a head or an MLP channel goes.
+"""Coupled groups of a decoder layer: what must be removed together with a head or an MLP channel.
 
 A head group is one key/value head with all query heads that read it: its rows of q, k and v, its columns of the output
 projection. A channel is a row of the linears that read the layer's input, and a column of the one that writes.
@@ -83,7 +83,7 @@ def layer_shape(text) -> LayerShape:
 
 
 def narrow_tensor(name: str, tensor: torch.Tensor, heads: Sequence[int], channels: Sequence[int], text) -> torch.Tensor:
-    """Return what is left of a layer's tensor. name: as in the layer, e.g. self_attn.q_proj.weight."""
+    """Return the part of a layer's tensor that is kept. name: as in the layer, e.g. self_attn.q_proj.weight."""
     shape, attention = layer_shape(text), Heads.of(text)
     linear, _, kind = name.rpartition(".")
     if linear == QUERY:
@@ -110,7 +110,7 @@ def removed_groups(kept: Sequence[int], count: int) -> list[int]:
 
 
 def mask_layer(layer: Llava, heads: Sequence[int], channels: Sequence[int], text) -> None:
-    """Zero the columns that read what a narrow layer lacks: the whole layer then computes what the narrow one does."""
+    """Zero the columns that read removed groups: the whole layer then computes what the narrow one computes."""
     shape, attention = layer_shape(text), Heads.of(text)
     out, down = layer.get_submodule(shape.out).weight, layer.get_submodule(shape.down).weight
     with torch.no_grad():

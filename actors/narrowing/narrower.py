@@ -99,8 +99,8 @@ class Narrower:
     ) -> dict:
         """Write the narrow checkpoint to `out`; criterion: a name of actors.narrowing.scores.CRITERIA.
 
-        Returns {head_groups, channels: how many every layer has now; compensated: whether biases carry the mean of what
-        is gone (FLAP), which needs linears with biases}.
+        Returns {head_groups, channels: how many every layer has now; compensated: whether the mean contribution of the
+        removed groups was added to biases (FLAP), which needs output linears with biases}.
         """
         narrow = narrow_config(self._config, width, multiple)
         text = narrow.text_config
@@ -132,7 +132,7 @@ class Narrower:
             yield name, tensor
 
     def _compensation(self, kept: KeptGroups, inputs: InputSums) -> dict[str, torch.Tensor]:
-        """Return what to add to biases: the writing linears' mean output of what is gone."""
+        """Return what to add to the output linears' biases: the mean contribution of the removed groups."""
         text = self._config.text_config
         shape, heads = layer_shape(text), Heads.of(text)
         extra = {}

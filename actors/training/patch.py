@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from actors.checkpoint.loading import language_model, load_model, load_processor, quiet
-from actors.checkpoint.tensors import copy_companions, local_folder, publish_names, stored_dtype
 from actors.conversations import collate
 from actors.maths.linear_map import LinearFit
-from actors.probe import probe_logits, write_probe
 from actors.specs import Conversation, ModelSpec
+from actors.training.writing import load_stored, write_changed
 
 RIDGE = 1e-3
 
@@ -56,16 +55,11 @@ class Patcher:
                 "All removed layers are at the start of the model: recover.train patch needs a kept layer before them."
             )
         fits, errors = self._fit(runs, conversations)
-        stored = stored_dtype(pruned.path, pruned.revision)
-        patched = load_model(**{**pruned.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")
+        patched = load_stored(pruned)
         numbers = {old: new for new, old in enumerate(kept_layers)}
         for layer, map_DD in fits.items():
             fold(last_linear(language_model(patched).layers[numbers[layer]]), map_DD.cpu())
-        target = Path(out)
-        copy_companions(local_folder(pruned.path, pruned.revision), target)
-        patched.save_pretrained(target)
-        publish_names(target)
-        write_probe(target, probe_logits(patched, self._processor), str(stored).removeprefix("torch."))
+        write_changed(patched, self._processor, pruned, Path(out))
         return {"layers": sorted(numbers[layer] for layer in fits), "errors": errors}
 
     @torch.inference_mode()

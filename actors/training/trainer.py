@@ -12,15 +12,14 @@ from transformers import BitsAndBytesConfig
 
 from actors.answer_states import AnswerStates, answer_states
 from actors.checkpoint.loading import load_model, load_processor, quiet
-from actors.checkpoint.tensors import copy_companions, local_folder, publish_names, stored_dtype
 from actors.conversations import collate
 from actors.maths.distillation import cross_entropy, forward_kl, hidden_error, reverse_kl
-from actors.probe import probe_logits, write_probe
 from actors.specs import NOT_ROUNDED, Conversation, Llava, ModelSpec
 from actors.training.parts import adapted_linears, trained_weights
 from actors.training.settings import SNAPSHOTS, TrainingSettings, needs_teacher, weigh_objectives
 from actors.training.snapshots import Snapshots
 from actors.training.teacher import TeacherStates
+from actors.training.writing import load_stored, write_changed
 
 DIVERGED = 3.0  # times the smallest mean loss of WINDOW steps, plus 1: more than this is no fluctuation
 WINDOW = 20
@@ -136,8 +135,7 @@ class Trainer:
     def _merge(self, model: Llava, processor, out: Path, settings: TrainingSettings) -> None:
         # Merge into the original weights: merging into the NF4 ones would add their rounding error.
         parts = out / "adapter"
-        stored = stored_dtype(self._spec.path, self._spec.revision)
-        base = load_model(**{**self._spec.loading, "dtype": str(stored).removeprefix("torch.")}, device="cpu")
+        base = load_stored(self._spec)
         whole = {name: weight.detach().cpu() for name, weight in trained_weights(_plain(model), settings.train)}
         lost = base.load_state_dict(whole, strict=False).unexpected_keys
         assert not lost, f"trained weights that the checkpoint lacks: {lost}"
@@ -145,10 +143,7 @@ class Trainer:
             model.save_pretrained(str(parts))
             base = PeftModel.from_pretrained(base, parts).merge_and_unload()
             shutil.rmtree(parts)
-        copy_companions(local_folder(self._spec.path, self._spec.revision), out)
-        base.to(stored).save_pretrained(out)
-        publish_names(out)
-        write_probe(out, probe_logits(base, processor), str(stored).removeprefix("torch."))
+        write_changed(base, processor, self._spec, out)
 
 
 class Loss:

@@ -74,7 +74,7 @@ class NarrowFacts(CheckpointFacts):
 
     head_groups: int  # of every layer: key/value heads, with the query heads that read them
     channels: int  # of every layer's MLP
-    compensated: bool  # biases carry the mean of what is gone
+    compensated: bool  # the mean contribution of the removed groups was added to biases
 
 
 class RecoverFacts(CheckpointFacts):
