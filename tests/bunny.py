@@ -110,6 +110,7 @@ def save_bunny(root: Path) -> Path:
     (tower / "config.json").write_text(json.dumps(vision))
     entries = json.loads(build_processor().tokenizer.backend_tokenizer.to_str())
     entries["added_tokens"], entries["post_processor"] = [], None  # as in CodeGen: no <image>, nothing before a text
+    entries["model"]["vocab"]["<unused>"] = entries["model"]["vocab"].pop("<image>")
     plain = Tokenizer.from_str(json.dumps(entries))
     fast = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END, bos_token=END, unk_token=END)
     fast.save_pretrained(folder)
