@@ -66,8 +66,8 @@ def translate_config(entries: dict[str, Any], file: Path) -> LlavaConfig:
     tower, projector = str(entries.get("mm_vision_tower", "")), entries.get("mm_projector_type")
     if projector != "mlp2x_gelu" or entries.get("use_s2"):
         raise ValueError(
-            f"{str(file)!r} asks for the projector {projector!r} (use_s2: {bool(entries.get('use_s2'))}), but a stock LLaVA has "
-            "'mlp2x_gelu' on one image size: give a Bunny of this kind, such as BAAI/Bunny-v1_0-3B."
+            f"{str(file)!r} asks for the projector {projector!r} (use_s2: {bool(entries.get('use_s2'))}), but a "
+            "stock LLaVA has 'mlp2x_gelu' on one image size: give a Bunny of this kind, such as BAAI/Bunny-v1_0-3B."
         )
     if Path(tower).name != TOWER and not (Path(tower) / "config.json").is_file():
         raise ValueError(
