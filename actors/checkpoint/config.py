@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from actors.checkpoint.foreign import reading
+from actors.checkpoint.layouts import LAYOUTS
 
 COPY = "copy it again from the original model"
 PROCESSOR = "processor_config.json"
@@ -25,6 +26,11 @@ def read_config(path: str | Path, revision: str | None = None, trust_remote_code
         kind, names = str(entries.get("model_type", "")), entries.get("architectures") or []
     if any(str(name).startswith("Llava") and str(name).endswith("ForCausalLM") for name in names):
         raise ValueError(f"{str(file)!r} is in the layout of the original LLaVA repository ({names[0]}): {CONVERT}.")
+    if kind in LAYOUTS:
+        raise ValueError(
+            f"{str(file)!r} is of the model type {kind!r}: convert it (python -m jobs.convert {path} --out FOLDER), "
+            "and give that folder as model.path."
+        )
     registered = kind in CONFIG_MAPPING
     what = "transformers refuses it" if registered else f"transformers does not know the model type {kind!r}"
     with reading(file, what, COPY if registered else "give a LLaVA as model.path"):
