@@ -156,7 +156,7 @@ def test_an_environment_for_cpus_is_found_by_its_python(made, tmp_path, monkeypa
     rounded = AutoConfig.from_pretrained(made["nf4"])
     assert "on a CPU vLLM does not read bitsandbytes" in check_vllm(made["nf4"], rounded, is_ours=True)
     monkeypatch.setenv("PRUNELLA_VLLM", str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="PRUNELLA_VLLM is .*gone', which is no file"):
+    with pytest.raises(ValueError, match=r"PRUNELLA_VLLM is .*gone', which is no file"):
         check_vllm(made["plain"], config, is_ours=True)
 
 
