@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import load_model, load_processor
 from actors.checkpoint.pruning import prune_checkpoint
+from actors.gate.vllm import check_vllm
 from actors.narrowing.narrower import Narrower
 from actors.quantizers.mixed import MixedQuantizer
 from actors.specs import ModelSpec
@@ -26,7 +28,7 @@ from tests.tiny import (
     random_model,
     rename_tensors,
 )
-from tests.vllm_runtime import needs_vllm, vllm_answers
+from tests.vllm_runtime import PYTHON, needs_vllm, vllm_answers
 
 pytestmark = [pytest.mark.slow, needs_vllm]
 
@@ -156,3 +158,9 @@ def test_rounded_answers_are_near_those_of_transformers(answered, sample, name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_vllm_refuses(answered, name):
     assert isinstance(answered[name][1], str) and REFUSED[name] in answered[name][1]
+
+
+def test_the_gate_loads_it_here(answered, monkeypatch):
+    monkeypatch.setenv("PRUNELLA_VLLM", str(PYTHON))
+    path = answered["clip-llama-pruned"][0]
+    assert check_vllm(Path(path), read_config(Path(path)), is_ours=True) == "passed: loaded"
