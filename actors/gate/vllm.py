@@ -108,9 +108,15 @@ def _unable(python: Path | None, config) -> str | None:
         return "no GPU here"
     if quant_method(config) == "bitsandbytes":
         return "on a CPU vLLM does not read bitsandbytes"
+    if layout_of(config) is COMPRESSED_TENSORS and 8 in _group_bits(config):
+        return "on a CPU vLLM computes this format with 4 bits, not with 8"
     if (size := Heads.of(config.text_config).size) not in CPU_HEADS:
         return f"on a CPU vLLM computes no attention with heads of {size}"
     return None
+
+
+def _group_bits(config) -> set[int]:
+    return {group["weights"]["num_bits"] for group in config.quantization_config["config_groups"].values()}
 
 
 def _load_in_vllm(python: Path, folder: Path, config) -> str:

@@ -155,6 +155,8 @@ def test_an_environment_for_cpus_is_found_by_its_python(made, tmp_path, monkeypa
         check_vllm(made["plain"], config, is_ours=True)
     rounded = AutoConfig.from_pretrained(made["nf4"])
     assert "on a CPU vLLM does not read bitsandbytes" in check_vllm(made["nf4"], rounded, is_ours=True)
+    mixed = AutoConfig.from_pretrained(made["mixed"])
+    assert "with 4 bits, not with 8" in check_vllm(made["mixed"], mixed, is_ours=True)
     monkeypatch.setenv("PRUNELLA_VLLM", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"PRUNELLA_VLLM is .*gone', which is no file"):
         check_vllm(made["plain"], config, is_ours=True)

@@ -46,9 +46,11 @@ EXACT = [
     *(f"clip-{text}-recovered" for text in TEXTS),
 ]
 ROUNDED = [f"{base}-{made}" for base in ("clip-llama", "siglip-mistral", "clip-qwen2") for made in ("rtn", "awq")]
-ROUNDED.append("clip-llama-mixed")
-REFUSED = {  # the size of a head from the width (128 / 2 in place of 32); heads of 16
+ROUNDED.append("clip-llama-mixed4")
+MIXED = {"mixed4": (4, 16, 4), "mixed8": (4, 16, 8)}
+REFUSED = {  # the size of a head from the width (128 / 2 in place of 32); 8 bits with zero points; heads of 16
     "clip-qwen2-narrow": "length (64) exceeds dimension size (32)",
+    "clip-llama-mixed8": "Quant type (uint8) not supported by CPUWNA16",
     "derm-tiny": "Unsupported CPU attention configuration: head_dim=16",
 }
 NEAR = 0.02  # how far below the largest logit, relative to it, the logit of a token in 16 bits may be
@@ -91,9 +93,9 @@ def make(name: str, root: Path, conversations) -> str:
         Narrower(ModelSpec(str(source))).narrow(conversations, 0.75, 64, "magnitude", 0, str(out))
     elif made == "recovered":
         recover(str(source), out)
-    elif made == "mixed":
+    elif made in MIXED:
         out.mkdir()
-        MixedQuantizer().quantize(ModelSpec(str(source)), settings("rtn"), (4, 16, 8), [], str(out))
+        MixedQuantizer().quantize(ModelSpec(str(source)), settings("rtn"), MIXED[made], [], str(out))
     else:
         quantize(str(source), out, made, conversations)
     return str(out)
