@@ -1,7 +1,7 @@
 """Checks that vLLM can load a checkpoint: by loading it where vLLM is installed, else by vLLM's documents.
 
-vLLM is looked for in .venv-vllm beside this package (`make vllm`), then beside Prunella. The
-environment variable PRUNELLA_VLLM names another Python that has it; empty, it hides .venv-vllm.
+vLLM is looked for in .venv-vllm beside this package (`make vllm`), then beside Prunella. The environment variable
+PRUNELLA_VLLM names another Python that has it; empty, it hides .venv-vllm.
 """
 
 import importlib.util
