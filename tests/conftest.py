@@ -1,4 +1,4 @@
-"""What all rooms' tests share: no test uses a cluster of yours, and Ray is loopback only whoever imports it first."""
+"""What all rooms' tests share: no cluster of yours, no vLLM unasked, Ray on loopback only whoever imports it first."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from cluster.connection import connect, protect
 from jobs.core.logs import configure
 
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["PRUNELLA_VLLM"] = ""  # the gate starts vLLM in the tests that are about it alone
 configure()  # what the rooms say is on sys.stderr, as it is under a job
 protect()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it

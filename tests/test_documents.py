@@ -25,7 +25,7 @@ from jobs.searching.joint_table import Additivity, JointRow, SingleRow, TriedRow
 from jobs.searching.table import SearchRow
 from tests.documents import DOCUMENTS, RECORDS, ROOT, Block, blocks, inline_commands, job_commands
 
-LACKED = {"a cluster", "a judge model", "your model", "your images"}  # by the machine of the tests
+LACKED = {"a cluster", "a GPU", "a judge model", "your model", "your images"}  # by the machine of the tests
 RUN_BY = {  # what else runs a command, and the words by which it does
     "make demo": ("tests/jobs/test_demo.py", '"-m", "jobs.demo"'),
     "make test": (".ci/run", "\nmake test\n"),

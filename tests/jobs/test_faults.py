@@ -23,7 +23,7 @@ WORK = {
     "ablate.compare": "[]",
     "replicas.count": "2",
 }
-KILL_EVERY = (15, 40)  # units, not seconds: a busy machine starts replicas slower than a clock would kill them
+KILL_EVERY = (30, 80)  # units, not seconds: a busy machine starts replicas slower than a clock would kill them
 
 
 def start(folder: Path) -> subprocess.Popen:
