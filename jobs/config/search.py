@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from actors.training.settings import PATCH, read_recovery
 from jobs.config.section import Bits, Count, Quantizer, Section
@@ -15,22 +15,48 @@ class BudgetConfig(Section):
     ms_per_token: float | None = Field(None, gt=0, description="time of a token, batch 1 (ms)")
 
 
-class SearchConfig(Section):
-    """Which settings jobs.search tries: every depth with every width, recovery, quantizer and its bits."""
+def _check_recoveries(labels: list[str]) -> list[str]:
+    for label in labels:
+        if label != "none":
+            read_recovery(label)
+    return labels
 
-    depths: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 2, 4, 7], min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"
-    )
-    widths: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [1.0],
-        min_length=1,
-        description="share of heads and channels to keep, as prune.width does (fractions, YAML list)",
-    )
-    recoveries: list[str] = Field(
-        ["none", "qlora"],
+
+Depths = Annotated[
+    list[Annotated[int, Field(ge=0)]],
+    Field(min_length=1, description="decoder layers to remove, as prune does (layers, YAML list)"),
+]
+Widths = Annotated[
+    list[Annotated[float, Field(gt=0, le=1)]],
+    Field(min_length=1, description="share of heads and channels to keep, as prune.width does (fractions, YAML list)"),
+]
+Recoveries = Annotated[
+    list[str],
+    AfterValidator(_check_recoveries),
+    Field(
         min_length=1,
         description="fine-tuning after removal: none, or what recover.train and recover.objective take, joined by + "
         "and a share of the data (qlora+sft+hidden, projector+5%); all else as in the section recover (YAML list)",
+    ),
+]
+
+
+class GridConfig(Section):
+    """Depths, widths and recoveries, each combined with each."""
+
+    depths: Depths = [0]
+    widths: Widths = [1.0]
+    recoveries: Recoveries = ["none"]
+
+
+class SearchConfig(Section):
+    """Which settings jobs.search tries: every depth with every width, recovery, quantizer and its bits."""
+
+    depths: Depths = [0, 2, 4, 7]
+    widths: Widths = [1.0]
+    recoveries: Recoveries = ["none", "qlora"]
+    also: list[GridConfig] = Field(
+        [], description="further settings: every one is depths, widths and recoveries of its own (YAML list)"
     )
     quantizers: list[Quantizer] = Field(
         ["none", "int8", "awq", "nf4"], min_length=1, description="quantizers: those of quantize.method (YAML list)"
@@ -53,19 +79,17 @@ class SearchConfig(Section):
         [], description="further logs that Ray Tune writes into run_dir/search (YAML list)"
     )
 
-    @field_validator("recoveries")
-    @classmethod
-    def _check_recoveries(cls, labels: list[str]) -> list[str]:
-        for label in labels:
-            if label != "none":
-                read_recovery(label)
-        return labels
+    @property
+    def grids(self) -> list[GridConfig]:
+        """All depths, widths and recoveries that are combined with each other."""
+        return [GridConfig(depths=self.depths, widths=self.widths, recoveries=self.recoveries), *self.also]
 
     @model_validator(mode="after")
-    def _check_widths(self) -> "SearchConfig":
-        if min(self.widths) < 1 and any(PATCH in label.split("+") for label in self.recoveries):
-            raise ValueError(
-                "search.recoveries has a patch, which works at full width only, and search.widths has less than 1: "
-                "search them one after the other in one run_dir."
-            )
+    def _check_grids(self) -> "SearchConfig":
+        for grid in self.grids:
+            if min(grid.widths) < 1 and any(PATCH in label.split("+") for label in grid.recoveries):
+                raise ValueError(
+                    f"search combines width {min(grid.widths):g} with a patch, which works at full width only: put one "
+                    "of them into search.also."
+                )
         return self

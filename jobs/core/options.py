@@ -1,6 +1,6 @@
 """Reading a configuration: a YAML file gives the values, dotted options on the command line override them.
 
-Unknown keys are refused with the nearest valid name.
+The key `base` of a file names another one, relative to it, whose values hold where the file has none. Unknown keys are refused with the nearest valid name.
 """
 
 import difflib
@@ -11,34 +11,53 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.config.schema import ClassConfig, Config, QuestionConfig
+from jobs.config.search import GridConfig
 from jobs.config.section import OneOf
 
 
 def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
     """Read a YAML file (None: all defaults) and apply dotted overrides ("prune.layers", "7").
 
-    ValueError: no such file, not YAML, an unknown key (with the nearest valid one), a value of the wrong kind.
+    ValueError: no such file, not YAML, a base in a circle, an unknown key (with the nearest valid one), a value of the wrong kind.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ValueError(
-                f"Cannot read the config {path!r}: {error.strerror}. The examples are in configs/."
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"The config {path!r} is not text in UTF-8 ({error.reason}).") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"The config {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"The config {path!r} is not a mapping of keys to values.")
+    values = _read(Path(path)) if path is not None else {}
     for key, text in overrides:
         _set(values, key, text)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+
+
+def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a file's values over those of its `base`, a path relative to the file; readers: the files that led here."""
+    name = str(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"Cannot read the config {name!r}: {error.strerror}. The examples are in configs/.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The config {name!r} is not text in UTF-8 ({error.reason}).") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"The config {name!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"The config {name!r} is not a mapping of keys to values.")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    below = (path.parent / str(base)).resolve()
+    if below in (*readers, path.resolve()):
+        raise ValueError(f"The config {name!r} has the base {str(base)!r}, which is based on it: remove one of them.")
+    return _merge(_read(below, (*readers, path.resolve())), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return all values of both; sections are merged key by key, of all else the one above holds."""
+    merged = dict(below)
+    for key, value in above.items():
+        is_section = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if is_section else value
+    return merged
 
 
 def _set(values: dict, key: str, text: str) -> None:
@@ -79,7 +98,11 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest(path: list) -> str:
-    items: dict[tuple, type[BaseModel]] = {("data", "classes"): ClassConfig, ("data", "questions"): QuestionConfig}
+    items: dict[tuple, type[BaseModel]] = {
+        ("data", "classes"): ClassConfig,
+        ("data", "questions"): QuestionConfig,
+        ("search", "also"): GridConfig,
+    }
     item = items.get(tuple(path[:2]))
     prefix = ".".join(map(str, path[:3])) + "."
     candidates = [prefix + name for name in item.model_fields] if item and len(path) > 3 else valid_keys()

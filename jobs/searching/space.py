@@ -63,13 +63,15 @@ def space(config: Config) -> list[Setting]:
         if not chosen:
             raise ValueError(f"search.bits {search.bits} has none that {quantizer} has: add one of {list(allowed)}.")
         rounded += [(quantizer, bits) for bits in chosen]
-    return [
+    settings = [
         Setting(depth, recovery, quantizer, bits, width=width)
-        for depth in dict.fromkeys(search.depths)
-        for width in dict.fromkeys(search.widths)
-        for recovery in dict.fromkeys(search.recoveries)
+        for grid in search.grids
+        for depth in grid.depths
+        for width in grid.widths
+        for recovery in grid.recoveries
         for quantizer, bits in rounded
     ]
+    return list(dict.fromkeys(settings))
 
 
 def config_of(config: Config, setting: Setting, screen: bool = False) -> Config:
@@ -113,7 +115,7 @@ def format_single_command(setting: Setting, run_dir: str) -> str:
         chosen["bits"] = setting.bits
     for name, value in chosen.items():
         words += [f"--search.{name}", f"[{value}]"]
-    words += ["--search.screen_images", "null", "--search.budget.memory_gib", "null"]
+    words += ["--search.also", "[]", "--search.screen_images", "null", "--search.budget.memory_gib", "null"]
     words += ["--run_dir", f"{run_dir}/alone/{'-'.join(setting.key)}"]
     return shlex.join(["python", "-m", "jobs.search", *words])
 

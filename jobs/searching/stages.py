@@ -93,7 +93,8 @@ def _before(run: Run, setting: Setting, data: Stage, base: Source) -> tuple[Stag
     """Return the searches for smaller sets: greedy and beam search pass through them, and reuse their measurements."""
     if run.config.prune.order is not None or run.config.prune.search not in ("greedy", "beam"):
         return ()
-    smaller = [depth for depth in sorted(set(run.config.search.depths)) if 0 < depth < setting.depth]
+    searched = {depth for grid in run.config.search.grids for depth in grid.depths}
+    smaller = [depth for depth in sorted(searched) if 0 < depth < setting.depth]
     scores = ablate.stage(run, base, data)
     depths = [
         run.config.model_copy(update={"prune": run.config.prune.model_copy(update={"layers": d})}) for d in smaller

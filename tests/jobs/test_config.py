@@ -166,3 +166,18 @@ def test_every_number_has_a_bound():
 
     layers = {"ablate.candidates", "prune.order", "estimate.removed"}  # checked against the model's layers
     assert {name for name in numbers(Config) if not name.endswith("dtype")} == layers
+
+
+def test_a_base_gives_what_the_file_lacks(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "base.yaml").write_text("seed: 3\nprune: {layers: 4, width: 0.5}\nsearch: {depths: [1]}\n")
+    (tmp_path / "own.yaml").write_text("base: below/base.yaml\nprune: {layers: 6}\nsearch: {depths: [2, 3]}\n")
+    config = load_config(str(tmp_path / "own.yaml"), [("prune.beam_width", "9")])
+    assert (config.seed, config.prune.layers, config.prune.width, config.prune.beam_width) == (3, 6, 0.5, 9)
+    assert config.search.depths == [2, 3]
+    (tmp_path / "below" / "base.yaml").write_text("base: ../own.yaml\n")
+    with pytest.raises(ValueError, match="is based on it"):
+        load_config(str(tmp_path / "own.yaml"), [])
+    (tmp_path / "own.yaml").write_text("base: gone.yaml\n")
+    with pytest.raises(ValueError, match="gone.yaml"):
+        load_config(str(tmp_path / "own.yaml"), [])

@@ -66,6 +66,32 @@ def test_a_setting_changes_its_own_fields_and_no_others():
     assert config_of(given, Setting(0, "none", "none", 16)).recover == given.recover
 
 
+def test_further_grids_are_joined_and_a_setting_counts_once():
+    given = config(
+        search__depths="[0, 4]",
+        search__recoveries="[none]",
+        search__quantizers="[none]",
+        search__also="[{widths: [0.5, 0.75], recoveries: [lora]}, {depths: [4]}]",
+    )
+    assert [(each.depth, each.width, each.recovery) for each in space(given)] == [
+        *((0, 1.0, "none"), (4, 1.0, "none")),
+        *((0, 0.5, "lora"), (0, 0.75, "lora")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("also", "words"),
+    [
+        ("[{depth: [4]}]", "did you mean 'search.also.0.depths'"),
+        ("[{recoveries: [lorra]}]", "lorra"),
+        ("[{widths: [0.5], recoveries: [patch]}]", "full width only"),
+    ],
+)
+def test_further_grids_are_checked(also, words):
+    with pytest.raises(ValueError, match=words):
+        config(search__also=also)
+
+
 @pytest.mark.parametrize(("limit", "screen", "images"), [("null", "8", 8), ("30", "8", 8), ("5", "8", 5)])
 def test_the_screen_is_a_cheap_evaluation_of_a_part(limit, screen, images):
     given = config(evaluate__limit=limit, search__screen_images=screen)
