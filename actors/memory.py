@@ -96,7 +96,8 @@ def claim_devices(device: str, gpus: float) -> list[torch.device]:
     visible = torch.cuda.device_count()
     if gpus > visible:
         raise ValueError(f"A replica was given {gpus:g} GPUs, but {visible} are visible here: lower replicas.gpus.")
-    devices = [torch.device("cuda", number) for number in range(max(1, int(gpus)))]
+    first = torch.cuda.current_device() if gpus <= 1 else 0  # the ranks of a group see each other's GPUs
+    devices = [torch.device("cuda", first + number) for number in range(max(1, int(gpus)))]
     for each in devices:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), each)
     return devices

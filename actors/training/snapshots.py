@@ -14,16 +14,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Snapshots:
-    """The last snapshot in `folder`: trained weights, the moments of AdamW, random states, the rows of all steps."""
+    """The last snapshot in `folder`: trained weights, the moments of AdamW, the rows of all steps."""
 
     def __init__(self, folder: Path, trained: Mapping[str, nn.Parameter], optimiser: torch.optim.AdamW):
         self._folder, self._trained, self._optimiser = folder, trained, optimiser
 
     def save(self, rows: Sequence[dict]) -> None:
         """Write a snapshot after the last of `rows`, atomically."""
-        tensors = {"random": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["random_cuda"] = torch.cuda.get_rng_state()
+        tensors = {}
         for name, weight in self._trained.items():
             state = self._optimiser.state.get(weight, {})  # empty, if the weight never had a gradient
             tensors |= {f"weight/{name}": weight.detach()}
@@ -46,7 +44,4 @@ class Snapshots:
                     continue
                 moments = {key: file.get_tensor(f"{key}/{name}").to(weight.device) for key in _MOMENTS}
                 self._optimiser.state[weight] = {"step": torch.tensor(float(len(rows))), **moments}
-            torch.set_rng_state(file.get_tensor("random"))
-            if torch.cuda.is_available() and "random_cuda" in file.keys():  # noqa: SIM118 (not iterable)
-                torch.cuda.set_rng_state(file.get_tensor("random_cuda"))
         return rows

@@ -15,6 +15,7 @@ from actors.checkpoint.loading import load_model, load_processor, quiet
 from actors.conversations import collate
 from actors.maths.distillation import cross_entropy, forward_kl, hidden_error, reverse_kl
 from actors.specs import NOT_ROUNDED, Conversation, Llava, ModelSpec
+from actors.training import ranks
 from actors.training.parts import adapted_linears, trained_weights
 from actors.training.settings import SNAPSHOTS, TrainingSettings, needs_teacher, weigh_objectives
 from actors.training.snapshots import Snapshots
@@ -71,8 +72,9 @@ class Trainer:
         teacher: the folder of the teacher's states, if an objective needs it; kept_layers: the teacher's layers that
         this model still has. Yields {step, loss, cross_entropy, learning_rate} of every step, the losses in nats per
         answer token. The folder SNAPSHOTS in `out` is the caller's to remove: if it holds the snapshot of an
-        interrupted training, its steps are yielded from there, and the training goes on after it. RuntimeError: the
-        loss or a gradient is not finite, or the training diverges.
+        interrupted training, its steps are yielded from there, and the training goes on after it. In a torch process
+        group every rank calls this: they share each step's conversations, and the first writes. RuntimeError: the loss
+        or a gradient is not finite, or the training diverges.
         """
         torch.manual_seed(settings.seed)
         model = self._prepare(settings)
@@ -94,16 +96,19 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = rate
             examples = [conversations[i] for i in picks]
+            torch.manual_seed(settings.seed + 1_000_003 * step + 7_919 * ranks.rank())
             values = loss.backward(model, processor, examples)
+            ranks.add_up_gradients(trained.values())
             norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
             rows.append({"step": step, **values, "learning_rate": rate})
             check_loss(rows, bool(torch.isfinite(norm)), examples, settings.learning_rate)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             yield rows[-1]
-            if step % settings.checkpoint_every == 0 or step == steps:
+            if ranks.rank() == 0 and (step % settings.checkpoint_every == 0 or step == steps):
                 snapshots.save(rows)
-        self._merge(model, processor, Path(out), settings)
+        if ranks.rank() == 0:
+            self._merge(model, processor, Path(out), settings)
 
     def _prepare(self, settings: TrainingSettings) -> Llava:
         """Load the model; what is trained requires gradients, and is float32."""
@@ -159,12 +164,16 @@ class Loss:
             raise ValueError(f"The objectives {', '.join(self._weights)} need a teacher.")
 
     def backward(self, model: Llava, processor, examples: Sequence[Conversation]) -> dict[str, float]:
-        """Accumulate the gradients over micro-batches; return {loss, cross_entropy}, per answer token."""
-        plain, device, size = _plain(model), next(model.parameters()).device, self._settings.micro_batch
-        cuts = [examples[i : i + size] for i in range(0, len(examples), size)]
+        """Accumulate the gradients over this rank's micro-batches; return {loss, cross_entropy}, per answer token.
+
+        Both are of all ranks, and so is the number of tokens by which the gradients are divided.
+        """
+        plain, device = _plain(model), next(model.parameters()).device
+        size = min(self._settings.micro_batch, math.ceil(len(examples) / ranks.count_ranks()))
+        cuts = [examples[i : i + size] for i in range(0, len(examples), size)][ranks.rank() :: ranks.count_ranks()]
         batches = [collate(processor, cut) for cut in cuts]
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        sums = {"loss": 0.0, "cross_entropy": 0.0}
+        (tokens,) = ranks.add_up([sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)], device)
+        sums = [0.0, 0.0]
         for cut, batch in zip(cuts, batches, strict=True):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self._is_mixed):
@@ -173,9 +182,9 @@ class Loss:
             values = self.values(states, logits_AV, cut)
             total = torch.stack([self._weights[name] * values[name] for name in self._weights if name in values]).sum()
             (total / tokens).backward()
-            sums["loss"] += float(total.detach()) / tokens
-            sums["cross_entropy"] += float(values["sft"].detach()) / tokens
-        return sums
+            sums[0] += float(total.detach()) / tokens
+            sums[1] += float(values["sft"].detach()) / tokens
+        return dict(zip(("loss", "cross_entropy"), ranks.add_up(sums, device), strict=True))
 
     def values(
         self, states: AnswerStates, logits_AV: torch.Tensor, examples: Sequence[Conversation]

@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from actors.specs import ModelSpec
+    from cluster.group import Group
     from cluster.pool import Pool
 
 from jobs.config.schema import ReplicasConfig
@@ -30,7 +32,7 @@ class Meter:
     """The GPU seconds of one stage: those of the pools that were hosted for it."""
 
     def __init__(self) -> None:
-        self.pools: list[Pool] = []
+        self.pools: list[Pool | Group] = []
 
     @property
     def gpu_seconds(self) -> float:
@@ -109,6 +111,22 @@ class Workers:
                 raise ValueError(_TOO_SMALL.format(cpus, min(1, wanted.gpus), *available))
             LOG.warning(f"{target}: waiting for a node with {cpus:g} cores{' and a GPU' if wanted.gpus else ''}")
         return self._host(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
+
+    def group(self, target: str, count: int, folder: Path, **kwargs) -> "Pool | Group":
+        """Return workers with one GPU each that run a call together; one is a worker of its own.
+
+        folder: for Ray Train's notes, seen by all nodes.
+        """
+        from cluster.group import Group
+        from cluster.pool import Resources
+
+        if count == 1:
+            return self.worker(target, **kwargs)
+        self.connect()
+        group = Group(target, kwargs, Resources(self._wanted.cpus, 1 if self._wanted.gpus else 0, count), folder)
+        if self._meters:
+            self._meters[-1].pools.append(group)
+        return group
 
     def count_workers(self) -> int:
         """Return how many workers with one GPU each the replicas allow; without GPUs replicas.count, 1 if auto."""

@@ -183,3 +183,27 @@ class Borrows:
         with Pool("tests.cluster.toys:Meets", {}, Resources(1, gpus)) as pool:
             pool.call("stage", name, str(self._folder), meets)
         return {"made": True, "pid": os.getpid()}
+
+
+class Ranks:
+    """Counts with torch's process group, in which Ray Train puts it."""
+
+    def __init__(self, offset: int):
+        self._offset = offset
+
+    def count(self, steps: int, bad_rank: int | None = None, end: str = "raise") -> Iterator[dict]:
+        """Yield the ranks' sum at every step; `bad_rank` raises, or dies, after the first."""
+        from torch import distributed, tensor
+
+        rank = distributed.get_rank()
+        for step in range(steps):
+            if step and rank == bad_rank:
+                if end == "die":
+                    die()
+                raise RuntimeError(f"rank {rank} cannot do step {step}")
+            total = tensor([self._offset + rank])
+            try:
+                distributed.all_reduce(total)
+            except RuntimeError as error:
+                raise ConnectionError("another rank is gone") from error
+            yield {"step": step, "rank": rank, "sum": int(total)}
