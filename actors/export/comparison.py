@@ -20,7 +20,7 @@ def compare(reference: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
     return {
         "questions": len(pairs),
         "prompts": all(ours["prompt_tokens"] == theirs["prompt_tokens"] for ours, theirs in pairs),
-        "first_token_nats": max(_first_token(ours, theirs) for ours, theirs in pairs),
+        "first_token_nats": max((_first_token(*pair) for pair in pairs if pair[1]["first"]), default=float("inf")),
         "same_answers": sum(ours["ids"] == theirs["ids"] for ours, theirs in pairs) / len(pairs),
         "same_tokens": sum(same / length for same, length in zip(prefixes, lengths, strict=True)) / len(pairs),
         "gap_nats": max(_gap(ours, theirs, same) for (ours, theirs), same in zip(pairs, prefixes, strict=True)),

@@ -46,13 +46,12 @@ class Exporter:
                 raise GateError(str(error)) from None
         plain, agreement = compare(references[0], answers), compare(references[-1], answers)
         if wrong := refusal(settings.type, agreement):
-            hint = _other_order(settings, config, references, answers) if turned or settings.class_token == "first" else ""
-            raise GateError(f"{wrong}{hint}.")
+            raise GateError(f"{wrong}{_hint(config, settings)}.")
         return {"agreement": agreement, "plain_agreement": plain}
 
 
-def _other_order(settings: ExportSettings, config, references, answers) -> str:
+def _hint(config, settings: ExportSettings) -> str:
     if not gguf_vision.has_class_token(config):
         return ""
     other = next(each for each in gguf_vision.CLASS_TOKEN if each != settings.class_token)
-    return f"; this llama.cpp may put the class token elsewhere: try --export.class_token {other}"
+    return f"; this llama.cpp may have the class token elsewhere: try --export.class_token {other}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 
 from actors.export.ggml import TYPES, Kind, check_widths, encode
@@ -29,13 +30,14 @@ class Architecture:
     activations: tuple[str, ...]
     interleaved: bool = False  # the rows of q and k in the order of neighbouring channels
     rms: bool = True
+    head_bias: bool = False
 
 
 ARCHITECTURES = {
     "llama": Architecture(gguf.MODEL_ARCH.LLAMA, ("silu",), interleaved=True),
     "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, ("silu",), interleaved=True),
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, ("silu",)),
-    "phi": Architecture(gguf.MODEL_ARCH.PHI2, ("gelu_new", "gelu_pytorch_tanh"), rms=False),
+    "phi": Architecture(gguf.MODEL_ARCH.PHI2, ("gelu_new", "gelu_pytorch_tanh"), rms=False, head_bias=True),
 }  # by text_config.model_type
 
 
@@ -114,6 +116,8 @@ def entries(folder: Path, config, type_name: str) -> Iterator[Entry]:
         yield Entry(
             target, shape, kind, lambda name=name, kind=kind, heads=heads: _plain(stored, name, kind, heads)
         )
+    if known.head_bias:  # a LLaVA's head has none
+        yield Entry("output.bias", (text.vocab_size,), Kind.F32, lambda: np.zeros(text.vocab_size, np.float32))
 
 
 def _permuted_heads(name: str, text) -> int:

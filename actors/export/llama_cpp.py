@@ -4,7 +4,6 @@ The process reads one JSON request and writes one JSON reply; its memory is that
 """
 
 import base64
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from pathlib import Path
 from actors.footprint import restart_peak, taken
 from actors.footprint import peak as peak_of
 
-PACKAGE = "xllamacpp"
-INSTALL = "pip install xllamacpp"
 PROBES = 100  # tokens whose log-probabilities are asked for
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT_S = 3600
@@ -42,16 +39,11 @@ class Prompt:
     question: str
 
 
-def is_installed() -> bool:
-    """Tell whether llama.cpp's package is there."""
-    return importlib.util.find_spec(PACKAGE) is not None
-
-
 def answer(files: Files, prompts: Sequence[Prompt], max_new_tokens: int) -> list[dict]:
     """Answer greedily in a fresh process.
 
     Returns for each prompt {prompt_tokens, ids: the answer's token ids, its end included if it has one, first: the
-    log-probabilities (nats) of the PROBES most likely first tokens, by id}. ValueError: llama.cpp fails, with its words.
+    log-probabilities (nats) of the PROBES most likely first tokens, by id, or None where that is half a character}. ValueError: llama.cpp fails, with its words.
     """
     return _ask({"do": "answer", "max_new_tokens": max_new_tokens}, files, prompts)["answers"]
 
@@ -66,8 +58,6 @@ def measure(files: Files, prompt: Prompt, warmup_runs: int, timed_runs: int, new
 
 
 def _ask(request: dict, files: Files, prompts: Sequence[Prompt]) -> dict:
-    if not is_installed():
-        raise ValueError(f"The package {PACKAGE}, which runs llama.cpp, is not installed: {INSTALL}.")
     request |= {"files": asdict(files), "prompts": [asdict(prompt) for prompt in prompts]}
     with tempfile.TemporaryDirectory() as name:
         reply = Path(name) / "reply"
@@ -117,11 +107,12 @@ class _Server:
 def _answers(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
     server, answers = _Server(files), []
     for prompt in prompts:
-        reply = server.chat(prompt, request["max_new_tokens"], logprobs=True, top_logprobs=PROBES)
-        steps = reply["choices"][0]["logprobs"]["content"]
-        first = {step["id"]: step["logprob"] for step in steps[0]["top_logprobs"]}
-        usage = reply["usage"]["prompt_tokens"]
-        answers.append({"prompt_tokens": usage, "ids": [step["id"] for step in steps], "first": first})
+        options = {"logprobs": True, "top_logprobs": PROBES, "return_tokens": True, "verbose": True}
+        reply = server.chat(prompt, request["max_new_tokens"], **options)
+        ids, steps = reply["__verbose"]["tokens"], reply["choices"][0]["logprobs"]["content"]
+        shown = steps and ids and steps[0]["id"] == ids[0]  # a token that is part of a character has no step
+        first = {step["id"]: step["logprob"] for step in steps[0]["top_logprobs"]} if shown else None
+        answers.append({"prompt_tokens": reply["usage"]["prompt_tokens"], "ids": ids, "first": first})
     return {"answers": answers}
 
 

@@ -27,8 +27,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
 # Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are private.
 _ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish", "data"}
-_DONE = {"prune": "pruned", "narrow": "narrowed", "recover": "fine-tuned", "patch": "patched", "quantize": "quantized"}
-_DONE["export"] = "exported"
+_DONE = {
+    **{"prune": "pruned", "narrow": "narrowed", "recover": "fine-tuned", "patch": "patched"},
+    **{"quantize": "quantized", "export": "exported"},
+}
 
 
 def record(folder: Path) -> dict:
