@@ -28,7 +28,9 @@ def compare(reference: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    return next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+    return next(
+        (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs))
+    )
 
 
 def _first_token(ours: Mapping, theirs: Mapping) -> float:

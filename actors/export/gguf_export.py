@@ -31,11 +31,17 @@ def check_gguf(config, processor, type_name: str) -> None:
     if not getattr(config, "quantization_config", None):
         return
     if layout_of(config) is not GEMM:
-        raise ValueError("Only weights of 16 bits and AWQ's layout become a GGUF: export the checkpoint before rounding.")
+        raise ValueError(
+            "Only weights of 16 bits and AWQ's layout become a GGUF: export the checkpoint before rounding."
+        )
     if TYPES[type_name].linears == Kind.Q4_0:
-        raise ValueError(f"export.type {type_name} would round the weights again: Q4_1 holds AWQ's numbers as they are.")
+        raise ValueError(
+            f"export.type {type_name} would round the weights again: Q4_1 holds AWQ's numbers as they are."
+        )
     if TYPES[type_name].linears == Kind.Q4_1 and stated_group(config) % BLOCK:
-        raise ValueError(f"Q4_1 has blocks of {BLOCK}, the checkpoint groups of {stated_group(config)}: choose F16 or Q8_0.")
+        raise ValueError(
+            f"Q4_1 has blocks of {BLOCK}, the checkpoint groups of {stated_group(config)}: choose F16 or Q8_0."
+        )
 
 
 def write_gguf(spec: ModelSpec, settings: ExportSettings, name: str, licence: str | None, out: Path) -> dict:

@@ -66,4 +66,3 @@ def described(writer: gguf.GGUFWriter, name: str, licence: str | None) -> gguf.G
     if licence:
         writer.add_license(licence)
     return writer
-

@@ -113,9 +113,7 @@ def entries(folder: Path, config, type_name: str) -> Iterator[Entry]:
             continue
         shape = stored.shape(name)
         kind = Kind.F32 if len(shape) == 1 else kinds.linears if ".blk." in f".{target}" else kinds.rest
-        yield Entry(
-            target, shape, kind, lambda name=name, kind=kind, heads=heads: _plain(stored, name, kind, heads)
-        )
+        yield Entry(target, shape, kind, lambda name=name, kind=kind, heads=heads: _plain(stored, name, kind, heads))
     if known.head_bias:  # a LLaVA's head has none
         yield Entry("output.bias", (text.vocab_size,), Kind.F32, lambda: np.zeros(text.vocab_size, np.float32))
 
@@ -147,4 +145,3 @@ def _packed(stored: "Stored", stem: str, target: str, kind: Kind, heads: int) ->
         return encode(dequantize(q, zero, scale).numpy(), kind, stem)
 
     return Entry(target, shape, kind, data)
-

@@ -76,11 +76,15 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, processor, rows: int
     """
     tokenizer, file = processor.tokenizer, folder / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"{str(folder)!r} has no tokenizer.json: save the processor with transformers' fast tokenizer.")
+        raise ValueError(
+            f"{str(folder)!r} has no tokenizer.json: save the processor with transformers' fast tokenizer."
+        )
     stored = json.loads(file.read_text(encoding="utf-8"))
     model, normalizer = stored["model"], stored.get("normalizer")
     if model["type"] != "BPE":
-        raise ValueError(f"Tokenizers of type BPE are exported, not {model['type']} (tokenizer.json of {str(folder)!r}).")
+        raise ValueError(
+            f"Tokenizers of type BPE are exported, not {model['type']} (tokenizer.json of {str(folder)!r})."
+        )
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     tokens, kinds = _tokens(stored, tokenizer, rows)
     if model.get("byte_fallback"):
@@ -90,7 +94,9 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, processor, rows: int
         writer.add_add_space_prefix(_prefixes_space(stored))
     else:
         if normalizer not in (None, {"type": "NFC"}):
-            raise ValueError(f"llama.cpp does not normalise texts as this tokenizer does: {json.dumps(normalizer)[:200]}")
+            raise ValueError(
+                f"llama.cpp does not normalise texts as this tokenizer does: {json.dumps(normalizer)[:200]}"
+            )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_name(stored["pre_tokenizer"]))
         writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -134,7 +140,9 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     ranks: dict[str, int] = {}
     for rank, result in enumerate(results):
         if result in ranks and results[rank - 1] != result:
-            raise ValueError(f"The merges that make {result!r} do not stand together: llama.cpp has one score for a token.")
+            raise ValueError(
+                f"The merges that make {result!r} do not stand together: llama.cpp has one score for a token."
+            )
         ranks.setdefault(result, rank)
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 

@@ -35,7 +35,9 @@ def check_vision(config, image_processor) -> None:
             f"{config.vision_feature_select_strategy!r} (vision_feature_select_strategy)."
         )
     if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"Features of one layer are exported, not of {config.vision_feature_layer} (vision_feature_layer).")
+        raise ValueError(
+            f"Features of one layer are exported, not of {config.vision_feature_layer} (vision_feature_layer)."
+        )
     if vision.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
         raise ValueError(
             f"llama.cpp computes {', '.join(ACTIVATIONS)} in a tower and gelu in a projector, not {vision.hidden_act!r} "
@@ -43,7 +45,9 @@ def check_vision(config, image_processor) -> None:
         )
     size = image_size(image_processor)
     if set(size) != {vision.image_size}:
-        raise ValueError(f"The processor makes images of {size}, the tower takes {vision.image_size}: llama.cpp needs both equal.")
+        raise ValueError(
+            f"The processor makes images of {size}, the tower takes {vision.image_size}: llama.cpp needs both equal."
+        )
 
 
 def image_size(image_processor) -> tuple[int, int]:

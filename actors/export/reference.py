@@ -66,5 +66,7 @@ def _answer_all(model, processor, samples, max_new_tokens: int, folder: Path) ->
 
 def _seen(pixels: torch.Tensor, image_processor) -> Image.Image:
     """Return the image [3, H, W] that a model's pixels are made of, without the normalisation."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std))
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+    )
     return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())

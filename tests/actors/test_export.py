@@ -44,7 +44,9 @@ def samples(tmp_path_factory) -> list[Sample]:
     probe_image().save(folder / "square.png")
     probe_image().crop((0, 10, 96, 70)).save(folder / "wide.png")
     texts = ("Describe the lesion.", "What is the name of this disease?")
-    return [Sample(text, str(folder / name), text) for text, name in zip(texts, ("square.png", "wide.png"), strict=True)]
+    return [
+        Sample(text, str(folder / name), text) for text, name in zip(texts, ("square.png", "wide.png"), strict=True)
+    ]
 
 
 def export(path, out: Path, samples, settings: ExportSettings = SETTINGS) -> dict:
@@ -91,7 +93,10 @@ def like_llamas(folder: Path) -> None:
         ],
     }
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(stored)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(stored)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
     fast.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
