@@ -5,10 +5,10 @@
         --export.type F16
     python -m jobs.export --model.path you/your-llava --export.type Q8_0
 
-gguf: two files for llama.cpp, the language model with tokenizer and chat template (model-Q4_0.gguf) and the vision tower
-with the projector (mmproj-F16.gguf), beside model card and licence. docs/deploy.md says how to run them. Pruned, narrowed
-and recovered checkpoints are exported as they are, and those in AWQ's layout; of other rounded ones export the checkpoint
-before rounding.
+gguf: two files for llama.cpp, the language model with tokenizer and chat template (model-Q4_0.gguf) and the vision
+tower with the projector (mmproj-F16.gguf), beside model card and licence. docs/deploy.md says how to run them. Pruned,
+narrowed and recovered checkpoints are exported as they are, and those in AWQ's layout; of other rounded ones export the
+checkpoint before rounding.
 
 The check runs where the package xllamacpp is installed: a fresh process loads both files and answers test questions. A
 file of 16 or 8 bits is refused if the first token's log-probabilities are too far from transformers'; of fewer bits the

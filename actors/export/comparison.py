@@ -10,9 +10,9 @@ def compare(reference: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
     """Return how far llama.cpp's answers are from transformers', over all questions.
 
     first_token_nats: the largest difference of the log-probabilities of the FIRST most likely first tokens;
-    same_answers: the share of answers with the same tokens; same_tokens: the mean share of an answer's tokens before the
-    first that differs; gap_nats: how much less likely, to transformers, llama.cpp's token is where they part, at most;
-    prompts: whether all prompts have the same number of tokens.
+    same_answers: the share of answers with the same tokens; same_tokens: the mean share of an answer's tokens before
+    the first that differs; gap_nats: how much less likely, to transformers, llama.cpp's token is where they part, at
+    most; prompts: whether all prompts have the same number of tokens.
     """
     pairs = list(zip(reference, answers, strict=True))
     prefixes = [_common(ours["ids"], theirs["ids"]) for ours, theirs in pairs]
@@ -50,17 +50,17 @@ def _gap(ours: Mapping, theirs: Mapping, same: int) -> float:
 def refusal(type_name: str, found: Mapping) -> str | None:
     """Say what is wrong with an export; None: it passes. found: of `compare`."""
     if not found["prompts"]:
-        return "llama.cpp makes other tokens of a prompt than transformers: the tokenizer or the chat template does not fit"
+        return "llama.cpp makes other tokens of a prompt than transformers: tokenizer or chat template do not fit"
     if (limit := TOLERANCE.get(type_name)) is None:
         return None
     if not found["first_token_nats"] <= limit:
         return (
-            f"the log-probabilities of the first token are up to {found['first_token_nats']:.2g} nats from transformers' "
-            f"(allowed: {limit:g})"
+            f"the log-probabilities of the first token are up to {found['first_token_nats']:.2g} nats from "
+            f"transformers' (allowed: {limit:g})"
         )
     if not found["gap_nats"] <= 2 * limit:
         return (
-            f"llama.cpp goes on with a token that is {found['gap_nats']:.2g} nats less likely to transformers than its own "
-            f"(allowed: {2 * limit:g})"
+            f"llama.cpp goes on with a token that is {found['gap_nats']:.2g} nats less likely to transformers than its "
+            f"own (allowed: {2 * limit:g})"
         )
     return None

@@ -22,7 +22,7 @@ class Exporter:
         quiet()
 
     def write(self, spec: ModelSpec, settings: ExportSettings, name: str, licence: str | None, out: str) -> dict:
-        """Write the files into the folder `out` and return {sizes: {name: bytes}}. ValueError: it cannot be exported."""
+        """Write the files into the folder `out`; return {sizes: {name: bytes}}. ValueError: it cannot be exported."""
         return write_gguf(spec, settings, name, licence, Path(out))
 
     def check(
@@ -31,8 +31,8 @@ class Exporter:
         """Return how the files' answers in llama.cpp, in a fresh process, compare with transformers'.
 
         {agreement: with transformers, or with transformers under llama.cpp's order of image features if that differs;
-        plain_agreement: with transformers as it is}, each of `comparison.compare`. GateError: they are too far apart, or
-        llama.cpp fails.
+        plain_agreement: with transformers as it is}, each of `comparison.compare`. GateError: they are too far apart,
+        or llama.cpp fails.
         """
         config = read_config(local_folder(spec.path, spec.revision), trust_remote_code=spec.trust_remote_code)
         turned = gguf_vision.has_class_token(config) and settings.class_token == "last"

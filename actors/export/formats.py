@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Format:
     """One format.
 
-    worker: "module:class" with the methods of `actors.export.exporter.Exporter`. types: what its weights may be. package:
-    the package that the check runs it with, as it is imported; install: how to get that.
+    worker: "module:class" with the methods of `actors.export.exporter.Exporter`. types: what its weights may be.
+    package: the package that the check runs it with, as it is imported; install: how to get that.
     """
 
     words: str

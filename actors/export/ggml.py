@@ -1,7 +1,7 @@
 """GGML's types of weights: which there are, what width they need, and weights encoded in them.
 
-Source of the block layouts: ggml-common.h of llama.cpp (block_q4_1: scale, minimum, 16 bytes of which the low nibbles are
-the first half); the `gguf` package encodes all but the repacked one.
+Source of the block layouts: ggml-common.h of llama.cpp (block_q4_1: scale, minimum, 16 bytes of which the low nibbles
+are the first half); the `gguf` package encodes all but the repacked one.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ Kind = gguf.GGMLQuantizationType
 class WeightType:
     """How a GGUF file stores the language model's weights.
 
-    linears: of the decoder's linears; rest: of the embeddings and the head, which cost most in 4 bits; file_type: what the
-    file says of itself.
+    linears: of the decoder's linears; rest: of the embeddings and the head, which cost most in 4 bits; file_type: what
+    the file says of itself.
     """
 
     linears: Kind

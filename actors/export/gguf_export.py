@@ -8,7 +8,7 @@ from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import load_processor
 from actors.checkpoint.tensors import local_folder
 from actors.export import gguf_text, gguf_vision
-from actors.export.ggml import Kind, TYPES
+from actors.export.ggml import TYPES, Kind
 from actors.export.gguf_file import described, write_file
 from actors.export.gguf_tokenizer import write_vocabulary
 from actors.gate.linears import layout_of, stated_group

@@ -1,12 +1,14 @@
 """The language model as GGUF: its keys, and its tensors under llama.cpp's names.
 
-Source: conversion/llama.py, qwen.py, phi.py and base.py of github.com/ggml-org/llama.cpp, and src/models of it. llama.cpp
-rotates neighbouring channels in the Llama architecture, where transformers rotates channels half a head apart: the rows
-of q and k change their order. Its Llama reads biases wherever there are some, so that Mistral and Llama are one.
+Source: conversion/llama.py, qwen.py, phi.py and base.py of github.com/ggml-org/llama.cpp, and src/models of it.
+llama.cpp rotates neighbouring channels in the Llama architecture, where transformers rotates channels half a head
+apart: the rows of q and k change their order. Its Llama reads biases wherever there are some, so that Mistral and Llama
+are one.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def entries(folder: Path, config, type_name: str) -> Iterator[Entry]:
             continue
         shape = stored.shape(name)
         kind = Kind.F32 if len(shape) == 1 else kinds.linears if ".blk." in f".{target}" else kinds.rest
-        yield Entry(target, shape, kind, lambda name=name, kind=kind, heads=heads: _plain(stored, name, kind, heads))
+        yield Entry(target, shape, kind, partial(_plain, stored, name, kind, heads))
     if known.head_bias:  # a LLaVA's head has none
         yield Entry("output.bias", (text.vocab_size,), Kind.F32, lambda: np.zeros(text.vocab_size, np.float32))
 

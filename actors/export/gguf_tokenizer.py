@@ -1,7 +1,7 @@
 """The tokenizer and the chat template inside a GGUF file.
 
-Source: conversion/base.py (keys, kinds of tokens), src/llama-vocab.cpp (how they are used, and the names of the patterns
-that split a text) and common/chat.cpp (what a chat template gets) of github.com/ggml-org/llama.cpp.
+Source: conversion/base.py (keys, kinds of tokens), src/llama-vocab.cpp (how they are used, and the names of the
+patterns that split a text) and common/chat.cpp (what a chat template gets) of github.com/ggml-org/llama.cpp.
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 import gguf
 
 IMAGE = "<image>"
-# llama.cpp puts a marker of its own, <__media_...__>, into the text where an image was. Templates look for a part "image"
-# and print the image token: the head takes the text apart again, the tail puts the marker where the token is.
+# llama.cpp puts a marker of its own, <__media_...__>, into the text where an image was. Templates look for a part
+# "image" and print the image token: the head takes the text apart again, the tail puts the marker where the token is.
 _BEFORE = """{%- set found = namespace(messages=[], marker='<image>') -%}
 {%- for message in messages -%}
 {%- set now = namespace(text='', parts=[]) -%}
@@ -41,7 +41,7 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-SPLITS = {
+SPLITS: dict[str, list[dict]] = {
     "gpt-2": [_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES],
     "qwen2": [{"type": "Split", "pattern": {"Regex": _QWEN2}}, {**_BYTES, "use_regex": False}],
@@ -56,7 +56,7 @@ def chat_template(template: str) -> str:
 
 def split_name(pre_tokenizer: dict | None) -> str:
     """Return llama.cpp's name of a tokenizer.json's pre_tokenizer; ValueError: it has none."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    steps: list = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     for name, wanted in SPLITS.items():
         if len(steps) == len(wanted) and all(
             isinstance(step, dict) and all(step.get(key) == value for key, value in each.items())
@@ -64,8 +64,8 @@ def split_name(pre_tokenizer: dict | None) -> str:
         ):
             return name
     raise ValueError(
-        f"llama.cpp splits texts by name, and none here is known for {json.dumps(pre_tokenizer)[:300]}: {', '.join(SPLITS)} "
-        "are (actors/export/gguf_tokenizer.py)."
+        f"llama.cpp splits texts by name, and none here is known for {json.dumps(pre_tokenizer)[:300]}: "
+        f"{', '.join(SPLITS)} are (actors/export/gguf_tokenizer.py)."
     )
 
 

@@ -40,8 +40,8 @@ def check_vision(config, image_processor) -> None:
         )
     if vision.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
         raise ValueError(
-            f"llama.cpp computes {', '.join(ACTIVATIONS)} in a tower and gelu in a projector, not {vision.hidden_act!r} "
-            f"and {config.projector_hidden_act!r}."
+            f"llama.cpp computes {', '.join(ACTIVATIONS)} in a tower and gelu in a projector, not "
+            f"{vision.hidden_act!r} and {config.projector_hidden_act!r}."
         )
     size = image_size(image_processor)
     if set(size) != {vision.image_size}:
@@ -109,7 +109,7 @@ def entries(folder: Path, config, class_token: str) -> Iterator[Entry]:
             yield _entry(stored, f"multi_modal_projector.{ours}.bias", f"{theirs}.bias")
         else:  # the graph adds one
             zeros = np.zeros(config.text_config.hidden_size, np.float32)
-            yield Entry(f"{theirs}.bias", zeros.shape, Kind.F32, lambda zeros=zeros: zeros)
+            yield Entry(f"{theirs}.bias", zeros.shape, Kind.F32, zeros.copy)
 
 
 def _entry(stored: Stored, name: str, target: str, turned: bool = False) -> Entry:

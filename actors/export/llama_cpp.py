@@ -1,6 +1,7 @@
 """llama.cpp in a process of its own, through the package xllamacpp. Imports neither torch nor transformers.
 
-The process reads one JSON request and writes one JSON reply; its memory is that of a small interpreter and of llama.cpp.
+The process reads one JSON request and writes one JSON reply; its memory is that of a small interpreter and of
+llama.cpp.
 """
 
 import base64
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from actors.footprint import restart_peak, taken
 from actors.footprint import peak as peak_of
+from actors.footprint import restart_peak, taken
 
 PROBES = 100  # tokens whose log-probabilities are asked for
 _ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,8 @@ def answer(files: Files, prompts: Sequence[Prompt], max_new_tokens: int) -> list
     """Answer greedily in a fresh process.
 
     Returns for each prompt {prompt_tokens, ids: the answer's token ids, its end included if it has one, first: the
-    log-probabilities (nats) of the PROBES most likely first tokens, by id, or None where that is half a character}. ValueError: llama.cpp fails, with its words.
+    log-probabilities (nats) of the PROBES most likely first tokens, by id, or None where that is half a character}.
+    ValueError: llama.cpp fails, with its words.
     """
     return _ask({"do": "answer", "max_new_tokens": max_new_tokens}, files, prompts)["answers"]
 

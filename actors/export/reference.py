@@ -21,9 +21,9 @@ def answer(
 ) -> tuple[list[Prompt], list[list[dict]]]:
     """Return (the prompts, with the images as the model sees them in files in `folder`; lists of answers to them).
 
-    The answers are those of the model and, with `class_token_last`, those of the model whose features are the patches but
-    the first, then the class token, as llama.cpp takes them (actors.export.gguf_vision). An answer: {prompt_tokens, ids,
-    steps: for every token the log-probabilities (nats) of the TOP most likely, by id}.
+    The answers are those of the model and, with `class_token_last`, those of the model whose features are the patches
+    but the first, then the class token, as llama.cpp takes them (actors.export.gguf_vision). An answer: {prompt_tokens,
+    ids, steps: for every token the log-probabilities (nats) of the TOP most likely, by id}.
     """
     model = load_model(**spec.loading)
     processor = load_processor(spec.path, spec.revision, spec.trust_remote_code)

@@ -122,7 +122,7 @@ def test_a_tokenizer_like_llamas(tmp_path, samples):
 @needs_llama_cpp
 def test_the_check_refuses_a_wrong_file(tmp_path, samples):
     """A q that is not permuted; positions for another place of the class token, with the remedy."""
-    with pytest.raises(GateError, match="try --export.class_token last"):
+    with pytest.raises(GateError, match=r"try --export\.class_token last"):
         export(DERM_TINY, tmp_path / "first", samples, replace(SETTINGS, class_token="first"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("actors.export.gguf_text.interleave", lambda tensor, heads: tensor)
@@ -142,7 +142,7 @@ def test_derm_tiny_in_four_bits(tmp_path, samples):
     file = tmp_path / "F16" / MMPROJ
     file.write_bytes(file.read_bytes()[:-5000])
     files = llama_cpp.Files(str(tmp_path / "F16" / "model-F16.gguf"), str(file), 256)
-    with pytest.raises(ValueError, match="llama.cpp fails"):
+    with pytest.raises(ValueError, match=r"llama\.cpp fails"):
         llama_cpp.answer(files, [llama_cpp.Prompt(samples[0].image, "What?")], 2)
 
 

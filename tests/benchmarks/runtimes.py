@@ -2,10 +2,11 @@
 
     make bench-runtimes        (python -m tests.benchmarks.runtimes --help)
 
-Every round runs each side once, in a fresh process with one thread. Times are medians over the runs of all rounds, batch
-1, greedy. Time to the first token begins with the image in memory on both sides: as a picture on transformers' side, as a
-PNG in a request on llama.cpp's. Memory is the whole process's: its resident set's peak while it answers, and the peak with
-loading, in which pages of the mapped file count. The last line is one JSON object: a row for each runtime and type.
+Every round runs each side once, in a fresh process with one thread. Times are medians over the runs of all rounds,
+batch 1, greedy. Time to the first token begins with the image in memory on both sides: as a picture on transformers'
+side, as a PNG in a request on llama.cpp's. Memory is the whole process's: its resident set's peak while it answers, and
+the peak with loading, in which pages of the mapped file count. The last line is one JSON object: a row for each runtime
+and type.
 """
 
 import argparse
@@ -103,10 +104,10 @@ def main() -> None:
     rows = [row(*side, found) for side, found in rounds.items()]
     for each in rows:
         low, high = each["ms_per_token_p5_p95"]
+        steady, loading = (each[name] / MIB for name in ("steady_peak_bytes", "load_peak_bytes"))
         print(
-            f"{each['runtime']:<12} {each['type']:<8} {each['ms_per_token']:8.2f} ms/token [{low:.2f}, {high:.2f}]  first "
-            f"token {each['first_token_ms']:8.1f} ms  resident {each['steady_peak_bytes'] / MIB:7.1f} MiB, loading "
-            f"{each['load_peak_bytes'] / MIB:7.1f} MiB"
+            f"{each['runtime']:<12} {each['type']:<8} {each['ms_per_token']:8.2f} ms/token [{low:.2f}, {high:.2f}]  "
+            f"first token {each['first_token_ms']:7.1f} ms  resident {steady:.1f} MiB, loading {loading:.1f} MiB"
         )
     print(json.dumps(rows))
 
