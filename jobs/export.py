@@ -18,6 +18,7 @@ similarity is recorded.
 import importlib.util
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from actors.export.formats import FORMATS
@@ -43,6 +44,10 @@ def build(run: Run, model: Stage | Source, folder: Path, facts: dict) -> None:
     """Write the files, check them, and add card and licence. Refused: llama.cpp answers something else."""
     chosen, spec = run.config.export, run.model_spec(model)
     settings, form = ExportSettings(chosen.format, chosen.type, chosen.class_token), FORMATS[chosen.format]
+    if importlib.util.find_spec(form.writer) is None:
+        raise ValueError(
+            f"The package {form.writer}, which writes {settings.format} files, is missing: {form.install}."
+        )
     source = card.source_of(run, model)
     installed = importlib.util.find_spec(form.package) is not None
     with run.workers.worker(form.worker) as worker:
@@ -59,7 +64,7 @@ def build(run: Run, model: Stage | Source, folder: Path, facts: dict) -> None:
         for file in Path(spec.path).glob(pattern):
             shutil.copyfile(file, folder / file.name)
     facts["gate"] = {"llama.cpp": facts["checked"]}
-    card.finish(run, model, folder, facts, {"kind": "export", **settings.__dict__, "files": facts["sizes"]})
+    card.finish(run, model, folder, facts, {"kind": "export", **asdict(settings), "files": facts["sizes"]})
     LOG.info(f"export: {', '.join(facts['sizes'])}; check: {facts['checked']}")
 
 

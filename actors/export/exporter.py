@@ -4,6 +4,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from actors.checkpoint.config import read_config
 from actors.checkpoint.loading import quiet
 from actors.checkpoint.tensors import local_folder
@@ -39,7 +41,8 @@ class Exporter:
         with tempfile.TemporaryDirectory() as images:
             prompts, references = reference.answer(spec, samples, max_new_tokens, Path(images), turned)
             context = max(each["prompt_tokens"] for each in references[0]) + max_new_tokens + ROOM
-            files = llama_cpp.Files(str(Path(folder) / model_file(settings.type)), str(Path(folder) / MMPROJ), context)
+            paths = (str(Path(folder) / name) for name in (model_file(settings.type), MMPROJ))
+            files = llama_cpp.Files(*paths, context, torch.get_num_threads())
             try:
                 answers = llama_cpp.answer(files, prompts, max_new_tokens)
             except ValueError as error:

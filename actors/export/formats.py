@@ -8,11 +8,13 @@ from dataclasses import dataclass
 class Format:
     """One format.
 
-    worker: "module:class" with the methods of `actors.export.exporter.Exporter`. types: what its weights may be.
-    package: the package that the check runs it with, as it is imported; install: how to get that.
+    writer: the package that writes it. worker: "module:class" with the methods of `actors.export.exporter.Exporter`.
+    types: what its weights may be. package: the package that the check runs it with, as it is imported; install: how to
+    get that.
     """
 
     words: str
+    writer: str
     worker: str
     types: Sequence[str]
     package: str
@@ -22,9 +24,10 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "gguf": Format(
         "files for llama.cpp and Ollama",
+        "gguf",
         "actors.export.exporter:Exporter",
         ("F16", "Q8_0", "Q4_1", "Q4_0"),
         "xllamacpp",
-        "pip install xllamacpp",
+        "pip install gguf xllamacpp",
     ),
 }

