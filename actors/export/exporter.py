@@ -41,8 +41,8 @@ class Exporter:
         with tempfile.TemporaryDirectory() as images:
             prompts, references = reference.answer(spec, samples, max_new_tokens, Path(images), turned)
             context = max(each["prompt_tokens"] for each in references[0]) + max_new_tokens + ROOM
-            paths = (str(Path(folder) / name) for name in (model_file(settings.type), MMPROJ))
-            files = llama_cpp.Files(*paths, context, torch.get_num_threads())
+            model, mmproj = (str(Path(folder) / name) for name in (model_file(settings.type), MMPROJ))
+            files = llama_cpp.Files(model, mmproj, context, torch.get_num_threads())
             try:
                 answers = llama_cpp.answer(files, prompts, max_new_tokens)
             except ValueError as error:
