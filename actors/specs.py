@@ -108,3 +108,12 @@ class QuantizeSettings:
     def simulated(self) -> bool:
         """Whether rounded weights are stored in 16 bits, because the layout does not pack these bits."""
         return find_method(self.method).simulated(self.bits)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export; see jobs.config.export.ExportConfig."""
+
+    format: str
+    type: str
+    class_token: str

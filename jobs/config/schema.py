@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from actors.criteria import CRITERIA, set_criteria
 from actors.quantizers.table import METHODS, bits_of
 from jobs.config.estimate import EstimateConfig
+from jobs.config.export import ExportConfig
 from jobs.config.joint import JointConfig
 from jobs.config.judge import JudgeConfig
 from jobs.config.pruning import PruneConfig, RecoverConfig
@@ -224,6 +225,7 @@ class Config(Section):
     judge: JudgeConfig = JudgeConfig()
     profile: ProfileConfig = ProfileConfig()
     estimate: EstimateConfig = EstimateConfig()
+    export: ExportConfig = ExportConfig()
     joint: JointConfig = JointConfig()
     search: SearchConfig = SearchConfig()
     publish: PublishConfig = PublishConfig()

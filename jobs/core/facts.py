@@ -103,6 +103,15 @@ class QuantizeFacts(CheckpointFacts):
     calibration_tokens: NotRequired[int]  # of a calibrated method
 
 
+class ExportFacts(CheckpointFacts):
+    """Of a checkpoint in another program's format."""
+
+    sizes: dict[str, int]  # bytes by file
+    checked: str  # in words
+    agreement: NotRequired[dict[str, Any]]  # of actors.export.comparison; absent where the check did not run
+    plain_agreement: NotRequired[dict[str, Any]]
+
+
 class RoundedFacts(Facts):
     """Of decoder layers that were rounded to several numbers of bits, a file each."""
 
@@ -212,6 +221,7 @@ FACTS: dict[str, type] = {
     "recover": RecoverFacts,
     "quantize": QuantizeFacts,
     "mixed": QuantizeFacts,
+    "export": ExportFacts,
     "rounded": RoundedFacts,
     "ranges": RangesFacts,
     "evaluate": EvaluateFacts,

@@ -27,7 +27,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=\s'\"\[,]))/[^'\",\]]*/([^/'\",\]]+)")
 # Left out of a card: what changes no checkpoint, and `data`, whose classes, questions and answers are private.
 _ELSEWHERE = {"run_dir", "replicas", "evaluate", "judge", "profile", "estimate", "publish", "data"}
-_DONE = {"prune": "pruned", "narrow": "narrowed", "recover": "fine-tuned", "patch": "patched", "quantize": "quantized"}
+_DONE = {
+    **{"prune": "pruned", "narrow": "narrowed", "recover": "fine-tuned", "patch": "patched"},
+    **{"quantize": "quantized", "export": "exported"},
+}
 
 
 def record(folder: Path) -> dict:
@@ -109,6 +112,11 @@ def conversations_digest(folder: str, ids: Sequence[str]) -> str:
     return digest([[rows[i][key] for key in ("sha256", "question", "reference")] for i in ids])
 
 
+def source_of(run: Run, model: Stage | Source) -> dict:
+    """Return what is known of the model that a checkpoint was first made from: {name, base, licence, ...}."""
+    return _history(run, model)[0]
+
+
 def _history(run: Run, model: Stage | Source) -> list[dict]:
     folder = Path(run.make(model))
     if history := read_history(run, model):
@@ -187,11 +195,12 @@ def write(folder: Path, facts: dict, evaluation: Mapping | None = None, judged: 
     """Write the card into a checkpoint's folder, atomically; `facts` are those of its manifest."""
     source, *steps = facts["history"]
     quantized = next((step for step in steps if step["kind"] == "quantize"), None)
+    exported = next((step for step in steps if step["kind"] == "export"), None)
     tags = ["prunella", "llava", *dict.fromkeys(_DONE[step["kind"]] for step in steps)]
     front = {
         "license": source["licence"] or "unknown",
         **({"base_model": source["base"]} if source["base"] else {}),
-        "library_name": "transformers",
+        "library_name": exported["format"] if exported else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": [*tags, quantized["method"], f"{quantized['bits']}-bit"] if quantized else tags,
     }
@@ -201,6 +210,7 @@ def write(folder: Path, facts: dict, evaluation: Mapping | None = None, judged: 
         "source": source,
         "steps": steps,
         "quantized": quantized,
+        "exported": exported,
         "own_reader": quantized and (method := METHODS.get(quantized["method"])) and method.layout.reader,
         "origins": _describe_history(steps),
         "facts": facts,
