@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Group:
 
     def __init__(self, target: str, kwargs: dict, resources: Resources, folder: Path):
         self._target, self._kwargs, self._resources, self._folder = target, kwargs, resources, folder
-        self.gpu_seconds = 0.0
+        self._count = int(resources.count)  # ValueError: "auto"
+        self.gpu_seconds = 0.0  # GPUs times the seconds that calls held them
 
     def __enter__(self) -> "Group":
         return self
@@ -34,14 +35,15 @@ class Group:
     def __exit__(self, *exception) -> None:
         """Nothing is held between calls."""
 
-    def stream(self, method: str, *args) -> Iterator:
+    def stream(self, method: str, *args) -> Generator[Any, None, None]:
         """Call the generator `method(*args)` on all workers, and yield the items of the first one as they come.
 
         What a worker raises is raised here. WorkerDied: a worker's process died.
         """
         items, started = Queue(actor_options={"num_cpus": 0}), time.monotonic()
+        folder = str(self._folder.absolute())
         work = {"target": self._target, "kwargs": self._kwargs, "method": method, "args": args, "items": items}
-        fit = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(work, self._resources, str(self._folder.absolute()))
+        fit = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(work, self._resources, self._count, folder)
         try:
             while True:
                 ended = bool(ray.wait([fit], timeout=0)[0])
@@ -54,7 +56,7 @@ class Group:
         finally:
             ray.cancel(fit, force=True)
             items.shutdown(force=True)
-            self.gpu_seconds += self._resources.count * self._resources.gpus * (time.monotonic() - started)
+            self.gpu_seconds += self._count * self._resources.gpus * (time.monotonic() - started)
 
     def _raise(self, failures: list[Exception]) -> None:
         """Raise the failure that the others follow from: a worker's own, else a death, else a lost connection."""
@@ -64,20 +66,20 @@ class Group:
             raise failure
 
 
-def _fit(work: dict[str, Any], resources: Resources, folder: str) -> list[Exception]:
+def _fit(work: dict[str, Any], resources: Resources, count: int, folder: str) -> list[Exception]:
     """Run the workers to their end; return what they raised."""
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     share = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    scaling = ScalingConfig(num_workers=resources.count, use_gpu=bool(resources.gpus), resources_per_worker=share)
+    scaling = ScalingConfig(num_workers=count, use_gpu=bool(resources.gpus), resources_per_worker=share)
     trainer = TorchTrainer(
         _work, train_loop_config=work, scaling_config=scaling, run_config=RunConfig(name="group", storage_path=folder)
     )
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        return list(error.worker_failures.values())
+    except WorkerGroupError as error:  # a death is what the check of a worker's health failed with
+        return [getattr(each, "health_check_failure", each) for each in error.worker_failures.values()]
     return []
 
 

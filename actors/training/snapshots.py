@@ -21,7 +21,7 @@ class Snapshots:
 
     def save(self, rows: Sequence[dict]) -> None:
         """Write a snapshot after the last of `rows`, atomically."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, weight in self._trained.items():
             state = self._optimiser.state.get(weight, {})  # empty, if the weight never had a gradient
             tensors |= {f"weight/{name}": weight.detach()}

@@ -44,17 +44,17 @@ Recoveries = Annotated[
 class GridConfig(Section):
     """Depths, widths and recoveries, each combined with each."""
 
-    depths: Depths = [0]
-    widths: Widths = [1.0]
-    recoveries: Recoveries = ["none"]
+    depths: Depths = Field([0])
+    widths: Widths = Field([1.0])
+    recoveries: Recoveries = Field(["none"])
 
 
 class SearchConfig(Section):
     """Which settings jobs.search tries: every depth with every width, recovery, quantizer and its bits."""
 
-    depths: Depths = [0, 2, 4, 7]
-    widths: Widths = [1.0]
-    recoveries: Recoveries = ["none", "qlora"]
+    depths: Depths = Field([0, 2, 4, 7])
+    widths: Widths = Field([1.0])
+    recoveries: Recoveries = Field(["none", "qlora"])
     also: list[GridConfig] = Field(
         [], description="further settings: every one is depths, widths and recoveries of its own (YAML list)"
     )

@@ -1,6 +1,7 @@
 """Reading a configuration: a YAML file gives the values, dotted options on the command line override them.
 
-The key `base` of a file names another one, relative to it, whose values hold where the file has none. Unknown keys are refused with the nearest valid name.
+The key `base` of a file names another one, relative to it, whose values hold where the file has none. Unknown keys are
+refused with the nearest valid name.
 """
 
 import difflib
@@ -18,7 +19,8 @@ from jobs.config.section import OneOf
 def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
     """Read a YAML file (None: all defaults) and apply dotted overrides ("prune.layers", "7").
 
-    ValueError: no such file, not YAML, a base in a circle, an unknown key (with the nearest valid one), a value of the wrong kind.
+    ValueError: no such file, not YAML, a base in a circle, an unknown key (with the nearest valid one), a value of the
+    wrong kind.
     """
     values = _read(Path(path)) if path is not None else {}
     for key, text in overrides:
@@ -30,7 +32,7 @@ def load_config(path: str | None, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a file's values over those of its `base`, a path relative to the file; readers: the files that led here."""
+    """Return a file's values over those of its `base`, a path relative to the file; readers: the files before it."""
     name = str(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
