@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+import torch
 
+from actors.checkpoint.tensors import iterate_tensors
 from actors.gate.check import Gate
 from actors.specs import GateError
 from actors.training.settings import SNAPSHOTS
@@ -13,6 +15,8 @@ from jobs import prepare, prune, recover, verify
 from jobs.core.facts import PatchFacts, RecoverFacts
 from jobs.reporting import card
 from jobs.searching.space import Setting, config_of
+from tests.jobs.commands import options
+from tests.jobs.commands import run as command
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
 
@@ -234,3 +238,23 @@ def test_only_a_refusal_deletes_a_finished_training(start, monkeypatch):
         with pytest.raises(verify.Refused, match="wrong"):
             run.make(made)
     assert not (run.store.root / f"{made.name}.partial").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_training(tmp_path):
+    """Through Ray Train: the losses and weights are those of one worker."""
+    tables, weights = [], []
+    for count in ("1", "2"):
+        folder = tmp_path / count
+        choices = {"recover.train": "lora", "recover.batch": "8", "recover.micro_batch": "3", "replicas.count": count}
+        made = command("recover", *options(folder, **choices))
+        assert made.returncode == 0, made.stderr
+        (artifact,) = folder.glob("artifacts/recover-*")
+        tables.append(recover.LOSSES.read(artifact))
+        weights.append(dict(iterate_tensors(artifact)))
+        assert not (artifact / SNAPSHOTS).exists()
+    assert len(tables[0]) == len(tables[1]) > 3
+    for one, two in zip(*tables, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
