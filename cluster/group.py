@@ -15,6 +15,7 @@ import ray  # noqa: E402
 from ray.util.queue import Empty, Queue  # noqa: E402
 
 LOOK_EVERY_S = 1.0  # whether the workers still run
+STOP_S = 30.0  # for an orderly end
 
 
 class Group:
@@ -54,7 +55,7 @@ class Group:
                         break
             self._raise(ray.get(fit))
         finally:
-            ray.cancel(fit, force=True)
+            _stop(fit)
             items.shutdown(force=True)
             self.gpu_seconds += self._count * self._resources.gpus * (time.monotonic() - started)
 
@@ -64,6 +65,13 @@ class Group:
             if isinstance(failure, DEATHS):
                 raise WorkerDied(f"A worker running {self._target} died ({one_line(failure)}).")
             raise failure
+
+
+def _stop(fit: ray.ObjectRef) -> None:
+    """End the workers, if they still run: Ray Train takes an interrupt as an order to end them."""
+    ray.cancel(fit)
+    ray.wait([fit], timeout=STOP_S)
+    ray.cancel(fit, force=True)
 
 
 def _fit(work: dict[str, Any], resources: Resources, count: int, folder: str) -> list[Exception]:
