@@ -100,6 +100,7 @@ def gpus(monkeypatch):
     shares = {}
     stand_in = SimpleNamespace(
         device_count=lambda: 2,
+        current_device=lambda: 0,
         mem_get_info=lambda device: (900, 1000),
         memory_reserved=lambda device: 100,
         memory_allocated=lambda device: 60,
@@ -117,6 +118,11 @@ def test_a_fraction_caps_this_process(gpus):
     assert free_bytes(first) == 940
     assert claim_devices("cuda", 0.5) == [first] and gpus == {0: 0.5}
     assert free_bytes(first) == 440
+
+
+def test_a_rank_claims_the_gpu_that_it_was_given(gpus, monkeypatch):
+    monkeypatch.setattr(actors.memory.torch.cuda, "current_device", lambda: 1)
+    assert claim_devices("cuda", 1) == [torch.device("cuda", 1)] and gpus == {1: 1.0}
 
 
 def test_several_gpus_are_claimed_whole(gpus):
