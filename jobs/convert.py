@@ -6,13 +6,10 @@ None of the other repository's code is run. docs/checkpoints.md says which layou
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 from jobs.core.command import one_sentence
 from jobs.core.logs import parse_and_configure
-
-LOG = logging.getLogger("jobs")
 
 
 def main() -> None:
@@ -29,14 +26,13 @@ def main() -> None:
 
 
 def build(source: str, out: Path, revision: str | None = None) -> None:
-    """Write the stock checkpoint to `out`, unless it exists; ValueError: what is wrong with the source."""
+    """Write the stock checkpoint to `out`; ValueError: what is wrong with the source, or `out` exists."""
     from actors.checkpoint.conversion import convert
     from actors.checkpoint.loading import quiet
 
     quiet()
-    if (out / "config.json").is_file():
-        LOG.info(f"convert: {out} exists")
-        return
+    if out.exists():
+        raise ValueError(f"--out {str(out)!r} exists: give another folder, or delete it.")
     convert(source, out, revision)
     print(out)
 

@@ -6,9 +6,9 @@
     python -m jobs.export --model.path you/your-llava --export.type Q8_0
 
 gguf: two files for llama.cpp, the language model with tokenizer and chat template (model-Q4_0.gguf) and the vision
-tower with the projector (mmproj-F16.gguf), beside model card and licence. docs/deploy.md says how to run them. Pruned,
-narrowed and recovered checkpoints are exported as they are, and those in AWQ's layout; of other rounded ones export the
-checkpoint before rounding.
+tower with the projector (mmproj-F16.gguf), beside the model card and, of a local folder, its licence files.
+docs/deploy.md says how to run them. Pruned, narrowed and recovered checkpoints are exported as they are, and those in
+AWQ's layout; of other rounded ones export the checkpoint before rounding.
 
 The check runs where the package xllamacpp is installed: a fresh process loads both files and answers test questions. A
 file of 16 or 8 bits is refused if the first token's log-probabilities are too far from transformers'; of fewer bits the
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from actors.export.formats import FORMATS
 from actors.specs import ExportSettings, GateError, Sample
-from jobs import profile, verify
+from jobs import prepare, profile, verify
 from jobs.core.command import main
 from jobs.core.run import Run
 from jobs.core.stage import Source, Stage
@@ -36,8 +36,12 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 def stage(run: Run, model: Stage | Source) -> Stage:
     """Return the stage that exports `model`."""
     chosen = run.config.export
-    settings = {"format": chosen.format, "type": chosen.type, "class_token": chosen.class_token}
-    return Stage("export", 1, settings, (model,), lambda r, folder, facts: build(r, model, folder, facts))
+    settings: dict = {"format": chosen.format, "type": chosen.type, "class_token": chosen.class_token, "check": None}
+    parents: tuple[Stage | Source, ...] = (model,)
+    if importlib.util.find_spec(FORMATS[chosen.format].package):
+        settings["check"] = {"questions": chosen.questions, "tokens": chosen.tokens}
+        parents += (prepare.stage(run),) if run.config.data.root or run.config.data.classes else ()
+    return Stage("export", 2, settings, parents, lambda r, folder, facts: build(r, model, folder, facts))
 
 
 def build(run: Run, model: Stage | Source, folder: Path, facts: dict) -> None:
@@ -79,15 +83,20 @@ def _words(found: dict) -> str:
     agreement, plain = found["agreement"], found["plain_agreement"]
     text = (
         f"{agreement['same_answers']:.0%} of {agreement['questions']} answers are transformers', token for token, "
-        f"{agreement['same_tokens']:.0%} of the tokens before the first that differs; first token within "
-        f"{agreement['first_token_nats']:.2g} nats"
+        f"{agreement['same_tokens']:.0%} of the tokens before the first that differs; first token "
+        f"{_nats(agreement)}"
     )
     if plain != agreement:
         text += (
             f" (transformers with the image features in llama.cpp's order; as it is: {plain['same_answers']:.0%}, "
-            f"{plain['same_tokens']:.0%}, {plain['first_token_nats']:.2g} nats)"
+            f"{plain['same_tokens']:.0%}, {_nats(plain)})"
         )
     return text
+
+
+def _nats(found: dict) -> str:
+    nats = found["first_token_nats"]
+    return "not compared" if nats is None else f"within {nats:.2g} nats"
 
 
 def job(run: Run) -> None:

@@ -206,9 +206,9 @@ def build(run: Run, model: Stage | Source, data: Stage, states: Stage | None, fo
         if leftover.name != SNAPSHOTS:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     losses = []
-    together = min(run.workers.count_workers(), recover.batch)
+    count = min(run.workers.count_workers(), recover.batch)
     with (
-        run.workers.group("actors.training.trainer:Trainer", together, folder / SNAPSHOTS, spec=spec) as worker,
+        run.workers.group("actors.training.trainer:Trainer", count, folder / SNAPSHOTS, spec=spec) as worker,
         Progress("recover", settings.steps(len(conversations))) as progress,
     ):
         for row in worker.stream("train", conversations, settings, str(folder), *teacher):

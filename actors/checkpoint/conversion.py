@@ -21,8 +21,8 @@ ROWS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weig
 def convert(source: str, out: Path, revision: str | None = None) -> None:
     """Write the stock LLaVA of a foreign checkpoint (folder or hub id) to `out`, which appears when it is whole.
 
-    The vocabulary grows by the image token. Its rows are the mean of all others, so its logit is the mean logit, which
-    is never the largest; its embedding is never read.
+    The image token gets a row of the vocabulary that no other token has, a new one if there is none. Its values are the
+    mean of all rows, so its logit is the mean logit, which is never the largest; its embedding is never read.
     ValueError: no known layout, or a tensor that is missing, unexpected or of another shape.
     """
     with reading(source, "", "check the name and the network, or give a local folder"):
@@ -40,11 +40,11 @@ def convert(source: str, out: Path, revision: str | None = None) -> None:
     names = match_tensors(folder, config, layout)
     with reading(folder, "its tokenizer cannot be read", COPY):
         processor = layout.processor(folder, entries, config)
-    grow = add_image_token(config, processor.tokenizer, folder)
+    rows = add_image_token(config, processor.tokenizer, folder)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors(partial, _stock_tensors(folder, names, grow))
+    write_tensors(partial, _stock_tensors(folder, names, config.image_token_id, rows))
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(partial)
     tokens = config.text_config
@@ -90,10 +90,13 @@ def add_image_token(config: LlavaConfig, tokenizer, folder: Path) -> int:
     return max(rows, 0)
 
 
-def _stock_tensors(folder: Path, names: Mapping[str, str], grow: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _stock_tensors(
+    folder: Path, names: Mapping[str, str], image_token: int, rows: int
+) -> Iterator[tuple[str, torch.Tensor]]:
     for stored, tensor in iterate_tensors(folder):
         name = names[stored]
-        if name in ROWS and grow:
+        if name in ROWS:
             mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
-            tensor = torch.cat([tensor, mean.expand(grow, -1)])
+            tensor = torch.cat([tensor, mean.expand(rows, -1)])
+            tensor[image_token] = mean[0]
         yield name, tensor

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ class Exporter:
         config = read_config(local_folder(spec.path, spec.revision), trust_remote_code=spec.trust_remote_code)
         turned = gguf_vision.has_class_token(config) and settings.class_token == "last"
         with tempfile.TemporaryDirectory() as images:
-            prompts, references = reference.answer(spec, samples, max_new_tokens, Path(images), turned)
+            exact = replace(spec, dtype="float32")  # bfloat16's steps are larger than the tolerance
+            prompts, references = reference.answer(exact, samples, max_new_tokens, Path(images), turned)
             context = max(each["prompt_tokens"] for each in references[0]) + max_new_tokens + ROOM
             model, mmproj = (str(Path(folder) / name) for name in (model_file(settings.type), MMPROJ))
             files = llama_cpp.Files(model, mmproj, context, torch.get_num_threads())

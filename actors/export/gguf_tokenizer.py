@@ -9,7 +9,6 @@ from pathlib import Path
 
 import gguf
 
-IMAGE = "<image>"
 # llama.cpp puts a marker of its own, <__media_...__>, into the text where an image was. Templates look for a part
 # "image" and print the image token: the head takes the text apart again, the tail puts the marker where the token is.
 _BEFORE = """{%- set found = namespace(messages=[], marker='<image>') -%}

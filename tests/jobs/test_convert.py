@@ -14,8 +14,10 @@ def test_a_bunny_is_converted_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["convert", str(source), "--out", str(out)])
     convert.main()
     assert capsys.readouterr().out == f"{out}\n" and plain_model(str(out))
+    with pytest.raises(SystemExit):
+        convert.main()
+    assert "exists: give another folder, or delete it" in capsys.readouterr().err
     (source / "config.json").unlink()
-    convert.main()  # nothing is left to do
     monkeypatch.setattr(sys, "argv", ["convert", str(source), "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit) as end:
         convert.main()

@@ -84,6 +84,16 @@ def test_without_the_package_the_record_says_so(monkeypatch, tmp_path):
     assert (folder / "LICENSE.txt").read_text() == "Apache-2.0"
 
 
+@needs_llama_cpp
+def test_the_check_runs_once_the_package_is_there(monkeypatch, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        lack_llama_cpp(patch)
+        unchecked = exported(patch, tmp_path)
+    checked = exported(monkeypatch, tmp_path)
+    assert checked != unchecked != exported(monkeypatch, tmp_path, export__questions=2)
+    assert "agreement" in json.loads((checked / MANIFEST).read_text())
+
+
 def test_awq_codes_are_not_rounded_again(monkeypatch, tmp_path):
     """Q4_1 holds what the checkpoint computes with; Q4_0 would round it again, and is refused with what would do."""
     lack_llama_cpp(monkeypatch)
