@@ -1,6 +1,10 @@
 """jobs.recover from the config to the checkpoint: the teacher, the data's share, what a killed training leaves."""
 
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from jobs import prepare, prune, recover, verify
 from jobs.core.facts import PatchFacts, RecoverFacts
 from jobs.reporting import card
 from jobs.searching.space import Setting, config_of
-from tests.jobs.commands import options
+from tests.jobs.commands import CONFIG, ROOT, options
 from tests.jobs.commands import run as command
 from tests.jobs.here import run_here
 from tests.tiny import DERM_TINY
@@ -242,11 +246,19 @@ def test_only_a_refusal_deletes_a_finished_training(start, monkeypatch):
 
 @pytest.mark.slow
 def test_two_workers_share_a_training(tmp_path):
-    """Through Ray Train: the losses and weights are those of one worker."""
+    """Through Ray Train, killed once: the losses and weights are those of one worker."""
     tables, weights = [], []
     for count in ("1", "2"):
         folder = tmp_path / count
-        choices = {"recover.train": "lora", "recover.batch": "8", "recover.micro_batch": "3", "replicas.count": count}
+        choices = {
+            "recover.train": "lora",
+            "recover.batch": "8",
+            "recover.micro_batch": "3",
+            "recover.checkpoint_every": "1",
+            "replicas.count": count,
+        }
+        if count == "2":
+            kill_after_a_snapshot("recover", options(folder, **choices), folder)
         made = command("recover", *options(folder, **choices))
         assert made.returncode == 0, made.stderr
         (artifact,) = folder.glob("artifacts/recover-*")
@@ -258,3 +270,13 @@ def test_two_workers_share_a_training(tmp_path):
         assert two == pytest.approx(one, rel=1e-4)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def kill_after_a_snapshot(job: str, words: list[str], folder: Path) -> None:
+    """Start a job, and kill its driver when the training has written a snapshot."""
+    process = subprocess.Popen([sys.executable, "-m", f"jobs.{job}", "--config", CONFIG, *words], cwd=ROOT)
+    while not list(folder.glob(f"**/{SNAPSHOTS}/snapshot.safetensors")):
+        assert process.poll() is None, "the training ended before it was killed"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
