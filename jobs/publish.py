@@ -40,8 +40,8 @@ def job(run: Run) -> None:
     folder = verify.require_folder(run)
     if verify.recorded_sums(folder) is None or not (folder / card.CARD).is_file():
         raise ValueError(
-            f"{str(folder)!r} was not made by Prunella: publish a folder that jobs.prune, jobs.recover or "
-            "jobs.quantize printed."
+            f"{str(folder)!r} was not made by Prunella, or is an export: publish a folder that jobs.prune, "
+            "jobs.recover or jobs.quantize printed. Copy an export as it is."
         )
     place = _place(target)
     place.check_empty()

@@ -38,10 +38,10 @@ class Exporter:
         or llama.cpp fails.
         """
         config = read_config(local_folder(spec.path, spec.revision), trust_remote_code=spec.trust_remote_code)
-        turned = gguf_vision.has_class_token(config) and settings.class_token == "last"
+        class_token_last = gguf_vision.has_class_token(config) and settings.class_token == "last"
         with tempfile.TemporaryDirectory() as images:
             exact = replace(spec, dtype="float32")  # bfloat16's steps are larger than the tolerance
-            prompts, references = reference.answer(exact, samples, max_new_tokens, Path(images), turned)
+            prompts, references = reference.answer(exact, samples, max_new_tokens, Path(images), class_token_last)
             context = max(each["prompt_tokens"] for each in references[0]) + max_new_tokens + ROOM
             model, mmproj = (str(Path(folder) / name) for name in (model_file(settings.type), MMPROJ))
             files = llama_cpp.Files(model, mmproj, context, torch.get_num_threads())

@@ -9,7 +9,7 @@ from actors.checkpoint.loading import load_processor
 from actors.checkpoint.tensors import local_folder
 from actors.export import gguf_text, gguf_vision
 from actors.export.ggml import TYPES, Kind
-from actors.export.gguf_file import described, write_file
+from actors.export.gguf_file import describe, write_file
 from actors.export.gguf_tokenizer import write_vocabulary
 from actors.gate.linears import layout_of, stated_group
 from actors.maths.blocks import BLOCK
@@ -52,11 +52,11 @@ def write_gguf(spec: ModelSpec, settings: ExportSettings, name: str, licence: st
     type_name = settings.type
     check_gguf(config, processor, type_name)
     architecture = gguf.MODEL_ARCH_NAMES[gguf_text.ARCHITECTURES[config.text_config.model_type].name]
-    text = described(gguf.GGUFWriter(None, architecture), name, licence)
+    text = describe(gguf.GGUFWriter(None, architecture), name, licence)
     gguf_text.write_keys(text, config, type_name)
     write_vocabulary(text, folder, processor, config.text_config.vocab_size)
     write_file(text, out / model_file(type_name), gguf_text.entries(folder, config, type_name))
-    vision = described(gguf.GGUFWriter(None, "clip"), name, licence)
+    vision = describe(gguf.GGUFWriter(None, "clip"), name, licence)
     gguf_vision.write_keys(vision, config, processor.image_processor)
     write_file(vision, out / MMPROJ, gguf_vision.entries(folder, config, settings.class_token))
     return {"sizes": {file.name: file.stat().st_size for file in sorted(out.glob("*.gguf"))}}

@@ -42,24 +42,21 @@ class Stored:
         return read_tensor(*self._places[name])
 
 
-def write_file(writer: gguf.GGUFWriter, path: Path, tensors: Iterable[Entry]) -> int:
-    """Write the keys that `writer` has and the tensors to `path`; return the bytes of the tensors."""
+def write_file(writer: gguf.GGUFWriter, path: Path, tensors: Iterable[Entry]) -> None:
+    """Write the keys that `writer` has and the tensors to `path`."""
     tensors = list(tensors)
-    total = 0
     for entry in tensors:
         size = stored_bytes(entry.shape, entry.kind)
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float16), size, entry.kind)
-        total += size
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for entry in tensors:
         writer.write_tensor_data(entry.data())
     writer.close()
-    return total
 
 
-def described(writer: gguf.GGUFWriter, name: str, licence: str | None) -> gguf.GGUFWriter:
+def describe(writer: gguf.GGUFWriter, name: str, licence: str | None) -> gguf.GGUFWriter:
     """Return the writer with what every file says of itself."""
     writer.add_name(name)
     writer.add_description("Made by Prunella; not for clinical use.")

@@ -20,6 +20,7 @@ from actors.export.ggml import TYPES, Kind, check_widths, encode
 from actors.export.gguf_file import Entry, Stored
 from actors.maths.blocks import q4_1_blocks
 from actors.maths.rounding import dequantize, unpack
+from actors.narrowing.groups import Heads
 
 PACKED = (".qweight", ".qzeros", ".scales")
 
@@ -55,13 +56,8 @@ def check_text(config, type_name: str) -> None:
         raise ValueError(f"Only the default rotary positions are exported, not {rope!r} (text_config.rope_parameters).")
     if getattr(text, "qk_layernorm", False):
         raise ValueError("llama.cpp's phi2 has no norms of queries and keys (text_config.qk_layernorm).")
-    heads = text.num_attention_heads * head_size(text)
-    check_widths(type_name, [text.hidden_size, heads, text.intermediate_size])
-
-
-def head_size(text) -> int:
-    """Return the width of a head."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads_width = text.num_attention_heads * Heads.of(text).size
+    check_widths(type_name, [text.hidden_size, heads_width, text.intermediate_size])
 
 
 def context_length(text) -> int:
@@ -73,17 +69,17 @@ def context_length(text) -> int:
 def write_keys(writer: gguf.GGUFWriter, config, type_name: str) -> None:
     """Write the keys of the architecture."""
     text = config.text_config
-    known = ARCHITECTURES[text.model_type]
-    rotated = int(head_size(text) * text.rope_parameters.get("partial_rotary_factor", 1.0))
+    known, head_size = ARCHITECTURES[text.model_type], Heads.of(text).size
+    rotary_size = int(head_size * text.rope_parameters.get("partial_rotary_factor", 1.0))
     writer.add_context_length(context_length(text))
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.num_hidden_layers)
     writer.add_feed_forward_length(text.intermediate_size)
     writer.add_head_count(text.num_attention_heads)
     writer.add_head_count_kv(text.num_key_value_heads)
-    writer.add_key_length(head_size(text))
-    writer.add_value_length(head_size(text))
-    writer.add_rope_dimension_count(rotated)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(rotary_size)
     writer.add_rope_freq_base(text.rope_parameters["rope_theta"])
     writer.add_vocab_size(text.vocab_size)
     if known.rms:

@@ -92,7 +92,7 @@ def has_class_token(config) -> bool:
 
 def entries(folder: Path, config, class_token: str) -> Iterator[Entry]:
     """Yield the tensors of the tower and the projector. ValueError: one that llama.cpp has no name for."""
-    turned = has_class_token(config) and class_token == "last"
+    rolls = has_class_token(config) and class_token == "last"
     stored, layers = Stored(folder), feature_layer(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
     for name in stored.names(_TOWER):
@@ -102,7 +102,7 @@ def entries(folder: Path, config, class_token: str) -> Iterator[Entry]:
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise ValueError(f"llama.cpp's vision tower has no tensor like {name!r}.")
-        yield _entry(stored, name, target, turned and target == "v.position_embd.weight")
+        yield _entry(stored, name, target, rolls and target == "v.position_embd.weight")
     for ours, theirs in PROJECTOR.items():
         yield _entry(stored, f"multi_modal_projector.{ours}.weight", f"{theirs}.weight")
         if config.multimodal_projector_bias:
@@ -112,12 +112,12 @@ def entries(folder: Path, config, class_token: str) -> Iterator[Entry]:
             yield Entry(f"{theirs}.bias", zeros.shape, Kind.F32, zeros.copy)
 
 
-def _entry(stored: Stored, name: str, target: str, turned: bool = False) -> Entry:
+def _entry(stored: Stored, name: str, target: str, rolls: bool = False) -> Entry:
     shape = stored.shape(name)
     kind = Kind.F32 if len(shape) == 1 or "position_embd" in target else Kind.F16
 
     def data() -> np.ndarray:
         tensor = stored.read(name).float()
-        return encode((torch.roll(tensor, -1, 0) if turned else tensor).numpy(), kind, name)
+        return encode((torch.roll(tensor, -1, 0) if rolls else tensor).numpy(), kind, name)
 
     return Entry(target, shape, kind, data)

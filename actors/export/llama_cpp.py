@@ -106,7 +106,7 @@ class _Server:
         return reply
 
 
-def _answers(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
+def _answer_all(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
     server, answers = _Server(files), []
     for prompt in prompts:
         options = {"logprobs": True, "top_logprobs": PROBES, "return_tokens": True, "verbose": True}
@@ -118,7 +118,7 @@ def _answers(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
     return {"answers": answers}
 
 
-def _measured(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
+def _measure_prompt(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
     kind, count = "resident", request["new_tokens"]
     baseline = taken("cpu")[kind]
     server, runs = _Server(files), []
@@ -151,7 +151,7 @@ def _measured(files: Files, prompts: Sequence[Prompt], request: dict) -> dict:
 def _main() -> None:
     request = json.loads(sys.stdin.read())
     files, prompts = Files(**request["files"]), [Prompt(**prompt) for prompt in request["prompts"]]
-    reply = {"answer": _answers, "measure": _measured}[request["do"]](files, prompts, request)
+    reply = {"answer": _answer_all, "measure": _measure_prompt}[request["do"]](files, prompts, request)
     Path(sys.argv[1]).write_text(json.dumps(reply))
 
 

@@ -47,7 +47,7 @@ def _answer_all(model, processor, samples, max_new_tokens: int, folder: Path) ->
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=open_image(sample.image), text=text, return_tensors="pt").to(model.device)
         image = folder / f"{number}.png"
-        _seen(inputs["pixel_values"][0].float().cpu(), processor.image_processor).save(image)
+        _to_image(inputs["pixel_values"][0].float().cpu(), processor.image_processor).save(image)
         prompts.append(Prompt(str(image), sample.question))
         inputs["pixel_values"] = inputs["pixel_values"].to(pixel_dtype(model))
         options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -64,7 +64,7 @@ def _answer_all(model, processor, samples, max_new_tokens: int, folder: Path) ->
     return prompts, answers
 
 
-def _seen(pixels: torch.Tensor, image_processor) -> Image.Image:
+def _to_image(pixels: torch.Tensor, image_processor) -> Image.Image:
     """Return the image [3, H, W] that a model's pixels are made of, without the normalisation."""
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)

@@ -92,7 +92,7 @@ def test_a_changed_checkpoint_is_refused(send, made, tmp_path):
 
 
 def test_what_prunella_did_not_make(send, tmp_path):
-    with pytest.raises(ValueError, match="was not made by Prunella"):
+    with pytest.raises(ValueError, match="was not made by Prunella, or is an export"):
         send(str(tmp_path / "mine"), DERM_TINY)
 
 
